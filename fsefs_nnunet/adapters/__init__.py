@@ -1,0 +1,25 @@
+"""Adapters: what is trained between the frozen backbone's features and the head.
+
+An adapter maps (B, C, X, Y, Z) to the same shape, starts as the identity, and says in `margin` how many voxels around a
+crop its output depends on.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fsefs_nnunet.adapters.linear_probe import LinearProbe
+from fsefs_nnunet.adapters.spatial import SpatialAdapter
+
+ADAPTERS = {"linear_probe": LinearProbe, "spatial": SpatialAdapter}
+
+
+def build_adapter(kind: str, channels: int) -> nn.Module:
+    """The adapter `kind` for features of `channels` channels.
+
+    Raises:
+        ValueError: if there is no such kind.
+    """
+    if kind not in ADAPTERS:
+        raise ValueError(f"There is no adapter {kind!r}: choose one of {sorted(ADAPTERS)}.")
+    return ADAPTERS[kind](channels)

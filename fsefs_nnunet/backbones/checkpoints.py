@@ -1,0 +1,39 @@
+"""Reading checkpoints without executing anything that they carry."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def _numpy_types() -> list:
+    """What nnU-Net's checkpoints hold beside tensors: numpy scalars in the log, the device in init_args."""
+    # numpy pickles its scalars under the name of its private module
+    from numpy._core import multiarray
+
+    dtypes = {type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")}
+    return [multiarray.scalar, np.dtype, *dtypes]
+
+
+def read_checkpoint(file: Path) -> dict:
+    """Load a PyTorch file as data alone.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or wants to run code; names the file and the remedy.
+    """
+    file = Path(file)
+    if not file.exists():
+        raise ValueError(f"The checkpoint {file} is missing.")
+    try:
+        with torch.serialization.safe_globals(_numpy_types()):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} was not opened: it holds more than weights, or is no PyTorch file ({str(error).splitlines()[0][:120]}). "
+            "Take the file from its publisher again; if it is your own, save its state_dict alone."
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{file} is damaged or incomplete: download or copy it again.") from error

@@ -1,0 +1,77 @@
+"""Any nnU-Net U-Net (PlainConvUNet, ResidualEncoderUNet) as a frozen feature extractor."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fsefs_nnunet.backbones.contract import BackboneContract
+
+
+class NNUNetBackbone(nn.Module):
+    """Decoder features of a U-Net.
+
+    The channels of the last decoder stage come first, those of the deeper stages follow, each stage upsampled to the
+    input's grid, so that the universal head acts on the leading channels whatever `stages` is.
+    """
+
+    def __init__(self, contract: BackboneContract, stages: str):
+        """stages: "last" for the last decoder stage alone, "all" for every decoder stage."""
+        super().__init__()
+        from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+        if stages not in ("last", "all"):
+            raise ValueError(f"fseft_stages must be 'last' or 'all', not {stages!r}.")
+        architecture = contract.architecture
+        self.unet = get_network_from_plans(
+            architecture["network_class_name"],
+            architecture["arch_kwargs"],
+            architecture["_kw_requires_import"],
+            contract.input_channels,
+            len(contract.classes),
+            allow_init=True,
+            deep_supervision=False,
+        )
+        self.stages = stages
+        skips = self.unet.encoder.output_channels[:-1]
+        self.out_channels = sum(skips) if stages == "all" else skips[0]
+
+    @property
+    def head(self) -> nn.Module:
+        """The universal head, 1^3 convolution on the leading channels."""
+        return self.unet.decoder.seg_layers[-1]
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """image (B, input_channels, X, Y, Z) -> features (B, out_channels, X, Y, Z)."""
+        decoder = self.unet.decoder
+        skips = self.unet.encoder(image)
+        x, features = skips[-1], []
+        for s, (up, stage) in enumerate(zip(decoder.transpconvs, decoder.stages)):
+            x = stage(torch.cat((up(x), skips[-(s + 2)]), 1))
+            features.append(x)
+        if self.stages == "last":
+            return x
+        upsampled = [F.interpolate(f, size=image.shape[2:], mode="trilinear") for f in features[-2::-1]]
+        return torch.cat([x, *upsampled], 1)
+
+    def backbone_state(self) -> dict[str, torch.Tensor]:
+        """Tensors to store, without the aliases that nnU-Net's state_dict carries."""
+        return {name: p.detach() for name, p in self.unet.named_parameters()} | dict(_named_buffers(self.unet))
+
+    def load_backbone_state(self, weights: dict[str, torch.Tensor]) -> None:
+        """Load what `backbone_state` gave. Raises ValueError unless every tensor matches in name and shape."""
+        own = self.backbone_state()
+        missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+        wrong = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+        if missing or extra or wrong:
+            raise ValueError(
+                f"The weights do not fit the architecture: {len(missing)} tensors are missing {missing[:2]}, {len(extra)} "
+                f"are unknown {extra[:2]}, {len(wrong)} have another shape {wrong[:2]}. Is it the right backbone?"
+            )
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
+
+def _named_buffers(module: nn.Module):
+    return ((name, buffer) for name, buffer in module.named_buffers() if buffer is not None)

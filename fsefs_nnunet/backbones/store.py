@@ -1,0 +1,96 @@
+"""Where backbones lie: the embedded ones in the package, the user's in a folder; safetensors plus a JSON contract."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fsefs_nnunet.backbones.contract import BackboneContract
+
+if TYPE_CHECKING:
+    import torch
+
+EMBEDDED = Path(__file__).parent / "weights"
+DEFAULT_BACKBONE = "phantom"
+
+
+def user_folder() -> Path:
+    """Environment variable `fseft_backbones`, else a folder of the user's."""
+    if folder := os.environ.get("fseft_backbones"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share")) / "fseft" / "backbones"
+
+
+def known_backbones() -> dict[str, Path]:
+    """Contract files by backbone id; the user's come before the embedded ones."""
+    return {file.stem: file for folder in (EMBEDDED, user_folder()) for file in sorted(folder.glob("*.json"))}
+
+
+def find_backbone(backbone_id: str) -> BackboneContract:
+    """The contract of a backbone. Raises ValueError that lists the known ones."""
+    known = known_backbones()
+    if backbone_id not in known:
+        raise ValueError(
+            f"Backbone {backbone_id!r} is not here; there are: {', '.join(known) or 'none'}. "
+            f"Look in {user_folder()} (environment variable fseft_backbones) or import it: fseft backbones import ID FOLDER."
+        )
+    return BackboneContract.load(known[backbone_id])
+
+
+def weights_file(backbone_id: str) -> Path:
+    return known_backbones()[backbone_id].with_suffix(".safetensors")
+
+
+def sha256_of(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_weights(contract: BackboneContract, expected_sha256: str | None = None) -> dict[str, torch.Tensor]:
+    """The verified weights of `contract`.
+
+    Args:
+        expected_sha256: what plans or a checkpoint were made with.
+
+    Raises:
+        ValueError: missing or damaged file, or other weights than expected; names the file and the remedy.
+    """
+    from safetensors.torch import load_file
+
+    if expected_sha256 and expected_sha256 != contract.sha256:
+        raise ValueError(
+            f"These plans were made with backbone {contract.id!r} of SHA-256 {expected_sha256[:12]}, here lies "
+            f"{contract.sha256[:12]}: import the former again, or plan and train anew with this one."
+        )
+    file = weights_file(contract.id)
+    if not file.exists():
+        raise ValueError(f"The weights {file} are missing: import the backbone again (fseft backbones import).")
+    if sha256_of(file) != contract.sha256:
+        raise ValueError(f"The weights {file} are damaged (their SHA-256 is not the contract's): import them again.")
+    return load_file(file)
+
+
+def save_backbone(contract: BackboneContract, weights: dict[str, torch.Tensor], folder: Path) -> BackboneContract:
+    """Write weights and contract, the contract last and atomically, so that a backbone is listed only when whole."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file, part = folder / f"{contract.id}.safetensors", folder / f"{contract.id}.safetensors.part"
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, part)
+        contract = replace(contract, sha256=sha256_of(part))
+        part.chmod(0o644)  # safetensors makes files that only their owner reads
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+    part = folder / f"{contract.id}.json.part"
+    part.write_text(contract.to_json())
+    os.replace(part, folder / f"{contract.id}.json")
+    return contract

@@ -1,0 +1,75 @@
+"""Training batches from the feature bank: crops of support cases, drawn from (seed, epoch, step) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from fsefs_nnunet.features import FeatureBank
+
+
+class CropLoader:
+    """Iterates over batches like nnU-Net's data loaders: 'data', 'target' and 'keys'.
+
+    'data' is (B, C, X, Y, Z) features, 'target' (B, 1, X, Y, Z) the label map, or what `transform` makes of it.
+    A resumed training draws what an uninterrupted one would have drawn: call `start_epoch` before each epoch.
+    Half of the crops are centred on a random foreground voxel (foreground : background 1 : 1, as published).
+    """
+
+    def __init__(
+        self,
+        bank: FeatureBank,
+        segmentations: dict[str, np.ndarray],
+        crop_size: tuple[int, ...],
+        batch_size: int,
+        seed: tuple[int, ...],
+        transform: Callable | None = None,
+    ):
+        """segmentations: label map (1, X, Y, Z) of each support case; voxels of -1 lie outside of the image."""
+        self.bank = bank
+        self.cases = sorted(segmentations)
+        self.segmentations = segmentations
+        self.foreground = {case: np.argwhere(seg[0] > 0) for case, seg in segmentations.items()}
+        shapes = np.array([seg.shape[1:] for seg in segmentations.values()])
+        # crops of a batch share a shape: no axis is longer than the smallest support volume
+        self.crop_size = np.minimum(crop_size, shapes.min(0))
+        self.batch_size = batch_size
+        self.seed = seed
+        self.transform = transform
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        self.epoch, self.step = epoch, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        rng = np.random.default_rng((*self.seed, self.epoch, self.step))
+        self.step += 1
+        # without replacement while the support lasts, so that few shots are seen equally often
+        order = np.concatenate([rng.permutation(len(self.cases)) for _ in range(-(-self.batch_size // len(self.cases)))])
+        keys = [self.cases[i] for i in order[: self.batch_size]]
+        data, target = zip(*(self._crop(rng, case, b % 2 == 0) for b, case in enumerate(keys)))
+        return {"data": torch.stack(data), "target": torch.stack(target), "keys": keys}
+
+    def _crop(self, rng: np.random.Generator, case: str, on_foreground: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        seg, foreground = self.segmentations[case], self.foreground[case]
+        last = np.array(seg.shape[1:]) - self.crop_size
+        if on_foreground and len(foreground):
+            start = np.clip(foreground[rng.integers(len(foreground))] - self.crop_size // 2, 0, last)
+        else:
+            start = rng.integers(0, last + 1)
+        box = (slice(None), *(slice(a, a + n) for a, n in zip(start, self.crop_size)))
+        target = torch.from_numpy(np.maximum(seg[box], 0).astype(np.int16))
+        if self.transform is not None:
+            target = self.transform(**{"segmentation": target})["segmentation"]
+        return torch.from_numpy(self.bank[case][box].astype(np.float32)), target
+
+
+def pooled(features: np.ndarray, factor: int) -> torch.Tensor:
+    """Features (C, X, Y, Z) averaged over blocks of factor^3 voxels; incomplete blocks average what they hold."""
+    tensor = torch.from_numpy(np.asarray(features, dtype=np.float32))
+    return torch.nn.functional.avg_pool3d(tensor[None], factor, ceil_mode=True, count_include_pad=False)

@@ -1,0 +1,111 @@
+"""AdaptedNetwork: frozen backbone -> standardisation -> 1^3 reduction -> adapter -> head."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fsefs_nnunet.adapters import build_adapter
+from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.labels import match_labels
+
+
+class AdaptedNetwork(nn.Module):
+    """What nnU-Net trains and predicts with in the K-shot configurations.
+
+    Its parameters and its state_dict are those of reduction, adapter and head; the backbone is found by id and
+    verified by SHA-256. The mean and standard deviation of the features over the support cases are buffers.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        backbone: str,
+        sha256: str,
+        adapter: str,
+        stages: str,
+        channels: int | None,
+        seed: int,
+        deep_supervision: bool | None = None,
+    ):
+        """nnU-Net gives input_channels, num_classes and deep_supervision (there is none); the plans give the rest.
+
+        channels: width of the adapter; features of another width are reduced to it by a 1^3 convolution. None: as many
+            as the features have.
+        """
+        super().__init__()
+        self.backbone = FrozenBackbone(backbone, stages, sha256)
+        if input_channels != self.backbone.contract.input_channels:
+            raise ValueError(
+                f"Backbone {backbone!r} takes {self.backbone.contract.input_channels} image channel(s), the dataset has "
+                f"{input_channels}: choose another backbone or convert the dataset."
+            )
+        features = self.backbone.out_channels
+        channels = channels or features
+        self.input_channels = input_channels
+        self.register_buffer("feature_mean", torch.zeros(features))
+        self.register_buffer("feature_std", torch.ones(features))
+        self.register_buffer("is_fitted", torch.tensor(False))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.reduction = nn.Identity() if features == channels else nn.Conv3d(features, channels, 1, bias=False)
+            self.adapter = build_adapter(adapter, channels)
+            self.head = nn.Conv3d(channels, num_classes, 1)
+        self._pass_leading_channels()
+
+    @property
+    def head_channels(self) -> int:
+        """Width of the universal head's input, 0 if the backbone has no head."""
+        return self.backbone.head.weight.shape[1] if self.backbone.head is not None else 0
+
+    @torch.no_grad()
+    def _pass_leading_channels(self) -> None:
+        # the universal head's channels pass the reduction unchanged, so that step 0 can be the zero-shot prediction
+        if isinstance(self.reduction, nn.Conv3d) and self.head_channels:
+            weight, n = self.reduction.weight, self.head_channels
+            if weight.shape[0] < n:
+                raise ValueError(f"fseft_channels must be at least {n}, the width of the backbone's last stage.")
+            weight[:n] = 0
+            weight[range(n), range(n)] = 1
+
+    @torch.no_grad()
+    def fit(self, mean: torch.Tensor, std: torch.Tensor, labels: dict, has_regions: bool) -> dict[str, str]:
+        """Take the support features' statistics (C,) and start the head's known rows from the universal head.
+
+        A row that the backbone knows by name predicts exactly what the universal head does; for softmax outputs the
+        background row is zero. Other rows stay fresh.
+
+        Returns:
+            The dataset's class names that were matched, with the backbone's names.
+        """
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_(std)
+        self.is_fitted.fill_(True)
+        names = [name for name in labels if name not in ("background", "ignore")]
+        matches = match_labels(names, self.backbone.contract.classes) if self.head_channels else {}
+        if not matches:
+            return {}
+        n, universal = self.head_channels, self.backbone.head
+        weight, bias = universal.weight.flatten(1), universal.bias
+        if self.backbone.contract.softmax:
+            weight, bias = weight - weight[:1], bias - bias[:1]
+        if not has_regions:
+            self.head.weight[0], self.head.bias[0] = 0, 0
+        for name, known in matches.items():
+            row = names.index(name) + (0 if has_regions else 1)
+            k = self.backbone.contract.classes.index(known)
+            self.head.weight[row] = 0
+            self.head.weight[row, :n, 0, 0, 0] = weight[k] * std[:n].to(weight)
+            self.head.bias[row] = bias[k] + (weight[k] * mean[:n].to(weight)).sum()
+        return matches
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Image (B, input_channels, X, Y, Z) -> logits (B, num_classes, X, Y, Z)."""
+        return self.adapt(self.backbone(x))
+
+    def adapt(self, features: torch.Tensor) -> torch.Tensor:
+        """Backbone features (B, C, X, Y, Z), stored ones for example -> logits (B, num_classes, X, Y, Z)."""
+        shape = (1, -1, 1, 1, 1)
+        features = (features - self.feature_mean.view(shape)) / self.feature_std.view(shape)
+        return self.head(self.adapter(self.reduction(features)))

@@ -1,0 +1,49 @@
+"""Universal pretraining on partially labelled assemblies, Eq. (1) of FSEFT (arXiv 2303.17051)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fsefs_nnunet.losses import soft_dice
+
+
+def annotation_masks(dataset_json: dict, regions: list[str]) -> dict[str, torch.Tensor]:
+    """Task mask w of each case: (K,) float, 1 where the case's source annotates the region.
+
+    dataset_json["sources"] maps a source's name to its "classes" (names of labels or regions) and "cases".
+
+    Raises:
+        ValueError: if "sources" is missing, names an unknown class, or lists a case twice.
+    """
+    if not dataset_json.get("sources"):
+        raise ValueError(
+            'dataset.json has no "sources": say which cases are annotated for which classes, '
+            'e.g. "sources": {"siteA": {"classes": ["liver"], "cases": ["siteA_001"]}}.'
+        )
+    masks = {}
+    for source, content in dataset_json["sources"].items():
+        unknown = sorted(set(content["classes"]) - set(regions))
+        if unknown:
+            raise ValueError(f"dataset.json: source {source!r} annotates {unknown}, but the labels are {regions}.")
+        mask = torch.tensor([float(name in content["classes"]) for name in regions])
+        for case in content["cases"]:
+            if case in masks:
+                raise ValueError(f"dataset.json: case {case!r} is listed in two sources.")
+            masks[case] = mask
+    return masks
+
+
+class PartialLabelLoss(nn.Module):
+    """Eq. (1): 1 / sum_k w_{n,k} * sum_k w_{n,k} * L_SEG(Y_{n,k}, Y^_{n,k}), averaged over the batch.
+
+    L_SEG is binary cross-entropy plus soft Dice. A class that a case does not annotate gets exactly zero gradient.
+    """
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """logits, target (B, K, X, Y, Z); w (B, K), with at least one annotated class in every case."""
+        logits, target = logits.float(), target.float()
+        bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((2, 3, 4))
+        per_class = bce + soft_dice(torch.sigmoid(logits), target)
+        return ((per_class * w).sum(1) / w.sum(1)).mean()

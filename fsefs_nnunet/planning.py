@@ -1,0 +1,132 @@
+"""From a raw dataset to plans, splits and preprocessed data: what `fseft plan_and_preprocess` runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fsefs_nnunet.splits import SPLITS_FILE, load_splits, make_splits, save_splits
+
+
+def dataset_folders(dataset_id: int | str) -> tuple[str, Path, Path]:
+    """Name, raw and preprocessed folder. Raises ValueError where nnU-Net's environment variables are missing."""
+    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    for name, variable in (("nnUNet_raw", nnUNet_raw), ("nnUNet_preprocessed", nnUNet_preprocessed)):
+        if not variable.is_set():
+            raise ValueError(f"The environment variable {name} is not set: export {name}=FOLDER, as nnU-Net needs it.")
+    try:
+        name = maybe_convert_to_dataset_name(int(dataset_id) if str(dataset_id).isdigit() else dataset_id)
+    except RuntimeError as error:
+        raise ValueError(f"No dataset {dataset_id} in {nnUNet_raw}: {error}") from error
+    raw = Path(str(nnUNet_raw)) / name
+    if not (raw / "dataset.json").exists():
+        raise ValueError(f"{raw}/dataset.json is missing: a raw dataset in nnU-Net's layout is wanted.")
+    return name, raw, Path(str(nnUNet_preprocessed)) / name
+
+
+def labelled_cases(raw: Path) -> list[str]:
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    return sorted(get_filenames_of_train_images_and_targets(str(raw)))
+
+
+def fitting_shots(requested: list[int | str], num_labelled: int) -> list[int | str]:
+    """The requested shots; of the default ones, those that `num_labelled` cases allow."""
+    from fsefs_nnunet.planners.fseft_planner import DEFAULT_SHOTS
+
+    if requested:
+        too_many = [k for k in requested if k != "all" and k > num_labelled]
+        if too_many:
+            raise ValueError(f"{max(too_many)} shots need as many labelled cases, the dataset has {num_labelled}.")
+        return requested
+    return [k for k in DEFAULT_SHOTS if k == "all" or k <= num_labelled]
+
+
+def query_images(raw: Path, folder: str | None, labelled_queries: bool) -> dict[str, list[str]]:
+    """Unlabelled query images: of `folder`, else of imagesTs where no labelled case is left to be a query."""
+    from fsefs_nnunet.queries import images_in
+
+    dataset_json = json.loads((raw / "dataset.json").read_text())
+    if folder is None:
+        if labelled_queries or not any((raw / "imagesTs").glob("*")):
+            return {}
+        folder = str(raw / "imagesTs")
+        print(f"No labelled case is left over: the images of {folder} are the queries.")
+    images = images_in(Path(folder), dataset_json)
+    clash = sorted(set(images) & set(labelled_cases(raw)))
+    if clash:
+        raise ValueError(f"{folder} and imagesTr share case names, e.g. {clash[0]}: rename the queries.")
+    return images
+
+
+def write_splits(
+    dataset_id: int | str, shots: list[int | str], queries: str | None, num_queries: int, num_folds: int, seed: int
+) -> dict:
+    """Draw the K-shot folds and write them beside nnU-Net's own splits, which stay as they are."""
+    _, raw, preprocessed = dataset_folders(dataset_id)
+    labelled = labelled_cases(raw)
+    numbers = [k for k in fitting_shots(shots, len(labelled)) if k != "all"] or [1]
+    images = query_images(raw, queries, len(labelled) > max(numbers) and num_queries > 0)
+    splits = make_splits(labelled, list(images), numbers, num_queries, num_folds, seed)
+    preprocessed.mkdir(parents=True, exist_ok=True)
+    file = preprocessed / SPLITS_FILE
+    if file.exists() and load_splits(file) != splits:
+        print(f"{file} is replaced by other draws: results of earlier K-shot trainings no longer belong to it.")
+    save_splits(splits, file)
+    print(
+        f"{file}: {len(labelled)} labelled cases; {len(splits['queries'])} of them and {len(images)} unlabelled ones are "
+        f"queries; {num_folds} seeded draws of the support from the other {len(splits['folds'][0])}."
+    )
+    return images
+
+
+def plan(
+    dataset_id: int | str,
+    backbone: str,
+    shots: list[int | str],
+    num_processes: int,
+    gpu_memory_target_in_gb: float,
+    plans_name: str | None,
+    overwrite_target_spacing: list[float] | None = None,
+    check_integrity: bool = False,
+) -> str:
+    """Fingerprint and plans. Returns the plans' name."""
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints
+
+    from fsefs_nnunet.backbones.store import find_backbone
+    from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
+
+    find_backbone(backbone)  # before the fingerprint, which takes its time
+    name, raw, preprocessed = dataset_folders(dataset_id)
+    shots = fitting_shots(shots, len(labelled_cases(raw)))
+    preprocessed.mkdir(parents=True, exist_ok=True)
+    extract_fingerprints([int(name[7:10])], num_processes=num_processes, check_dataset_integrity=check_integrity, clean=False)
+    planner = FSEFTPlanner(
+        name,
+        gpu_memory_target_in_gb,
+        plans_name=plans_name,
+        overwrite_target_spacing=overwrite_target_spacing,
+        backbone=backbone,
+        shots=tuple(shots),
+    )
+    planner.plan_experiment()
+    return planner.plans_identifier
+
+
+def preprocess(dataset_id: int | str, plans_name: str, num_processes: int, query_files: dict[str, list[str]]) -> None:
+    """nnU-Net's preprocessing of the parent configuration, and the unlabelled queries beside it."""
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess as nnunet_preprocess
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from fsefs_nnunet.queries import UnlabelledQueries
+
+    name, raw, preprocessed = dataset_folders(dataset_id)
+    nnunet_preprocess([int(name[7:10])], plans_name, ("3d_fullres",), [num_processes])
+    manager = PlansManager(str(preprocessed / f"{plans_name}.json"))
+    configuration = manager.get_configuration("3d_fullres")
+    if query_files:
+        dataset_json = json.loads((raw / "dataset.json").read_text())
+        queries = UnlabelledQueries(preprocessed / configuration.data_identifier)
+        queries.preprocess(query_files, manager, configuration, dataset_json)

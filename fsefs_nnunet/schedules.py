@@ -1,0 +1,29 @@
+"""The published learning rate schedule."""
+
+from __future__ import annotations
+
+from math import cos, pi
+
+from torch.optim import Optimizer
+
+
+def warmup_cosine(epoch: int, num_epochs: int, warmup_epochs: int = 1) -> float:
+    """Factor of the base rate in `epoch`: linear warm-up over `warmup_epochs`, then half a cosine period.
+
+    The warm-up begins at the base rate when it lasts one epoch, as in the published code.
+    """
+    if epoch < warmup_epochs:
+        return 1.0 if warmup_epochs == 1 else (epoch + 1) / warmup_epochs
+    return 0.5 * (1 + cos(pi * (epoch - warmup_epochs) / max(1, num_epochs - warmup_epochs)))
+
+
+class WarmupCosineScheduler:
+    """Sets the rate by epoch, as nnU-Net's schedulers do: `step(current_epoch)`."""
+
+    def __init__(self, optimizer: Optimizer, initial_lr: float, num_epochs: int):
+        self.optimizer, self.initial_lr, self.num_epochs = optimizer, initial_lr, num_epochs
+        self.step(0)
+
+    def step(self, current_epoch: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.initial_lr * warmup_cosine(current_epoch, self.num_epochs)

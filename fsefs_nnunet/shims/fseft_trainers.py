@@ -1,0 +1,9 @@
+"""What nnU-Net finds through the environment variable nnUNet_extTrainer: the installed package's own classes."""
+
+from fsefs_nnunet.trainers.fseft_trainer import (  # noqa: F401
+    FSEFTTrainer,
+    FSEFTTrainer_Adapter,
+    FSEFTTrainer_LinearProbe,
+)
+from fsefs_nnunet.trainers.pretrainer import FSEFTPretrainer  # noqa: F401
+from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch  # noqa: F401

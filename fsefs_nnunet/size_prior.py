@@ -1,0 +1,80 @@
+"""The size prior of FSEFT (arXiv 2303.17051, Eq. 2): organ sizes of the support cases constrain the query's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class SizePrior:
+    """Expected size of a class and its standard deviation in ml, from `num_cases` support cases."""
+
+    size: float
+    spread: float
+    num_cases: int
+
+
+def estimate_size(sizes_ml: Sequence[float]) -> SizePrior | None:
+    """Prior from one class's sizes in the support cases; cases without the class (0 ml) do not enter.
+
+    Up to 4 sizes: their mean. From 5 on: the mean of those within one standard deviation of the median, so that one
+    mislabelled or cut-off organ does not shift it.
+
+    Returns:
+        None if no case has the class.
+
+    Raises:
+        ValueError: for a size that is negative or not finite.
+    """
+    sizes = np.asarray(sizes_ml, dtype=float)
+    if not np.all(np.isfinite(sizes) & (sizes >= 0)):
+        raise ValueError(f"Sizes must be finite and not negative, they are {sizes.tolist()} ml: check labels and spacing.")
+    sizes = sizes[sizes > 0]
+    if not len(sizes):
+        return None
+    if len(sizes) >= 5:
+        median = np.median(sizes)
+        # The bound belongs to the interval: equal sizes lie on it, and so do those of two equally large groups. Rounding
+        # must not push these out, it would leave no size at all.
+        sizes = sizes[np.abs(sizes - median) <= sizes.std() + 1e-9 * median]
+    return SizePrior(float(sizes.mean()), float(sizes.std()), len(sizes))
+
+
+def size_penalty(predicted: torch.Tensor, prior: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Eq. (2) divided by S: how far the predicted size S^ lies outside [(1 - gamma) S, (1 + gamma) S], as a share of S.
+
+    Dividing by S alone, not by max(S, S^), keeps the pull on S^ at 1 / S however far it is off.
+
+    Args:
+        predicted: S^, the sums of the soft prediction, any shape.
+        prior: S, same shape and unit as `predicted`.
+        gamma: tolerated relative deviation.
+
+    Returns:
+        Elementwise penalty, shape of `predicted`.
+
+    Raises:
+        ValueError: if gamma is outside [0, 1) or a prior is not positive.
+    """
+    if not 0 <= gamma < 1:
+        raise ValueError(f"gamma must lie in [0, 1), it is {gamma}.")
+    if not (prior > 0).all():
+        raise ValueError(f"Prior sizes must be positive, they are {prior.tolist()}: leave out classes without a prior.")
+    below = ((1 - gamma) * prior - predicted).relu()
+    above = (predicted - (1 + gamma) * prior).relu()
+    return (below + above) / prior
+
+
+def label_volumes_ml(
+    label_map: np.ndarray, classes: list[int | tuple[int, ...]], spacing_mm: Sequence[float]
+) -> np.ndarray:
+    """Volume of each class or region (tuple of labels) in ml: label map (X, Y, Z) of integers -> (len(classes),)."""
+    voxels = [np.isin(label_map, labels).sum() for labels in classes]
+    return np.array(voxels) * np.prod(spacing_mm) / 1000

@@ -1,0 +1,143 @@
+"""K-shot folds, stored as `splits_fseft.json` beside nnU-Net's own splits_final.json, never inside it.
+
+A file holds {"seed", "num_folds", "queries", "unlabelled_queries", "folds"}. The queries are the same for all folds and
+numbers of shots. A fold is the rest of the labelled cases in random order; its first K are the support of K shots, so
+the support of 1 shot lies in that of 5. fold 'all' is nnU-Net's: every labelled case is support.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+
+def make_splits(
+    labelled: list[str],
+    unlabelled: list[str],
+    shots: list[int],
+    num_queries: int = 20,
+    num_folds: int = 5,
+    seed: int = 12345,
+) -> dict:
+    """Draw queries and folds; the order of the cases given does not matter, and more folds keep the first ones.
+
+    Args:
+        shots: the numbers K that are wanted; max(shots) labelled cases are never queries.
+        num_queries: at most so many labelled cases become queries, fewer if the support needs them.
+
+    Raises:
+        ValueError: for a case given twice, too few labelled cases, or a number out of range.
+    """
+    twice = [case for case, count in Counter([*labelled, *unlabelled]).items() if count > 1]
+    if twice:
+        raise ValueError(f"{len(twice)} cases are given twice, e.g. {twice[0]!r}: give every case once.")
+    if not shots or min(shots) < 1:
+        raise ValueError(f"The numbers of shots are {shots}: give at least one, each 1 or more.")
+    if max(shots) > len(labelled):
+        raise ValueError(
+            f"{max(shots)} shots need as many labelled cases, there are {len(labelled)}: label more or ask for fewer shots."
+        )
+    if num_queries < 0 or num_folds < 1:
+        raise ValueError(f"{num_queries} queries and {num_folds} folds: give at least 0 queries and 1 fold.")
+    rng = random.Random(seed)
+    queries = set(rng.sample(sorted(labelled), min(num_queries, len(labelled) - max(shots))))
+    pool = sorted(set(labelled) - queries)
+    return {
+        "seed": seed,
+        "num_folds": num_folds,
+        "queries": sorted(queries),
+        "unlabelled_queries": sorted(unlabelled),
+        "folds": [rng.sample(pool, len(pool)) for _ in range(num_folds)],
+    }
+
+
+def _pool(splits: dict, fold: int) -> list[str]:
+    if fold not in range(len(splits["folds"])):
+        raise ValueError(
+            f"Fold {fold} does not exist: there are {len(splits['folds'])} folds, counted from 0; "
+            "make more with `fseft splits -d ID --folds N`."
+        )
+    return splits["folds"][fold]
+
+
+def support_cases(splits: dict, shots: int | str, fold: int | str) -> list[str]:
+    """The cases to adapt to: the first `shots` of the fold's pool, the whole pool for shots 'all'.
+
+    For fold 'all' it is every labelled case, whatever the shots.
+
+    Raises:
+        ValueError: if there is no such fold, or the pool has fewer cases than shots.
+    """
+    if fold == "all":
+        return sorted([*splits["folds"][0], *splits["queries"]])
+    pool = _pool(splits, fold)
+    if shots == "all":
+        return list(pool)
+    if shots not in range(1, len(pool) + 1):
+        raise ValueError(
+            f"{shots} shots of a pool of {len(pool)} cases: ask for 1 to {len(pool)} or 'all', or make a larger pool with "
+            "`fseft splits -d ID`."
+        )
+    return pool[:shots]
+
+
+def query_cases(splits: dict, fold: int | str) -> tuple[list[str], list[str]]:
+    """The labelled and the unlabelled queries; with fold 'all' the labelled ones are support.
+
+    Raises:
+        ValueError: if there is no such fold.
+    """
+    if fold == "all":
+        return [], list(splits["unlabelled_queries"])
+    _pool(splits, fold)
+    return list(splits["queries"]), list(splits["unlabelled_queries"])
+
+
+def save_splits(splits: dict, file: str | Path) -> None:
+    """Write the file in one step: whoever reads meanwhile sees the old one or the new one."""
+    file = Path(file)
+    # beside the file, since os.replace is atomic within one file system only
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(splits, indent=2))
+    os.replace(temporary, file)
+
+
+def load_splits(file: str | Path) -> dict:
+    """Read what save_splits wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no such file; edits by hand must keep the folds permutations of one pool without queries.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"There are no K-shot folds at {file}: make them with `fseft splits -d ID`.")
+    try:
+        splits = json.loads(file.read_text())
+        problem = _problem(splits)
+    except json.JSONDecodeError as error:
+        problem = f"no JSON ({error})"
+    if problem:
+        raise ValueError(f"{file} holds no K-shot folds, {problem}: make it anew with `fseft splits -d ID`.")
+    return splits
+
+
+def _problem(splits: object) -> str | None:
+    """What is wrong with the content of a file, None if nothing is."""
+    keys = {"seed", "num_folds", "queries", "unlabelled_queries", "folds"}
+    if not isinstance(splits, dict) or set(splits) != keys:
+        return f"its keys are not {sorted(keys)}"
+    folds, queries = splits["folds"], [splits["queries"], splits["unlabelled_queries"]]
+    if not isinstance(folds, list) or not folds or splits["num_folds"] != len(folds):
+        return f'"folds" is no list of {splits["num_folds"]} folds'
+    if not all(isinstance(part, list) and all(isinstance(case, str) for case in part) for part in [*folds, *queries]):
+        return "folds and queries are not lists of case names"
+    if any(sorted(fold) != sorted(folds[0]) for fold in folds):
+        return "the folds are not permutations of one pool"
+    cases = [*folds[0], *queries[0], *queries[1]]
+    if not folds[0] or len(set(cases)) < len(cases):
+        return "a fold is empty or a case occurs twice"
+    return None

@@ -1,0 +1,1 @@
+"""What nnU-Net calls a planner."""

@@ -1,0 +1,72 @@
+"""Training that ends at a wall-clock limit instead of an epoch, for comparisons at equal time."""
+
+from __future__ import annotations
+
+import os
+from time import time
+
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+
+class StopTraining(Exception):
+    """Raised at the end of an epoch: nnU-Net's loop over epochs has no other way out."""
+
+
+class StoppableTrainer(nnUNetTrainer):
+    """nnUNetTrainer whose training may end early: `on_epoch_end` raises StopTraining."""
+
+    def run_training(self):
+        try:
+            super().run_training()
+        except StopTraining as reason:
+            self.print_to_log_file(f"Training ends after epoch {self.current_epoch - 1}: {reason}")
+            self.on_train_end()
+
+
+class TimeBudgetTrainer(StoppableTrainer):
+    """Ends training, and nnU-Net's polynomial schedule with it, after `fseft_train_minutes` (environment variable).
+
+    Without the variable it is the trainer that it derives from. The time counted is that of the epochs in the log, so
+    a resumed training goes on where it was.
+    """
+
+    def budget_seconds(self) -> float | None:
+        minutes = os.environ.get("fseft_train_minutes")
+        if minutes is None:
+            return None
+        try:
+            seconds = 60 * float(minutes)
+        except ValueError:
+            seconds = 0.0
+        if seconds <= 0:
+            raise ValueError(f"The environment variable fseft_train_minutes must be a positive number, not {minutes!r}.")
+        return seconds
+
+    def seconds_trained(self) -> float:
+        done = range(self.current_epoch)
+        start, end = (
+            [self.logger.get_value(f"epoch_{edge}_timestamps", step=i) for i in done] for edge in ("start", "end")
+        )
+        return sum(end) - sum(start)
+
+    def progress(self) -> float:
+        """Share of the budget that is used, in [0, 1]; the running epoch counts."""
+        running = time() - self.logger.get_value("epoch_start_timestamps", step=self.current_epoch)
+        return min(1.0, (self.seconds_trained() + running) / self.budget_seconds())
+
+    def initialize(self):
+        super().initialize()
+        if self.budget_seconds() is not None:
+            self.time_scheduler = PolyLRScheduler(self.optimizer, self.initial_lr, max_steps=1)
+            self.num_epochs = 1_000_000
+
+    def train_step(self, batch: dict) -> dict:
+        if self.budget_seconds() is not None:
+            self.time_scheduler.step(self.progress())
+        return super().train_step(batch)
+
+    def on_epoch_end(self):
+        super().on_epoch_end()
+        if self.budget_seconds() is not None and self.seconds_trained() >= self.budget_seconds():
+            raise StopTraining(f"the budget of {self.budget_seconds():.0f} s is used")
