@@ -24,6 +24,8 @@ def annotation_masks(dataset_json: dict, regions: list[str]) -> dict[str, torch.
         )
     masks = {}
     for source, content in dataset_json["sources"].items():
+        if not content.get("classes") or not content.get("cases"):
+            raise ValueError(f'dataset.json: source {source!r} needs "classes" and "cases", neither of them empty.')
         unknown = sorted(set(content["classes"]) - set(regions))
         if unknown:
             raise ValueError(f"dataset.json: source {source!r} annotates {unknown}, but the labels are {regions}.")

@@ -35,14 +35,16 @@ def estimate_size(sizes_ml: Sequence[float]) -> SizePrior | None:
     """
     sizes = np.asarray(sizes_ml, dtype=float)
     if not np.all(np.isfinite(sizes) & (sizes >= 0)):
-        raise ValueError(f"Sizes must be finite and not negative, they are {sizes.tolist()} ml: check labels and spacing.")
+        raise ValueError(
+            f"Sizes must be finite and not negative, they are {sizes.tolist()} ml: check labels and spacing."
+        )
     sizes = sizes[sizes > 0]
     if not len(sizes):
         return None
     if len(sizes) >= 5:
         median = np.median(sizes)
-        # The bound belongs to the interval: equal sizes lie on it, and so do those of two equally large groups. Rounding
-        # must not push these out, it would leave no size at all.
+        # The bound belongs to the interval: equal sizes lie on it, and so do those of two equally large groups.
+        # Rounding must not push these out, it would leave no size at all.
         sizes = sizes[np.abs(sizes - median) <= sizes.std() + 1e-9 * median]
     return SizePrior(float(sizes.mean()), float(sizes.std()), len(sizes))
 

@@ -13,6 +13,8 @@ import random
 from collections import Counter
 from pathlib import Path
 
+SPLITS_FILE = "splits_fseft.json"
+
 
 def make_splits(
     labelled: list[str],
@@ -38,7 +40,8 @@ def make_splits(
         raise ValueError(f"The numbers of shots are {shots}: give at least one, each 1 or more.")
     if max(shots) > len(labelled):
         raise ValueError(
-            f"{max(shots)} shots need as many labelled cases, there are {len(labelled)}: label more or ask for fewer shots."
+            f"{max(shots)} shots need as many labelled cases, there are {len(labelled)}: "
+            "label more or ask for fewer shots."
         )
     if num_queries < 0 or num_folds < 1:
         raise ValueError(f"{num_queries} queries and {num_folds} folds: give at least 0 queries and 1 fold.")
@@ -78,8 +81,8 @@ def support_cases(splits: dict, shots: int | str, fold: int | str) -> list[str]:
         return list(pool)
     if shots not in range(1, len(pool) + 1):
         raise ValueError(
-            f"{shots} shots of a pool of {len(pool)} cases: ask for 1 to {len(pool)} or 'all', or make a larger pool with "
-            "`fseft splits -d ID`."
+            f"{shots} shots of a pool of {len(pool)} cases: ask for 1 to {len(pool)} or 'all', "
+            "or make a larger pool with `fseft splits -d ID`."
         )
     return pool[:shots]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from time import time
 
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -22,6 +23,17 @@ class StoppableTrainer(nnUNetTrainer):
         except StopTraining as reason:
             self.print_to_log_file(f"Training ends after epoch {self.current_epoch - 1}: {reason}")
             self.on_train_end()
+
+
+class TimeScheduler(PolyLRScheduler):
+    """nnU-Net's polynomial schedule over the share of the budget that is used; the epoch plays no part."""
+
+    def __init__(self, optimizer, initial_lr: float, progress: Callable[[], float]):
+        self.progress = progress
+        super().__init__(optimizer, initial_lr, max_steps=1)
+
+    def step(self, current_step=None):
+        super().step(self.progress())
 
 
 class TimeBudgetTrainer(StoppableTrainer):
@@ -52,18 +64,19 @@ class TimeBudgetTrainer(StoppableTrainer):
 
     def progress(self) -> float:
         """Share of the budget that is used, in [0, 1]; the running epoch counts."""
-        running = time() - self.logger.get_value("epoch_start_timestamps", step=self.current_epoch)
+        starts = self.logger.get_value("epoch_start_timestamps", step=None)
+        running = time() - starts[self.current_epoch] if len(starts) > self.current_epoch else 0.0
         return min(1.0, (self.seconds_trained() + running) / self.budget_seconds())
 
     def initialize(self):
         super().initialize()
         if self.budget_seconds() is not None:
-            self.time_scheduler = PolyLRScheduler(self.optimizer, self.initial_lr, max_steps=1)
+            self.lr_scheduler = TimeScheduler(self.optimizer, self.initial_lr, self.progress)
             self.num_epochs = 1_000_000
 
     def train_step(self, batch: dict) -> dict:
         if self.budget_seconds() is not None:
-            self.time_scheduler.step(self.progress())
+            self.lr_scheduler.step()
         return super().train_step(batch)
 
     def on_epoch_end(self):

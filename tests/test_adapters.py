@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fsefs_nnunet.adapters import ADAPTERS, build_adapter
+from fsefs_nnunet.adapters.spatial import SpatialAdapter
+from fsefs_nnunet.losses import soft_dice
+
+GOLDEN_NAMES = {"conv1.weight": "adapter.0.weight", "conv2.weight": "adapter.2.weight"}
+
+
+def trained(kind: str, channels: int) -> nn.Module:
+    """An adapter with weights unlike those at the start."""
+    torch.manual_seed(0)
+    adapter = build_adapter(kind, channels)
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return adapter
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_starts_as_the_identity(kind):
+    x = torch.randn(2, 6, 5, 7, 4)
+    assert torch.equal(build_adapter(kind, 6)(x), x)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_margin_is_the_reach(kind):
+    """An output voxel depends on inputs up to `margin` voxels away and on none beyond."""
+    # of many channels, one at least passes the ReLU at every voxel
+    adapter = trained(kind, 16)
+    x = torch.randn(1, 16, 11, 11, 11, requires_grad=True)
+    adapter(x)[..., 5, 5, 5].sum().backward()
+    reached = x.grad.abs().sum((0, 1)).nonzero() - 5
+    assert reached.abs().amax() == adapter.margin
+    assert len(reached) == (2 * adapter.margin + 1) ** 3
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_crop_with_margin_equals_whole_volume(kind):
+    adapter = trained(kind, 3)
+    x, m = torch.randn(1, 3, 12, 11, 10), adapter.margin
+    inside = (..., slice(4, 8), slice(4, 7), slice(3, 7))
+    crop = adapter(x[..., 4 - m : 8 + m, 4 - m : 7 + m, 3 - m : 7 + m])
+    torch.testing.assert_close(crop[..., m : m + 4, m : m + 3, m : m + 4], adapter(x)[inside])
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_state_round_trip(kind):
+    adapter, x = trained(kind, 4), torch.randn(1, 4, 5, 5, 5)
+    other = build_adapter(kind, 4)
+    other.load_state_dict(adapter.state_dict())
+    assert torch.equal(other(x), adapter(x))
+
+
+def test_number_of_weights():
+    count = {kind: sum(p.numel() for p in build_adapter(kind, 48).parameters()) for kind in ADAPTERS}
+    assert count == {"linear_probe": 0, "spatial": 124_416}
+
+
+def test_unknown_kind_lists_the_kinds():
+    with pytest.raises(ValueError, match=r"'lora'.*\['linear_probe', 'spatial'\]"):
+        build_adapter("lora", 48)
+
+
+def load(adapter: SpatialAdapter, head: nn.Conv3d, **arrays) -> None:
+    with torch.no_grad():
+        for parameter, array in zip([*adapter.parameters(), *head.parameters()], arrays.values()):
+            parameter.copy_(torch.from_numpy(array))
+
+
+@pytest.mark.parametrize("group", ["C48_k3", "C64_k3"])
+def test_spatial_adapter_matches_the_published_code(shared, group):
+    with np.load(shared / "golden" / "spatial_adapter_journal.npz") as file:
+        golden = {key.removeprefix(f"{group}/"): file[key] for key in file.files if key.startswith(f"{group}/")}
+    channels = golden["x"].shape[1]
+    adapter, head = SpatialAdapter(channels), nn.Conv3d(channels, 1, 1)
+    load(adapter, head, **{key: golden[key] for key in ("w1", "w2", "head_w", "head_b")})
+    adapted = adapter(torch.from_numpy(golden["x"]))
+    logits = head(adapted)
+    loss = soft_dice(torch.sigmoid(logits), torch.from_numpy(golden["y"])).mean()
+    loss.backward()
+    np.testing.assert_allclose(adapted.detach(), golden["adapter_out"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits.detach(), golden["logits"], rtol=1e-5, atol=1e-5)
+    assert loss.item() == pytest.approx(float(golden["loss"]), rel=1e-5)
+    gradients = {GOLDEN_NAMES[name]: p.grad for name, p in adapter.named_parameters()}
+    gradients |= {f"linear.{name}": p.grad for name, p in head.named_parameters()}
+    for name, gradient in gradients.items():
+        expected = golden[f"grad/{name}"]
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max(), err_msg=name)
+
+
+def test_training_matches_the_published_code(shared):
+    """Six AdamW steps on given features: losses and final weights."""
+    with np.load(shared / "golden" / "training_trace_journal_bb3d.npz") as file:
+        golden = dict(file)
+    names = ["0.adapter.0.weight", "0.adapter.2.weight", "1.linear.weight", "1.linear.bias"]
+    adapter, head = SpatialAdapter(48), nn.Conv3d(48, 1, 1)
+    load(adapter, head, **{name: golden[f"init/{name}"] for name in names})
+    model = nn.Sequential(adapter, head)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0)
+    losses = []
+    for x, y in zip(torch.from_numpy(golden["X"]), torch.from_numpy(golden["Y"])):
+        loss = soft_dice(torch.sigmoid(model(x)), y).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    np.testing.assert_allclose(losses, golden["losses"], rtol=1e-4)
+    for name, parameter in zip(names, model.parameters()):
+        moved = np.abs(golden[f"final/{name}"] - golden[f"init/{name}"]).max()
+        np.testing.assert_allclose(parameter.detach(), golden[f"final/{name}"], atol=0.01 * moved, err_msg=name)

@@ -1,0 +1,110 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fsefs_nnunet.size_prior import SizePrior, estimate_size, label_volumes_ml, size_penalty
+
+DATA = Path(__file__).parent / "data"
+SIZES = json.loads((DATA / "size_prior.json").read_text())
+PENALTIES = json.loads((DATA / "proportion_constraint.json").read_text())
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_estimate_matches_the_published_code(name):
+    case = SIZES[name]
+    # the published code gives NaN for equal sizes
+    expected = 40000.0 if case["is_nan"] else case["target"]
+    kept = case["kept_indices"] or range(len(case["sizes"]))
+    prior = estimate_size(case["sizes"])
+    assert prior.size == pytest.approx(expected, rel=1e-12)
+    assert prior.num_cases == len(kept)
+    assert prior.spread == pytest.approx(np.std([case["sizes"][i] for i in kept]), rel=1e-12, abs=1e-9)
+
+
+def test_estimate_by_hand():
+    assert estimate_size([2.0, 4.0]) == SizePrior(3.0, 1.0, 2)
+    # median 3, standard deviation sqrt(1168.4) = 38: the outlier goes
+    assert estimate_size([1.0, 2.0, 3.0, 4.0, 90.0]) == SizePrior(2.5, np.std([1, 2, 3, 4]), 4)
+
+
+def test_absent_organs_do_not_enter():
+    assert estimate_size([0.0, 5.0, 0.0]) == SizePrior(5.0, 0.0, 1)
+    # four sizes are left, so the outlier stays
+    assert estimate_size([0.0, 1.0, 2.0, 3.0, 90.0]).size == 24.0
+    assert estimate_size([0.0, 0.0]) is None
+    assert estimate_size([]) is None
+
+
+@pytest.mark.parametrize("low, high", [(0.1, 0.1), (0.1, 0.3), (1000.1, 1000.1000001), (1e-3, 7e5)])
+def test_sizes_on_the_bound_stay(low, high):
+    prior = estimate_size([low] * 3 + [high] * 3)
+    assert prior.num_cases == 6
+    assert prior.size == pytest.approx((low + high) / 2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_estimate_refuses(bad):
+    with pytest.raises(ValueError, match="finite and not negative"):
+        estimate_size([1.0, bad])
+
+
+def test_penalty_matches_equation_2():
+    """All rows of the golden file, value and gradient of lambda * penalty."""
+    rows, lam = PENALTIES["rows"], PENALTIES["lambda"]
+    for gamma in {row["margin"] for row in rows}:
+        column = {key: [row[key] for row in rows if row["margin"] == gamma] for key in rows[0]}
+        predicted = torch.tensor(column["S_hat"], dtype=torch.float64, requires_grad=True)
+        penalty = size_penalty(predicted, torch.tensor(column["S"], dtype=torch.float64), gamma)
+        np.testing.assert_allclose(penalty.detach(), column["eq2_over_S"], rtol=1e-5, atol=1e-7)
+        (lam * penalty).sum().backward()
+        np.testing.assert_allclose(predicted.grad, column["eq2_over_S_dLambda_dShat"], rtol=1e-4)
+
+
+def test_penalty_by_hand():
+    prior = torch.tensor([[10.0, 10.0, 10.0], [2.0, 2.0, 2.0]])
+    predicted = torch.tensor([[4.0, 9.0, 16.0], [1.0, 3.0, 200.0]], requires_grad=True)
+    penalty = size_penalty(predicted, prior, 0.5)
+    torch.testing.assert_close(penalty, torch.tensor([[0.1, 0.0, 0.1], [0.0, 0.0, 98.5]]))
+    penalty.sum().backward()
+    # zero on the band's bounds; far above the pull is as strong as near
+    assert torch.equal(predicted.grad, torch.tensor([[-0.1, 0.0, 0.1], [0.0, 0.0, 0.5]]))
+
+
+def test_penalty_of_an_empty_prediction_and_no_tolerance():
+    predicted = torch.tensor([0.0, 5.0], requires_grad=True)
+    penalty = size_penalty(predicted, torch.tensor([4.0, 4.0]), 0.0)
+    torch.testing.assert_close(penalty, torch.tensor([1.0, 0.25]))
+    penalty.sum().backward()
+    assert torch.equal(predicted.grad, torch.tensor([-0.25, 0.25]))
+
+
+@pytest.mark.parametrize("gamma", [-0.1, 1.0, 1.5, float("nan")])
+def test_penalty_refuses_gamma(gamma):
+    with pytest.raises(ValueError, match="gamma"):
+        size_penalty(torch.ones(2), torch.ones(2), gamma)
+
+
+@pytest.mark.parametrize("prior", [0.0, -1.0, float("nan")])
+def test_penalty_refuses_prior(prior):
+    with pytest.raises(ValueError, match="positive"):
+        size_penalty(torch.ones(2), torch.tensor([1.0, prior]), 0.3)
+
+
+def test_label_volumes():
+    label_map = np.zeros((10, 10, 10), np.int16)
+    label_map[:2, :5, :5] = 1  # 50 voxels
+    label_map[5:, :2, :2] = 2  # 20 voxels
+    label_map[9, 9, 9] = -1  # nnU-Net's mark for outside
+    volumes = label_volumes_ml(label_map, [1, 2, (1, 2), 3], (2.0, 5.0, 1.5))
+    np.testing.assert_allclose(volumes, [0.75, 0.3, 1.05, 0.0])
+    np.testing.assert_allclose(label_volumes_ml(label_map.astype(np.uint8), [1], (1, 1, 1)), [0.05])
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, fsefs_nnunet, fsefs_nnunet.size_prior, fsefs_nnunet.splits; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
