@@ -50,7 +50,9 @@ class CropLoader:
         rng = np.random.default_rng((*self.seed, self.epoch, self.step))
         self.step += 1
         # without replacement while the support lasts, so that few shots are seen equally often
-        order = np.concatenate([rng.permutation(len(self.cases)) for _ in range(-(-self.batch_size // len(self.cases)))])
+        order = np.concatenate(
+            [rng.permutation(len(self.cases)) for _ in range(-(-self.batch_size // len(self.cases)))]
+        )
         keys = [self.cases[i] for i in order[: self.batch_size]]
         data, target = zip(*(self._crop(rng, case, b % 2 == 0) for b, case in enumerate(keys)))
         return {"data": torch.stack(data), "target": torch.stack(target), "keys": keys}

@@ -35,7 +35,9 @@ def extract_features(
     """
     padded, revert = pad_nd_image(image, patch_size, "constant", {"value": 0}, True, None)
     steps = compute_steps_for_sliding_window(padded.shape[1:], patch_size, TILE_STEP_SIZE)
-    gaussian = compute_gaussian(tuple(patch_size), sigma_scale=1.0 / 8, value_scaling_factor=10, device=torch.device("cpu"))
+    gaussian = compute_gaussian(
+        tuple(patch_size), sigma_scale=1.0 / 8, value_scaling_factor=10, device=torch.device("cpu")
+    )
     gaussian = gaussian.float()
     features = torch.zeros((backbone.out_channels, *padded.shape[1:]))
     weight = torch.zeros(padded.shape[1:])
@@ -57,7 +59,9 @@ class FeatureBank:
     last, carries the image's own hash and the file's. An entry that does not verify is computed again.
     """
 
-    def __init__(self, root: Path, backbone: FrozenBackbone, stages: str, patch_size: tuple[int, ...], device: torch.device):
+    def __init__(
+        self, root: Path, backbone: FrozenBackbone, stages: str, patch_size: tuple[int, ...], device: torch.device
+    ):
         self.backbone = backbone
         self.patch_size = tuple(int(n) for n in patch_size)
         self.device = device
@@ -70,14 +74,18 @@ class FeatureBank:
         key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
         self.folder = Path(root) / f"{backbone.contract.id}_{key}"
 
-    def fill(self, cases: Iterable[str], load_image: Callable[[str], np.ndarray], log: Callable[[str], None] = print) -> int:
+    def fill(
+        self, cases: Iterable[str], load_image: Callable[[str], np.ndarray], log: Callable[[str], None] = print
+    ) -> int:
         """Compute the missing entries of `cases`; returns how many. `load_image` gives (channels, X, Y, Z)."""
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = []
         for case in cases:
             image = np.ascontiguousarray(load_image(case), dtype=np.float32)
             if not np.isfinite(image).all():
-                raise ValueError(f"The preprocessed image of {case} holds NaN or infinite values: repair the raw image.")
+                raise ValueError(
+                    f"The preprocessed image of {case} holds NaN or infinite values: repair the raw image."
+                )
             digest = hashlib.sha256(image.tobytes()).hexdigest()
             if not self._valid(case, digest):
                 missing.append((case, digest))

@@ -31,8 +31,8 @@ class AdaptedNetwork(nn.Module):
     ):
         """nnU-Net gives input_channels, num_classes and deep_supervision (there is none); the plans give the rest.
 
-        channels: width of the adapter; features of another width are reduced to it by a 1^3 convolution. None: as many
-            as the features have.
+        channels: width of the adapter; features of another width are reduced to it by a 1^3 convolution. None: as
+            many as the features have.
         """
         super().__init__()
         self.backbone = FrozenBackbone(backbone, stages, sha256)

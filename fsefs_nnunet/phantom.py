@@ -100,7 +100,8 @@ def _bspline_basis(n: int, knots: int) -> np.ndarray:
     cell = position.astype(int)
     t = position - cell
     weights = (
-        np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], 1).astype(np.float32) / 6
+        np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], 1).astype(np.float32)
+        / 6
     )
     basis = np.zeros((n, knots + 3), np.float32)
     for i in range(4):

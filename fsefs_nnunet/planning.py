@@ -76,8 +76,8 @@ def write_splits(
         print(f"{file} is replaced by other draws: results of earlier K-shot trainings no longer belong to it.")
     save_splits(splits, file)
     print(
-        f"{file}: {len(labelled)} labelled cases; {len(splits['queries'])} of them and {len(images)} unlabelled ones are "
-        f"queries; {num_folds} seeded draws of the support from the other {len(splits['folds'][0])}."
+        f"{file}: {len(labelled)} labelled cases; {len(splits['queries'])} of them and {len(images)} unlabelled "
+        f"ones are queries; {num_folds} seeded draws of the support from the other {len(splits['folds'][0])}."
     )
     return images
 
@@ -102,7 +102,9 @@ def plan(
     name, raw, preprocessed = dataset_folders(dataset_id)
     shots = fitting_shots(shots, len(labelled_cases(raw)))
     preprocessed.mkdir(parents=True, exist_ok=True)
-    extract_fingerprints([int(name[7:10])], num_processes=num_processes, check_dataset_integrity=check_integrity, clean=False)
+    extract_fingerprints(
+        [int(name[7:10])], num_processes=num_processes, check_dataset_integrity=check_integrity, clean=False
+    )
     planner = FSEFTPlanner(
         name,
         gpu_memory_target_in_gb,

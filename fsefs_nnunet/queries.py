@@ -24,7 +24,9 @@ class UnlabelledQueries:
     def load(self, case: str) -> np.ndarray:
         return np.load(self.folder / f"{case}.npy")
 
-    def preprocess(self, images: dict[str, list[str]], plans_manager, configuration_manager, dataset_json: dict) -> None:
+    def preprocess(
+        self, images: dict[str, list[str]], plans_manager, configuration_manager, dataset_json: dict
+    ) -> None:
         """Preprocess `images`, case -> one file per channel, and forget the queries of earlier calls.
 
         Raises:

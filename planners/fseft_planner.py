@@ -61,7 +61,9 @@ class FSEFTPlanner(ExperimentPlanner):
         json_file = join(self.raw_dataset_folder, "dataset.json")
         channels = self.dataset_json["channel_names"]
         if "CT" in channels.values() and self.contract.ct_intensities is None:
-            raise ValueError(f"Backbone {self.contract.id!r} was not trained on CT, {json_file} names CT: choose another.")
+            raise ValueError(
+                f"Backbone {self.contract.id!r} was not trained on CT, {json_file} names CT: choose another."
+            )
         if len(channels) != self.contract.input_channels:
             raise ValueError(
                 f"{json_file} has {len(channels)} channel(s), backbone {self.contract.id!r} takes "
@@ -69,8 +71,8 @@ class FSEFTPlanner(ExperimentPlanner):
             )
         if self.contract.modalities == "CT" and set(channels.values()) != {"CT"}:
             raise ValueError(
-                f"Backbone {self.contract.id!r} knows CT alone, {json_file} names {list(channels.values())}: choose another "
-                'backbone, or name the channel "CT" if it holds Hounsfield units.'
+                f"Backbone {self.contract.id!r} knows CT alone, {json_file} names {list(channels.values())}: choose "
+                'another backbone, or name the channel "CT" if it holds Hounsfield units.'
             )
         spacings = np.array(self.dataset_fingerprint["spacings"])
         if not (np.isfinite(spacings).all() and (spacings > 0).all()):
@@ -170,10 +172,14 @@ class FSEFTPlanner(ExperimentPlanner):
             f"\nBackbone {contract.id}, SHA-256 {contract.sha256[:12]}; orientation RAS, axes x, y, z.\n"
             f"Spacing {[round(float(s), 3) for s in parent['spacing']]} mm: {spacing}.\n"
             f"Normalisation {parent['normalization_schemes']}: "
-            + (f"CT as the backbone's, {contract.ct_intensities}" if "CTNormalization" in parent["normalization_schemes"] else "")
+            + (
+                f"CT as the backbone's, {contract.ct_intensities}"
+                if "CTNormalization" in parent["normalization_schemes"]
+                else ""
+            )
             + ("each image by itself" if "ZScoreNormalization" in parent["normalization_schemes"] else "")
-            + f".\nWindow {child['patch_size']}: median volume {list(parent['median_image_size_in_voxels'])}, multiples of "
-            f"{contract.divisor}, at most {list(contract.patch_size)}.\n"
+            + f".\nWindow {child['patch_size']}: median volume {list(parent['median_image_size_in_voxels'])}, "
+            f"multiples of {contract.divisor}, at most {list(contract.patch_size)}.\n"
             f"Training: {child['batch_size']} crops of {child['fseft_crop_size']} from the feature bank a step.\n"
             f"Labels that the backbone knows by name: {match_labels(names, contract.classes) or 'none'}.\n"
             f"Configurations: {', '.join(children)}; 3d_fullres is stock nnU-Net on the same data."

@@ -39,8 +39,8 @@ class FSEFTTrainer(nnUNetTrainer):
         self.settings = self.configuration_manager.configuration
         if "fseft_backbone" not in self.settings:
             raise RuntimeError(
-                f"{configuration!r} of plans {self.plans_manager.plans_name!r} is no K-shot configuration: make plans with "
-                "`fseft plan_and_preprocess -d ID` and train one of 3d_fullres_1shot, _5shot, _10shot or _allshot."
+                f"{configuration!r} of plans {self.plans_manager.plans_name!r} is no K-shot configuration: make plans "
+                "with `fseft plan_and_preprocess -d ID` and train one of 3d_fullres_1shot, _5shot, _10shot or _allshot."
             )
         if self.is_ddp:
             raise RuntimeError(f"{type(self).__name__} trains a small adapter on one device: leave -num_gpus at 1.")
@@ -55,7 +55,12 @@ class FSEFTTrainer(nnUNetTrainer):
 
     @classmethod
     def build_network_architecture(
-        cls, plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=False
+        cls,
+        plans_manager,
+        configuration_manager,
+        num_input_channels,
+        num_output_channels,
+        enable_deep_supervision=False,
     ) -> nn.Module:
         kwargs = dict(configuration_manager.network_arch_init_kwargs)
         if cls.adapter is not None:
@@ -170,8 +175,10 @@ class FSEFTTrainer(nnUNetTrainer):
         self.priors: list[SizePrior | None] = [estimate_size(column) for column in columns]
         self.query_sizes = None
         if not self.use_size_prior or not self.queries or self.settings["fseft_lambda"] == 0 or not any(self.priors):
-            why = "it is switched off" if not self.use_size_prior or not self.settings["fseft_lambda"] else (
-                "there are no queries" if not self.queries else "no support case shows a class whole"
+            why = (
+                "it is switched off"
+                if not self.use_size_prior or not self.settings["fseft_lambda"]
+                else ("there are no queries" if not self.queries else "no support case shows a class whole")
             )
             self.print_to_log_file(f"The size prior has no effect: {why}.")
             return
@@ -185,7 +192,7 @@ class FSEFTTrainer(nnUNetTrainer):
         self.prior_ml = torch.tensor([self.priors[i].size for i in known], device=self.device)
 
     def start_network(self) -> None:
-        """A fresh network takes the support features' statistics and the universal head's rows; a resumed one has them."""
+        """A fresh network takes the support features' statistics and the universal head's rows."""
         if self.network.is_fitted:
             return
         mean, std = self.bank.statistics(self.support)
@@ -194,7 +201,9 @@ class FSEFTTrainer(nnUNetTrainer):
         trained = sum(p.numel() for p in self.network.parameters())
         frozen = sum(p.numel() for p in self.network.backbone.module.parameters())
         self.print_to_log_file(f"Backbone {contract.id}, SHA-256 {contract.sha256}: {frozen} parameters, frozen.")
-        self.print_to_log_file(f"{trained} parameters are trained. Head rows from the universal head: {matches or 'none'}.")
+        self.print_to_log_file(
+            f"{trained} parameters are trained. Head rows from the universal head: {matches or 'none'}."
+        )
 
     # ---- training ----
 

@@ -99,7 +99,9 @@ class FSEFTPretrainer(TimeBudgetTrainer):
         """`cases` with the cases of small sources repeated, so that every source is drawn equally often."""
         missing = [case for case in cases if case not in self.masks]
         if missing:
-            raise RuntimeError(f'dataset.json lists {len(missing)} cases in no source, e.g. {missing[0]}: add to "sources".')
+            raise RuntimeError(
+                f'dataset.json lists {len(missing)} cases in no source, e.g. {missing[0]}: add to "sources".'
+            )
         known = set(cases)
         groups = [[c for c in source["cases"] if c in known] for source in self.dataset_json["sources"].values()]
         largest = max(map(len, groups))
@@ -163,6 +165,7 @@ def mask_summary(summary: dict, masks: dict[str, torch.Tensor], labels: dict) ->
             values = np.array([case["metrics"][key][metric] for case in summary["metric_per_case"]], float)
             summary["mean"][key][metric] = float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
     summary["foreground_mean"] = {
-        metric: float(np.nanmean([summary["mean"][key][metric] for key in keys])) for metric in summary["foreground_mean"]
+        metric: float(np.nanmean([summary["mean"][key][metric] for key in keys]))
+        for metric in summary["foreground_mean"]
     }
     return summary

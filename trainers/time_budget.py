@@ -52,7 +52,9 @@ class TimeBudgetTrainer(StoppableTrainer):
         except ValueError:
             seconds = 0.0
         if seconds <= 0:
-            raise ValueError(f"The environment variable fseft_train_minutes must be a positive number, not {minutes!r}.")
+            raise ValueError(
+                f"The environment variable fseft_train_minutes must be a positive number, it is {minutes!r}."
+            )
         return seconds
 
     def seconds_trained(self) -> float:

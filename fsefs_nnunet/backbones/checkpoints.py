@@ -32,8 +32,9 @@ def read_checkpoint(file: Path) -> dict:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file} was not opened: it holds more than weights, or is no PyTorch file ({str(error).splitlines()[0][:120]}). "
-            "Take the file from its publisher again; if it is your own, save its state_dict alone."
+            f"{file} was not opened: it holds more than weights, or is no PyTorch file "
+            f"({str(error).splitlines()[0][:120]}). "
+            "Take it from its publisher again; if it is your own, save its state_dict alone."
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file} is damaged or incomplete: download or copy it again.") from error

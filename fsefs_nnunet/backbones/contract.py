@@ -20,8 +20,8 @@ class BackboneContract:
     patch_size: largest window, voxels per axis.
     smallest_window: smallest window that it was trained on, voxels per axis.
     spacing: mm per axis in x, y, z, or None: the dataset's own.
-    ct_intensities: how CT is normalised, the values that nnU-Net's CTNormalization reads: clipped to percentile_00_5 and
-        percentile_99_5, then shifted by mean and divided by std; None for a model that was not trained on CT.
+    ct_intensities: how CT is normalised, the values that nnU-Net's CTNormalization reads: clipped to percentile_00_5
+        and percentile_99_5, then shifted by mean and divided by std; None for a model that was not trained on CT.
     modalities: "CT", or "any" for images of other channel names as well.
     sha256: of the weights file.
     """

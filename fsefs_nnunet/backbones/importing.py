@@ -46,7 +46,9 @@ def import_nnunet_model(
     content = read_checkpoint(folds[0])
     plans = json.loads((model_folder / "plans.json").read_text())
     dataset = json.loads((model_folder / "dataset.json").read_text())
-    contract = _contract(backbone_id, plans, content["init_args"]["configuration"], dataset, open_spacing, contract_fields)
+    contract = _contract(
+        backbone_id, plans, content["init_args"]["configuration"], dataset, open_spacing, contract_fields
+    )
     backbone = NNUNetBackbone(contract, "last")
     own = backbone.backbone_state().keys()
     backbone.load_backbone_state({name: t for name, t in content["network_weights"].items() if name in own})

@@ -66,8 +66,8 @@ class NNUNetBackbone(nn.Module):
         wrong = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
         if missing or extra or wrong:
             raise ValueError(
-                f"The weights do not fit the architecture: {len(missing)} tensors are missing {missing[:2]}, {len(extra)} "
-                f"are unknown {extra[:2]}, {len(wrong)} have another shape {wrong[:2]}. Is it the right backbone?"
+                f"The weights do not fit the architecture: {len(missing)} tensors are missing {missing[:2]}, "
+                f"{len(extra)} are unknown {extra[:2]}, {len(wrong)} have another shape {wrong[:2]}. Is it the right backbone?"
             )
         for name, tensor in own.items():
             tensor.copy_(weights[name])

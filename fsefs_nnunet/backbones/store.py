@@ -35,7 +35,8 @@ def find_backbone(backbone_id: str) -> BackboneContract:
     if backbone_id not in known:
         raise ValueError(
             f"Backbone {backbone_id!r} is not here; there are: {', '.join(known) or 'none'}. "
-            f"Look in {user_folder()} (environment variable fseft_backbones) or import it: fseft backbones import ID FOLDER."
+            f"Look in {user_folder()} (environment variable fseft_backbones) or import it: "
+            "fseft backbones import ID FOLDER."
         )
     return BackboneContract.load(known[backbone_id])
 

@@ -35,7 +35,13 @@ def plan(args: argparse.Namespace) -> None:
     from fsefs_nnunet import planning
 
     planning.plan(
-        args.d, args.b, args.shots, args.np, args.gpu_memory_target, args.overwrite_plans_name, args.overwrite_target_spacing
+        args.d,
+        args.b,
+        args.shots,
+        args.np,
+        args.gpu_memory_target,
+        args.overwrite_plans_name,
+        args.overwrite_target_spacing,
     )
 
 
@@ -61,7 +67,7 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
     queries = planning.write_splits(args.d, args.shots, args.queries, args.num_queries, args.folds, args.seed)
     planning.preprocess(args.d, name, args.np, queries)
     print(
-        f"\nNext:\n  eval \"$(fseft env)\"\n  nnUNetv2_train {args.d} 3d_fullres_5shot 0 -tr FSEFTTrainer -p {name}"
+        f'\nNext:\n  eval "$(fseft env)"\n  nnUNetv2_train {args.d} 3d_fullres_5shot 0 -tr FSEFTTrainer -p {name}'
         "\n(on a machine without a GPU add -device cpu)"
     )
 
@@ -77,7 +83,9 @@ def backbones(args: argparse.Namespace) -> None:
         from fsefs_nnunet.backbones.importing import import_nnunet_model
 
         contract = import_nnunet_model(args.id, Path(args.path), Path(args.o) if args.o else store.user_folder())
-        print(f"Backbone {contract.id!r} with the classes {', '.join(contract.classes)}; use it: fseft plan -b {contract.id}")
+        print(
+            f"Backbone {contract.id!r} with the classes {', '.join(contract.classes)}; use it: fseft plan -b {contract.id}"
+        )
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -101,23 +109,34 @@ def parser() -> argparse.ArgumentParser:
     def dataset(sub):
         sub.add_argument("-d", required=True, metavar="DATASET", help="id or name of a nnU-Net raw dataset")
         sub.add_argument(
-            "--shots", nargs="+", type=shots_argument, default=[], metavar="K", help="default: 1 5 10 all, as far as they fit"
+            "--shots",
+            nargs="+",
+            type=shots_argument,
+            default=[],
+            metavar="K",
+            help="default: 1 5 10 all, as far as they fit",
         )
 
     def planning_options(sub):
-        sub.add_argument("-b", default="phantom", metavar="BACKBONE", help="see `fseft backbones list`; default: phantom")
+        sub.add_argument(
+            "-b", default="phantom", metavar="BACKBONE", help="see `fseft backbones list`; default: phantom"
+        )
         sub.add_argument("-np", type=int, default=4, metavar="N", help="processes, as in nnU-Net; default: 4")
         sub.add_argument(
             "-gpu_memory_target", type=float, default=8, metavar="GB", help="window and crops fit it; default: 8"
         )
-        sub.add_argument("-overwrite_plans_name", metavar="NAME", help="default: FSEFTPlans, FSEFTPlans_BACKBONE for others")
+        sub.add_argument(
+            "-overwrite_plans_name", metavar="NAME", help="default: FSEFTPlans, FSEFTPlans_BACKBONE for others"
+        )
         sub.add_argument("-overwrite_target_spacing", nargs=3, type=float, metavar="MM", help="as in nnU-Net: z y x")
 
     def split_options(sub):
         sub.add_argument(
             "--queries", metavar="FOLDER", help="unlabelled volumes; default: imagesTs if no labelled case is left over"
         )
-        sub.add_argument("--num_queries", type=int, default=20, help="labelled cases kept as queries at most; default: 20")
+        sub.add_argument(
+            "--num_queries", type=int, default=20, help="labelled cases kept as queries at most; default: 20"
+        )
         sub.add_argument("--folds", type=int, default=5, help="seeded draws of the support; default: 5")
         sub.add_argument("--seed", type=int, default=12345)
 
@@ -135,7 +154,9 @@ def parser() -> argparse.ArgumentParser:
     sub = actions.add_parser("import", help="import a nnU-Net model folder (the one with plans.json and fold_X)")
     sub.add_argument("id", help="name that the backbone gets")
     sub.add_argument("path", help="model folder")
-    sub.add_argument("-o", metavar="FOLDER", help="default: environment variable fseft_backbones, else your data folder")
+    sub.add_argument(
+        "-o", metavar="FOLDER", help="default: environment variable fseft_backbones, else your data folder"
+    )
     sub = verb("demo", demo, "Synthetic data, 5 labelled cases, four methods: tables and pictures in minutes.")
     sub.add_argument("-o", default="fseft_demo", metavar="FOLDER", help="default: ./fseft_demo")
     sub.add_argument("--seconds", type=float, default=None, help="training time of the from-scratch baseline")

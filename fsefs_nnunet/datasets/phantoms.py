@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,23 +32,33 @@ SOURCES = {
 HELD_OUT = "held_out"
 
 
-def write_case(folder: Path, case: str, seed: tuple[int, ...], config: PhantomConfig, keep: set[int], spacing=None):
-    """Write image and label map of one phantom; labels not in `keep` become background."""
+def write_case(
+    folder: Path, case: str, seed: tuple[int, ...], config: PhantomConfig, numbers: dict[int, int], spacing=None
+) -> None:
+    """Write image and label map of one phantom.
+
+    numbers: the phantom's labels to keep, with their numbers in the dataset; others become background.
+    spacing: what the header says in mm per axis, where it is not the phantom's.
+    """
     phantom = make_phantom(seed, config)
     # RAS: the affine of a NIfTI file maps voxels to the right, the front and the head
     affine = np.diag([*(spacing or phantom.spacing), 1.0])
-    labels = np.where(np.isin(phantom.labels, sorted(keep)), phantom.labels, 0).astype(np.uint8)
-    nib.save(nib.Nifti1Image(np.round(phantom.image).astype(np.int16), affine), folder / "imagesTr" / f"{case}_0000.nii.gz")
+    table = np.zeros(max(LABELS.values()) + 1, np.uint8)
+    table[list(numbers)] = list(numbers.values())
+    labels = table[phantom.labels]
+    nib.save(
+        nib.Nifti1Image(np.round(phantom.image).astype(np.int16), affine), folder / "imagesTr" / f"{case}_0000.nii.gz"
+    )
     nib.save(nib.Nifti1Image(labels, affine), folder / "labelsTr" / f"{case}.nii.gz")
 
 
 def _write_numbered(job: tuple, folder: Path) -> None:
-    case, seed, config, keep, spacing = job
-    write_case(folder, case, seed, config, keep, spacing)
+    case, seed, config, numbers, spacing = job
+    write_case(folder, case, seed, config, numbers, spacing)
 
 
 def write_dataset(folder: Path, jobs: list[tuple], labels: dict, num_processes: int, **dataset_json) -> None:
-    """Write the cases `jobs` = (case, seed, config, kept labels, spacing or None) and the dataset.json."""
+    """Write the cases `jobs` = (case, seed, config, label numbers, spacing or None) and the dataset.json."""
     from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 
     folder = Path(folder)
@@ -64,7 +73,13 @@ def write_dataset(folder: Path, jobs: list[tuple], labels: dict, num_processes: 
             )
         )
     generate_dataset_json(
-        str(folder), {0: "CT"}, {"background": 0, **labels}, len(jobs), ".nii.gz", dataset_name=folder.name, **dataset_json
+        str(folder),
+        {0: "CT"},
+        {"background": 0, **labels},
+        len(jobs),
+        ".nii.gz",
+        dataset_name=folder.name,
+        **dataset_json,
     )
 
 
@@ -82,9 +97,9 @@ def write_pretraining_assembly(
         source = list(SOURCES)[i % len(SOURCES)] if i < num_cases else HELD_OUT
         case = f"{source}_{i:05d}"
         cases[source].append(case)
-        keep = {v for name in annotated[source] for v in np.atleast_1d(TEMPLATE[name]).tolist()}
+        numbers = {v: v for name in annotated[source] for v in np.atleast_1d(TEMPLATE[name]).tolist()}
         config = pretraining_config((seed, i), (size,) * 3)
-        jobs.append((case, (seed, i), config, keep, (1.0, 1.0, 1.0)))
+        jobs.append((case, (seed, i), config, numbers, (1.0, 1.0, 1.0)))
     write_dataset(
         folder,
         jobs,
@@ -95,6 +110,13 @@ def write_pretraining_assembly(
     )
 
 
-def held_out_config(seed: tuple[int, ...], drift: float, shape: tuple[int, int, int] = (64, 64, 64)) -> PhantomConfig:
-    """A CT-like phantom with the pretraining's fields of view and the given drift."""
-    return replace(pretraining_config(seed, shape), drift=drift, appearance="ct")
+DEMO_ORGANS = ("spleen", "kidney_right", "kidney_left", "aorta", "stomach")
+DEMO_DRIFT = 1.6
+
+
+def write_demo_dataset(folder: Path, num_cases: int, seed: int = 2024, num_processes: int = 2) -> None:
+    """Phantoms of one coarse scanner whose drift lies outside the pretraining's [0, 1]; the stomach is a new organ."""
+    config = PhantomConfig(shape=(56, 48, 48), spacing=6.0, centre=(0.0, 0.0, 0.08), drift=DEMO_DRIFT)
+    numbers = {LABELS[name]: i for i, name in enumerate(DEMO_ORGANS, 1)}
+    jobs = [(f"phantom_{i:03d}", (seed, i), config, numbers, None) for i in range(num_cases)]
+    write_dataset(folder, jobs, {name: i for i, name in enumerate(DEMO_ORGANS, 1)}, num_processes)

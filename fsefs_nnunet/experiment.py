@@ -1,0 +1,102 @@
+"""Runs nnU-Net's commands in a folder of their own and reads what they leave: for the demo and the benchmarks."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import fsefs_nnunet
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A dataset with its plans below `work`, in nnU-Net's three folders; `device` as in nnUNetv2_train."""
+
+    work: Path
+    dataset: str
+    plans: str = "FSEFTPlans"
+    device: str = "cpu"
+
+    @property
+    def raw(self) -> Path:
+        return self.work / "nnUNet_raw" / self.dataset
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.work / "nnUNet_preprocessed" / self.dataset
+
+    def environment(self) -> dict[str, str]:
+        folders = {name: str(self.work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        shims = Path(fsefs_nnunet.__file__).parent / "shims"
+        # two processes each: a command of nnU-Net's starts up to eight, which import torch for seconds
+        processes = {"nnUNet_def_n_proc": "2", "nnUNet_extTrainer": str(shims)}
+        return {**os.environ, **folders, **processes}
+
+    def run(self, command: str, *args: str | Path, **environment: str) -> None:
+        """Run a command of nnU-Net's or ours; its output goes to `work`/log.txt.
+
+        Raises:
+            RuntimeError: if it fails, with the end of its output.
+        """
+        log = self.work / "log.txt"
+        line = " ".join([command, *map(str, args)])
+        print(f"$ {line}", flush=True)
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            (self.work / name).mkdir(parents=True, exist_ok=True)
+        with open(log, "a") as f:
+            f.write(f"\n$ {line}\n")
+            f.flush()
+            program = Path(sys.executable).parent / command
+            env = {**self.environment(), **environment}
+            code = subprocess.run([program, *map(str, args)], env=env, stdout=f, stderr=subprocess.STDOUT).returncode
+        if code:
+            tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-15:])
+            raise RuntimeError(f"`{line}` failed; {log} ends with:\n{tail}")
+
+    def model(self, trainer: str, configuration: str) -> Path:
+        return self.work / "nnUNet_results" / self.dataset / f"{trainer}__{self.plans}__{configuration}"
+
+    def train(self, trainer: str, configuration: str, fold: int = 0, **environment: str) -> Path:
+        """`nnUNetv2_train`, unless it is done; returns the fold's folder."""
+        folder = self.model(trainer, configuration) / f"fold_{fold}"
+        if not (folder / "validation" / "summary.json").exists():
+            args = (self.dataset, configuration, str(fold), "-tr", trainer, "-p", self.plans, "-device", self.device)
+            # augmentation in the main process: on few cores workers only compete with the training
+            self.run("nnUNetv2_train", *args, "--c", **{"nnUNet_n_proc_DA": "0", **environment})
+        return folder
+
+    def predict(self, trainer: str, configuration: str, images: Path, output: Path, fold: int = 0) -> Path:
+        """`nnUNetv2_predict` with one fold."""
+        args = ("-i", images, "-o", output, "-d", self.dataset, "-c", configuration, "-tr", trainer, "-p", self.plans)
+        self.run("nnUNetv2_predict", *args, "-f", str(fold), "-device", self.device, "-npp", "2", "-nps", "2")
+        return output
+
+
+_TIMESTAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+):")
+
+
+def training_seconds(fold_folder: Path) -> float:
+    """Wall time from the first timestamp to 'Training done.' in the folder's logs: filling the bank included."""
+    seconds = 0.0
+    for log in sorted(Path(fold_folder).glob("training_log_*.txt")):
+        lines = log.read_text().splitlines()
+        end = next((i for i, line in enumerate(lines) if "Training done." in line), len(lines))
+        times = [datetime.fromisoformat(m[1]) for line in lines[: end + 1] if (m := _TIMESTAMP.match(line))]
+        if times:
+            seconds += (times[-1] - times[0]).total_seconds()
+    return seconds
+
+
+def trained_parameters(checkpoint: Path) -> int:
+    """Number of trained values in a checkpoint; aliases of one tensor count once."""
+    from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+
+    weights = read_checkpoint(checkpoint)["network_weights"]
+    buffers = ("feature_mean", "feature_std", "is_fitted")
+    tensors = {tensor.data_ptr(): tensor.numel() for name, tensor in weights.items() if name not in buffers}
+    return sum(tensors.values())
