@@ -7,7 +7,7 @@ from torch import nn
 
 from fsefs_nnunet.adapters import build_adapter
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.labels import match_labels
+from fsefs_nnunet.labels import foreground_names, match_labels
 
 
 class AdaptedNetwork(nn.Module):
@@ -38,8 +38,8 @@ class AdaptedNetwork(nn.Module):
         self.backbone = FrozenBackbone(backbone, stages, sha256)
         if input_channels != self.backbone.contract.input_channels:
             raise ValueError(
-                f"Backbone {backbone!r} takes {self.backbone.contract.input_channels} image channel(s), the dataset has "
-                f"{input_channels}: choose another backbone or convert the dataset."
+                f"Backbone {backbone!r} takes {self.backbone.contract.input_channels} image channel(s), the dataset "
+                f"has {input_channels}: choose another backbone or convert the dataset."
             )
         features = self.backbone.out_channels
         channels = channels or features
@@ -82,7 +82,7 @@ class AdaptedNetwork(nn.Module):
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(std)
         self.is_fitted.fill_(True)
-        names = [name for name in labels if name not in ("background", "ignore")]
+        names = foreground_names(labels, has_regions)
         matches = match_labels(names, self.backbone.contract.classes) if self.head_channels else {}
         if not matches:
             return {}

@@ -14,6 +14,7 @@ from torch import autocast, nn
 
 from fsefs_nnunet.crops import CropLoader
 from fsefs_nnunet.features import FeatureBank
+from fsefs_nnunet.labels import foreground_names
 from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.network import AdaptedNetwork
 from fsefs_nnunet.queries import UnlabelledQueries
@@ -94,7 +95,7 @@ class FSEFTTrainer(nnUNetTrainer):
 
     @property
     def class_names(self) -> list[str]:
-        return [name for name in self.dataset_json["labels"] if name not in ("background", "ignore")]
+        return foreground_names(self.dataset_json["labels"], self.label_manager.has_regions)
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """Support cases, and the labelled queries that the final validation predicts; nothing else reads the latter."""

@@ -67,7 +67,7 @@ class NNUNetBackbone(nn.Module):
         if missing or extra or wrong:
             raise ValueError(
                 f"The weights do not fit the architecture: {len(missing)} tensors are missing {missing[:2]}, "
-                f"{len(extra)} are unknown {extra[:2]}, {len(wrong)} have another shape {wrong[:2]}. Is it the right backbone?"
+                f"{len(extra)} are unknown {extra[:2]}, {len(wrong)} have another shape {wrong[:2]}: it is another backbone."
             )
         for name, tensor in own.items():
             tensor.copy_(weights[name])

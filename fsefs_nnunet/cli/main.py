@@ -83,9 +83,7 @@ def backbones(args: argparse.Namespace) -> None:
         from fsefs_nnunet.backbones.importing import import_nnunet_model
 
         contract = import_nnunet_model(args.id, Path(args.path), Path(args.o) if args.o else store.user_folder())
-        print(
-            f"Backbone {contract.id!r} with the classes {', '.join(contract.classes)}; use it: fseft plan -b {contract.id}"
-        )
+        print(f"Backbone {contract.id!r}, classes {', '.join(contract.classes)}; use it: fseft plan -b {contract.id}")
 
 
 def demo(args: argparse.Namespace) -> None:
