@@ -18,7 +18,7 @@ METHODS = {
     "spatial adapter + size prior": ("FSEFTTrainer", CONFIGURATION),
     "from scratch, equal time": ("FSEFTTrainer_Scratch", "3d_fullres"),
 }
-STEPS_PER_EPOCH = 3  # the plans' default trains longer
+STEPS_PER_EPOCH = 2  # the plans' default trains longer
 
 
 def prepare(experiment: Experiment) -> None:

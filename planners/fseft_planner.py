@@ -16,7 +16,7 @@ DEFAULT_SHOTS = (1, 5, 10, "all")
 
 # Width of the adapter after the 1^3 reduction, and what a trained voxel costs in bytes at this width: activations and
 # gradients of reduction, two convolutions and head in fp32, with the same again for workspaces.
-CHANNELS = 48
+CHANNELS = 32
 BYTES_PER_CROP_VOXEL = 2 * 2 * 4 * 5 * CHANNELS
 
 

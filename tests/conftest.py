@@ -1,7 +1,22 @@
+from __future__ import annotations
+
+import json
 import os
+import shutil
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+import torch
+
+SHAPE = (32, 28, 30)
+SPACING = (10.0, 10.0, 10.0)
+LABELS = {"background": 0, "spleen": 1, "stomach": 2, "kidney_left": 3}  # no backbone knows the stomach
+NUM_LABELLED, NUM_UNLABELLED = 8, 2
+VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
 @pytest.fixture(scope="session")
@@ -10,3 +25,112 @@ def shared() -> Path:
     if not os.environ.get("FSEFT_SHARED"):
         pytest.skip("Set FSEFT_SHARED to the folder with golden/*.npz to compare with the published code's numbers.")
     return Path(os.environ["FSEFT_SHARED"])
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """nnU-Net's three folders with one dataset, planned with the embedded backbone and preprocessed."""
+
+    root: Path
+    dataset: str = "Dataset077_Tiny"
+
+    @property
+    def raw(self) -> Path:
+        return self.root / "nnUNet_raw" / self.dataset
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.root / "nnUNet_preprocessed" / self.dataset
+
+    @property
+    def results(self) -> Path:
+        return self.root / "nnUNet_results" / self.dataset
+
+    @property
+    def queries(self) -> Path:
+        """Images without labels."""
+        return self.root / "queries"
+
+    def environment(self) -> dict[str, str]:
+        return {name: str(self.root / name) for name in VARIABLES}
+
+    def plans(self, **settings) -> dict:
+        """The plans, with `settings` in every K-shot configuration."""
+        plans = json.loads((self.preprocessed / "FSEFTPlans.json").read_text())
+        for name, configuration in plans["configurations"].items():
+            if name != "3d_fullres":
+                configuration.update(deepcopy(settings))
+        return plans
+
+    def dataset_json(self) -> dict:
+        return json.loads((self.raw / "dataset.json").read_text())
+
+
+def write_phantom(image_file: Path, label_file: Path | None, seed: tuple[int, ...]) -> None:
+    from fsefs_nnunet import phantom
+
+    made = phantom.make_phantom(seed, phantom.PhantomConfig(shape=SHAPE, spacing=SPACING[0], centre=(-0.1, 0.0, 0.1)))
+    affine = np.diag([*SPACING, 1.0])
+    nib.save(nib.Nifti1Image(np.round(made.image).astype(np.int16), affine), image_file)
+    if label_file is not None:
+        labels = np.zeros(SHAPE, np.uint8)
+        for name, number in LABELS.items():
+            if name != "background":
+                labels[made.labels == phantom.LABELS[name]] = number
+        nib.save(nib.Nifti1Image(labels, affine), label_file)
+
+
+def write_tiny_dataset(workspace: Workspace) -> None:
+    for folder in (workspace.raw / "imagesTr", workspace.raw / "labelsTr", workspace.queries):
+        folder.mkdir(parents=True)
+    for i in range(NUM_LABELLED):
+        case = f"case_{i}"
+        write_phantom(
+            workspace.raw / "imagesTr" / f"{case}_0000.nii.gz", workspace.raw / "labelsTr" / f"{case}.nii.gz", (7, i)
+        )
+    for i in range(NUM_UNLABELLED):
+        write_phantom(workspace.queries / f"scan_{i}_0000.nii.gz", None, (8, i))
+    content = {"channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": NUM_LABELLED, "file_ending": ".nii.gz"}
+    (workspace.raw / "dataset.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Workspace:
+    """Eight labelled phantoms (5 support, 3 queries) and two unlabelled queries; do not write into it."""
+    from fsefs_nnunet import planning
+
+    workspace = Workspace(tmp_path_factory.mktemp("tiny"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, folder in workspace.environment().items():
+            patch.setenv(name, folder)
+        patch.setenv("nnUNet_def_n_proc", "2")
+        write_tiny_dataset(workspace)
+        name = planning.plan(77, "phantom", [], 1, 8, None)
+        queries = planning.write_splits(77, [], str(workspace.queries), 20, 5, 12345)
+        planning.preprocess(77, name, 1, queries)
+    return workspace
+
+
+@pytest.fixture
+def workspace(tiny, tmp_path, monkeypatch) -> Workspace:
+    """A copy of `tiny` that a test may change, with nnU-Net's environment variables set to it."""
+    copy = Workspace(tmp_path / "copy")
+    shutil.copytree(tiny.root, copy.root)
+    for name, folder in copy.environment().items():
+        monkeypatch.setenv(name, folder)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def contract():
+    from fsefs_nnunet.backbones.store import find_backbone
+
+    return find_backbone("phantom")
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    """Smooth blobs in [0, 1], (1, 1, 40, 32, 24)."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand((1, 1, 40, 32, 24), generator=generator)
+    return torch.nn.functional.avg_pool3d(noise, 5, 1, 2, count_include_pad=False).sub(0.3).mul(2.5)

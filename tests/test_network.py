@@ -1,0 +1,268 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.backbones.store import EMBEDDED
+from fsefs_nnunet.network import AdaptedNetwork
+
+SOFTMAX = {"background": 0, "stomach": 1, "spleen": 2, "Right Kidney": 3}
+REGIONS = {"background": 0, "kidneys": [1, 2], "kidney_left": 2, "stomach": 3, "ignore": 4}
+TRAINED = {"reduction.weight", "adapter.conv1.weight", "adapter.conv2.weight", "head.weight", "head.bias"}
+BUFFERS = {"feature_mean", "feature_std", "is_fitted"}
+
+
+def build(contract, adapter="spatial", stages="all", channels=48, num_classes=4, **changes) -> AdaptedNetwork:
+    kwargs = dict(backbone="phantom", sha256=contract.sha256, adapter=adapter, stages=stages, channels=channels, seed=1)
+    return AdaptedNetwork(**{"input_channels": 1, "num_classes": num_classes, **kwargs, **changes})
+
+
+def randomised(network: AdaptedNetwork, seed: int) -> AdaptedNetwork:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return network
+
+
+def fit(network: AdaptedNetwork, image: torch.Tensor, labels: dict, has_regions: bool) -> dict:
+    features = network.backbone(image).double().transpose(0, 1).flatten(1)
+    return network.fit(features.mean(1).float(), features.std(1).float(), labels, has_regions)
+
+
+# ---- the frozen backbone ----
+
+
+def test_backbone_is_in_nobodys_parameters_or_state():
+    model = torch.nn.Sequential(FrozenBackbone("phantom", "last"), torch.nn.Conv3d(16, 2, 1))
+    assert [name for name, _ in model.named_parameters()] == ["1.weight", "1.bias"]
+    assert list(model.state_dict()) == ["1.weight", "1.bias"]
+    assert sum(p.numel() for p in model[0].module.parameters()) > 1e6
+
+
+def test_backbone_stays_in_eval_mode_without_gradients(image):
+    backbone = FrozenBackbone("phantom", "last")
+    torch.nn.Sequential(backbone).train()
+    assert not any(module.training for module in backbone.module.modules())
+    assert not any(p.requires_grad for p in backbone.module.parameters())
+    features = backbone(image.requires_grad_())
+    assert not features.requires_grad
+    assert features.shape == (1, 16, 40, 32, 24)
+
+
+def test_backbone_follows_to(image):
+    backbone = FrozenBackbone("phantom", "all")
+    single = backbone(image)
+    torch.nn.Sequential(backbone).to(torch.float64)
+    assert {p.dtype for p in backbone.module.parameters()} == {torch.float64}
+    double = backbone(image.double())
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), single, rtol=1e-3, atol=1e-4)
+    backbone.to("meta")
+    assert {p.device.type for p in backbone.module.parameters()} == {"meta"}
+
+
+def test_stages_share_their_leading_channels(image):
+    last, every = FrozenBackbone("phantom", "last"), FrozenBackbone("phantom", "all")
+    assert (last.out_channels, every.out_channels) == (16, 16 + 32 + 64)
+    assert torch.equal(every(image)[:, :16], last(image))
+
+
+@pytest.mark.parametrize("stages", ["last", "all"])
+def test_features_and_head_are_the_unet(image, stages):
+    backbone = FrozenBackbone("phantom", stages)
+    with torch.no_grad():
+        logits = backbone.head(backbone(image)[:, : backbone.head.weight.shape[1]])
+        torch.testing.assert_close(logits, backbone.module.unet(image))
+
+
+def test_unknown_stages():
+    with pytest.raises(ValueError, match="'last' or 'all', not 'first'"):
+        FrozenBackbone("phantom", "first")
+
+
+# ---- files that are not what they should be ----
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """The embedded backbone, copied to the user's folder, where it takes precedence."""
+    monkeypatch.setenv("fseft_backbones", str(tmp_path))
+    for ending in ("json", "safetensors"):
+        shutil.copy(EMBEDDED / f"phantom.{ending}", tmp_path)
+    return tmp_path / "phantom.safetensors"
+
+
+def test_a_whole_copy_loads(copy):
+    FrozenBackbone("phantom", "last")
+
+
+def flip_a_byte(file):
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-4096])
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, lambda file: file.write_bytes(b"")])
+def test_damaged_weights(copy, damage):
+    damage(copy)
+    with pytest.raises(ValueError, match=r"phantom\.safetensors are damaged.*import them again"):
+        FrozenBackbone("phantom", "last")
+
+
+def test_missing_weights(copy):
+    copy.unlink()
+    with pytest.raises(ValueError, match=r"phantom\.safetensors are missing: import"):
+        FrozenBackbone("phantom", "last")
+
+
+def test_damaged_contract(copy):
+    copy.with_suffix(".json").write_text('{"id": "phantom"')
+    with pytest.raises(ValueError, match=r"phantom\.json is no backbone contract"):
+        FrozenBackbone("phantom", "last")
+
+
+def test_contract_of_unknown_kind(copy):
+    file = copy.with_suffix(".json")
+    content = json.loads(file.read_text())
+    content["architecture"]["kind"] = "transformer"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="'transformer'; known kinds: nnunet, raw_image"):
+        FrozenBackbone("phantom", "last")
+
+
+def test_weights_of_another_architecture(copy):
+    file = copy.with_suffix(".json")
+    content = json.loads(file.read_text())
+    content["classes"].append("appendix")
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="do not fit the architecture"):
+        FrozenBackbone("phantom", "last")
+
+
+def test_unknown_backbone_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'nothing' is not here; there are: .*phantom.*fseft_backbones.*import"):
+        FrozenBackbone("nothing", "last")
+
+
+def test_other_weights_than_the_plans_were_made_with():
+    with pytest.raises(ValueError, match=f"SHA-256 {'0' * 12}, here lies .*plan and train anew"):
+        FrozenBackbone("phantom", "last", "0" * 64)
+
+
+# ---- the adapted network ----
+
+
+def test_trained_parameters_are_those_of_reduction_adapter_and_head(contract):
+    network = build(contract)
+    assert {name for name, _ in network.named_parameters()} == TRAINED
+    assert set(network.state_dict()) == TRAINED | BUFFERS
+    assert sum(p.numel() for p in network.adapter.parameters()) == 124_416
+    assert sum(p.numel() for p in network.parameters()) == 112 * 48 + 124_416 + 48 * 4 + 4
+    probe = build(contract, "linear_probe", channels=None)
+    assert {name for name, _ in probe.named_parameters()} == {"head.weight", "head.bias"}
+    assert sum(p.numel() for p in probe.parameters()) == (16 + 32 + 64) * 4 + 4
+
+
+def test_only_named_parameters_get_gradients(contract, image):
+    network = randomised(build(contract), 0)
+    network(image).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+    assert all(p.grad is None for p in network.backbone.module.parameters())
+
+
+def test_seed_alone_decides_the_start(contract):
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    first = build(contract).state_dict()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(4)
+    again, other = build(contract).state_dict(), build(contract, seed=2).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["adapter.conv1.weight"], other["adapter.conv1.weight"])
+
+
+def test_state_dicts_go_into_a_fresh_network_one_after_another(contract, image):
+    """As nnU-Net's predictor does with folds: strict, again and again, in eval mode."""
+    networks = [randomised(build(contract), seed) for seed in (1, 2)]
+    for seed, network in enumerate(networks):
+        fit(network, image + seed * image**2, SOFTMAX, False)
+    fresh = build(contract, seed=7).eval()
+    outputs = []
+    with torch.no_grad():
+        for network in [*networks, networks[0]]:
+            fresh.load_state_dict(network.state_dict())
+            assert bool(fresh.is_fitted)
+            outputs.append(fresh(image))
+            assert torch.equal(outputs[-1], network(image))
+    assert torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], outputs[1])
+    assert set(fresh.state_dict()) == TRAINED | BUFFERS
+
+
+def test_state_of_another_network_is_refused(contract):
+    with pytest.raises(RuntimeError, match="size mismatch for head.weight"):
+        build(contract).load_state_dict(build(contract, num_classes=3).state_dict())
+
+
+def test_adapt_takes_what_forward_computes(contract, image):
+    network = randomised(build(contract), 0)
+    fit(network, image, SOFTMAX, False)
+    with torch.no_grad():
+        assert torch.equal(network.adapt(network.backbone(image)), network(image))
+
+
+VARIANTS = [("spatial", "all", 48), ("spatial", "last", 48), ("spatial", "last", None), ("linear_probe", "all", None)]
+
+
+@pytest.mark.parametrize("adapter, stages, channels", [*VARIANTS, ("linear_probe", "last", None)])
+def test_step_0_is_the_zero_shot_prediction_of_labels(contract, image, adapter, stages, channels):
+    network = build(contract, adapter, stages, channels)
+    matches = fit(network, image, SOFTMAX, False)
+    assert matches == {"spleen": "spleen", "Right Kidney": "kidney_right"}
+    with torch.no_grad():
+        logits, universal = network(image), network.backbone.module.unet(image)
+    assert (logits[:, 0] == 0).all()
+    rows = {2: contract.classes.index("spleen"), 3: contract.classes.index("kidney_right")}
+    for row, k in rows.items():
+        torch.testing.assert_close(logits[:, row], universal[:, k], rtol=0, atol=1e-4)
+    # against the background alone, a known label wins where its universal logit is positive
+    for row, k in rows.items():
+        clear = universal[:, k].abs() > 1e-3
+        assert torch.equal((logits[:, [0, row]].argmax(1) > 0)[clear], (universal[:, k] > 0)[clear])
+
+
+@pytest.mark.parametrize("adapter, stages, channels", VARIANTS)
+def test_step_0_is_the_zero_shot_prediction_of_regions(contract, image, adapter, stages, channels):
+    network = build(contract, adapter, stages, channels, num_classes=3)
+    assert fit(network, image, REGIONS, True) == {"kidneys": "kidneys", "kidney_left": "kidney_left"}
+    with torch.no_grad():
+        logits, universal = network(image), network.backbone.module.unet(image)
+    for row, name in enumerate(("kidneys", "kidney_left")):
+        k = contract.classes.index(name)
+        torch.testing.assert_close(logits[:, row], universal[:, k], rtol=0, atol=1e-4)
+
+
+def test_unknown_labels_start_fresh(contract, image):
+    network, untouched = build(contract), build(contract)
+    fit(network, image, SOFTMAX, False)
+    assert torch.equal(network.head.weight[1], untouched.head.weight[1])
+    strangers = build(contract)
+    assert fit(strangers, image, {"background": 0, "a": 1, "b": 2, "c": 3}, False) == {}
+    assert torch.equal(strangers.head.weight, untouched.head.weight)
+    assert bool(strangers.is_fitted) and not torch.equal(strangers.feature_mean, untouched.feature_mean)
+
+
+def test_wrong_number_of_image_channels(contract):
+    with pytest.raises(ValueError, match=r"'phantom' takes 1 image channel\(s\), the dataset has 2: choose another"):
+        build(contract, input_channels=2)
+
+
+def test_adapter_narrower_than_the_head(contract):
+    with pytest.raises(ValueError, match="fseft_channels must be at least 16"):
+        build(contract, channels=8)
