@@ -23,8 +23,11 @@ def environment(work: Path, minutes: float) -> dict[str, str]:
     import fsefs_nnunet
 
     shims = Path(fsefs_nnunet.__file__).parent / "shims"
+    # glibc returns the large activations to the system and fetches them again at every step, unless told to keep them
+    keep = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**28)}
     return {
         **os.environ,
+        **keep,
         **folders,
         "nnUNet_extTrainer": str(shims),
         "nnUNet_n_proc_DA": "1",

@@ -74,4 +74,5 @@ class CropLoader:
 def pooled(features: np.ndarray, factor: int) -> torch.Tensor:
     """Features (C, X, Y, Z) averaged over blocks of factor^3 voxels; incomplete blocks average what they hold."""
     tensor = torch.from_numpy(np.asarray(features, dtype=np.float32))
-    return torch.nn.functional.avg_pool3d(tensor[None], factor, ceil_mode=True, count_include_pad=False)
+    block = [min(factor, n) for n in tensor.shape[1:]]  # PyTorch refuses blocks wider than the volume
+    return torch.nn.functional.avg_pool3d(tensor[None], block, ceil_mode=True, count_include_pad=False)

@@ -121,7 +121,7 @@ class FeatureBank:
                 content["image_sha256"] == image_sha256
                 and hashlib.sha256(self[case].tobytes()).hexdigest() == content["features_sha256"]
             )
-        except (OSError, ValueError, KeyError):
+        except (OSError, EOFError, ValueError, KeyError, TypeError):
             return False
 
     def info(self, case: str) -> dict:
