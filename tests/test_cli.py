@@ -1,0 +1,178 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fsefs_nnunet
+from fsefs_nnunet.cli.main import main
+
+FSEFT = str(Path(sys.executable).parent / "fseft")
+SHIMS = Path(fsefs_nnunet.__file__).parent / "shims"
+VERBS = [
+    ["--help"],
+    ["--version"],
+    ["env", "--help"],
+    ["plan_and_preprocess", "--help"],
+    ["plan", "--help"],
+    ["splits", "--help"],
+    ["backbones", "--help"],
+    ["backbones", "list", "--help"],
+    ["backbones", "import", "--help"],
+    ["demo", "--help"],
+    ["plan"],  # a usage error
+]
+
+
+def environment(**changes) -> dict[str, str]:
+    """This process's, without nnU-Net's variables."""
+    return {**{key: value for key, value in os.environ.items() if not key.startswith("nnUNet_")}, **changes}
+
+
+def test_help_and_version_import_no_torch():
+    """Nor numpy, nor nnU-Net: every help page in one process, which would show any of them."""
+    program = f"""
+import sys
+from fsefs_nnunet.cli.main import main
+for argv in {VERBS}:
+    try:
+        main(argv)
+        raise AssertionError(argv)
+    except SystemExit as end:
+        assert end.code == (0 if argv[-1].startswith('--') else 2), (argv, end.code)
+main(['env'])
+heavy = {{'torch', 'numpy', 'nnunetv2', 'batchgenerators', 'scipy'}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    result = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"fseft {fsefs_nnunet.__version__}" in result.stdout
+    assert result.stdout.count("usage: fseft") == len(VERBS) - 2
+
+
+def test_every_verb_is_in_the_list_above():
+    from fsefs_nnunet.cli.main import parser
+
+    choices = next(action.choices for action in parser()._actions if action.dest == "verb")
+    assert set(choices) == {argv[0] for argv in VERBS if not argv[0].startswith("--")}
+
+
+def test_importing_the_package_imports_no_torch():
+    program = "import sys, fsefs_nnunet; assert not {'torch', 'numpy', 'nnunetv2'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_installed_command():
+    result = subprocess.run([FSEFT, "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"fseft {fsefs_nnunet.__version__}\n")
+
+
+# ---- fseft env ----
+
+
+def in_bash(before: str = "") -> list[str]:
+    """Folders in nnUNet_extTrainer after a shell has taken the lines."""
+    line = f'{before}; eval "$({FSEFT} env)"; {sys.executable} -c "import os; print(os.environ[\'nnUNet_extTrainer\'])"'
+    result = subprocess.run(["bash", "-c", line], env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip().split(os.pathsep)
+
+
+def test_env_is_understood_by_bash():
+    assert in_bash("true") == [str(SHIMS)]
+    assert (SHIMS / "fseft_trainers.py").exists()
+
+
+def test_env_keeps_what_is_there_and_adds_itself_once():
+    assert in_bash("export nnUNet_extTrainer='/a b:/c'") == [str(SHIMS), "/a b", "/c"]
+    assert in_bash(f"export nnUNet_extTrainer=/c:{SHIMS}") == [str(SHIMS), "/c"]
+
+
+def test_env_names_missing_variables(monkeypatch, capsys):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("nnUNet_results", "/r")
+    assert main(["env"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1 and out.startswith("export nnUNet_extTrainer=")
+    assert [line.split()[0] for line in err.splitlines()] == ["nnUNet_raw", "nnUNet_preprocessed"]
+
+
+def test_shims_are_the_installed_classes(monkeypatch):
+    import importlib
+
+    from fsefs_nnunet.trainers import fseft_trainer
+
+    monkeypatch.syspath_prepend(str(SHIMS))
+    shim = importlib.import_module("fseft_trainers")
+    assert shim.FSEFTTrainer is fseft_trainer.FSEFTTrainer
+    assert {"FSEFTTrainer_Adapter", "FSEFTTrainer_LinearProbe", "FSEFTTrainer_Scratch", "FSEFTPretrainer"} <= set(
+        dir(shim)
+    )
+
+
+# ---- bad input ----
+
+
+def refused(capsys, *argv: str) -> str:
+    """The one line on stderr of a command that ends with 2."""
+    assert main(list(argv)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fseft: ") and err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+def test_missing_environment_variable(workspace, monkeypatch, capsys):
+    monkeypatch.delenv("nnUNet_preprocessed")
+    for verb in ("plan", "splits", "plan_and_preprocess"):
+        message = refused(capsys, verb, "-d", "77")
+        assert "nnUNet_preprocessed is not set: export nnUNet_preprocessed=FOLDER" in message
+
+
+def test_missing_environment_variable_of_the_installed_command():
+    result = subprocess.run([FSEFT, "splits", "-d", "77"], env=environment(), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("fseft: The environment variable nnUNet_raw is not set")
+    assert result.stderr.count("\n") == 1
+
+
+def test_unknown_backbone(workspace, capsys):
+    message = refused(capsys, "plan", "-d", "77", "-b", "swin")
+    assert "Backbone 'swin' is not here; there are: phantom" in message
+
+
+@pytest.mark.parametrize("dataset", ["78", "Dataset078_None"])
+def test_unknown_dataset(workspace, capsys, dataset):
+    assert "078" in refused(capsys, "splits", "-d", dataset)
+
+
+def test_too_many_shots(workspace, capsys):
+    assert "9 shots need as many labelled cases" in refused(capsys, "splits", "-d", "77", "--shots", "9")
+
+
+@pytest.mark.parametrize("shots", ["0", "-1", "many", "1.5"])
+def test_shots_that_are_no_number(capsys, shots):
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "-d", "77", f"--shots={shots}"])
+    assert end.value.code == 2
+    assert f"{shots!r} is neither a positive number nor 'all'" in capsys.readouterr().err
+
+
+def test_import_of_a_folder_that_is_no_model(tmp_path, capsys):
+    message = refused(capsys, "backbones", "import", "mine", str(tmp_path))
+    assert "plans.json is missing: give the folder that holds plans.json and fold_X" in message
+
+
+# ---- verbs that work ----
+
+
+def test_splits(workspace, capsys):
+    argv = ["splits", "-d", "77", "--shots", "3", "--folds", "2", "--num_queries", "4", "--queries"]
+    assert main([*argv, str(workspace.queries)]) == 0
+    assert "8 labelled cases; 4 of them and 2 unlabelled ones are queries; 2 seeded draws" in capsys.readouterr().out
+
+
+def test_list_of_backbones(capsys, contract):
+    assert main(["backbones", "list"]) == 0
+    assert f"phantom: {len(contract.classes)} classes, SHA-256 {contract.sha256[:12]}" in capsys.readouterr().out

@@ -1,0 +1,131 @@
+"""nnU-Net's own commands on the tiny dataset, as a user types them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from fsefs_nnunet.splits import load_splits
+
+pytestmark = pytest.mark.slow
+
+FIVE = "3d_fullres_5shot"
+FOLDS = ("0", "1")
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """Runs a shell line in a workspace, after `eval "$(fseft env)"`."""
+    root = tmp_path_factory.mktemp("commands") / "work"
+    shutil.copytree(tiny.root, root)
+    work = type(tiny)(root)
+    file = work.preprocessed / "FSEFTPlans.json"
+    # 100 epochs as ever, of one step on a small crop
+    file.write_text(json.dumps(work.plans(fseft_steps_per_epoch=1, fseft_crop_size=[12, 12, 12])))
+    variables = {**work.environment(), "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "2", "nnUNet_compile": "f"}
+    env = {**os.environ, **variables, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    env.pop("nnUNet_extTrainer", None)
+
+    def run(line: str) -> str:
+        result = subprocess.run(["bash", "-c", f'eval "$(fseft env)"; {line}'], env=env, capture_output=True, text=True)
+        assert result.returncode == 0, f"{line}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+        return result.stdout
+
+    run.work = work
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(run) -> Path:
+    for fold in FOLDS:
+        run(f"nnUNetv2_train 77 {FIVE} {fold} -tr FSEFTTrainer -p FSEFTPlans -device cpu")
+    return run.work.results / f"FSEFTTrainer__FSEFTPlans__{FIVE}"
+
+
+@pytest.fixture(scope="module")
+def predictions(run, model) -> tuple[Path, Path]:
+    """Two labelled queries, one of them stored as LPS as well, predicted by both folds; folders of images and output."""
+    work, images, labels, output = run.work, *(run.work.root / name for name in ("images", "labels", "output"))
+    for folder in (images, labels):
+        folder.mkdir()
+    queries = load_splits(work.preprocessed / "splits_fseft.json")["queries"][:2]
+    for case in queries:
+        shutil.copy(work.raw / "imagesTr" / f"{case}_0000.nii.gz", images)
+        shutil.copy(work.raw / "labelsTr" / f"{case}.nii.gz", labels)
+    lps = nib.orientations.axcodes2ornt("LPS")
+    for folder, ending in ((images, "_0000"), (labels, "")):
+        stored = nib.load(folder / f"{queries[0]}{ending}.nii.gz")
+        to_lps = nib.orientations.ornt_transform(nib.io_orientation(stored.affine), lps)
+        nib.save(stored.as_reoriented(to_lps), folder / f"turned{ending}.nii.gz")
+    options = f"-d 77 -c {FIVE} -tr FSEFTTrainer -p FSEFTPlans -device cpu -npp 1 -nps 1"
+    run(f"nnUNetv2_predict -i '{images}' -o '{output}' -f {' '.join(FOLDS)} {options}")
+    return images, output
+
+
+def test_training_leaves_what_nnunet_leaves(model):
+    for name in ("plans.json", "dataset.json", "dataset_fingerprint.json"):
+        assert (model / name).exists()
+    for fold in FOLDS:
+        folder = model / f"fold_{fold}"
+        assert (folder / "checkpoint_final.pth").stat().st_size < 1_000_000
+        assert (folder / "checkpoint_best.pth").exists() and (folder / "progress.png").exists()
+        assert not (folder / "checkpoint_latest.pth").exists()
+        log = next(folder.glob("training_log_*.txt")).read_text()
+        assert log.count("Epoch time: ") == 100
+        assert "Training done." in log and "summary.json" in log
+
+
+def test_validation_of_the_labelled_queries(run, model):
+    queries = load_splits(run.work.preprocessed / "splits_fseft.json")["queries"]
+    for fold in FOLDS:
+        folder = model / f"fold_{fold}" / "validation"
+        summary = json.loads((folder / "summary.json").read_text())
+        cases = [Path(case["prediction_file"]).name for case in summary["metric_per_case"]]
+        assert sorted(cases) == [f"{case}.nii.gz" for case in queries]
+        assert set(summary["mean"]) == {"1", "2", "3"}
+        assert 0 < summary["foreground_mean"]["Dice"] <= 1
+
+
+def test_predictions_have_the_images_geometry(predictions):
+    images, output = predictions
+    files = sorted(images.iterdir())
+    assert len(files) == 3
+    for file in files:
+        image = nib.load(file)
+        segmentation = nib.load(output / file.name.replace("_0000", ""))
+        assert segmentation.shape == image.shape
+        np.testing.assert_allclose(segmentation.affine, image.affine, atol=1e-4)
+        values = np.asarray(segmentation.dataobj)
+        assert set(np.unique(values)) <= {0, 1, 2, 3} and values.any()
+
+
+def test_stored_orientation_does_not_matter(predictions):
+    images, output = predictions
+    case = next(file for file in sorted(output.glob("case_*.nii.gz")))
+    turned = nib.as_closest_canonical(nib.load(output / "turned.nii.gz"))
+    assert nib.aff2axcodes(nib.load(output / "turned.nii.gz").affine) == ("L", "P", "S")
+    assert np.array_equal(np.asarray(turned.dataobj), np.asarray(nib.load(case).dataobj))
+
+
+def test_evaluation(run, predictions):
+    images, output = predictions
+    labels = images.parent / "labels"
+    run(f"nnUNetv2_evaluate_folder '{labels}' '{output}' -djfile '{output}/dataset.json' -pfile '{output}/plans.json'")
+    summary = json.loads((output / "summary.json").read_text())
+    assert len(summary["metric_per_case"]) == 3
+    dice = {Path(c["prediction_file"]).name: c["metrics"]["1"]["Dice"] for c in summary["metric_per_case"]}
+    assert dice["turned.nii.gz"] == pytest.approx(dice[sorted(dice)[0]])
+
+
+def test_an_adapted_model_is_no_backbone(model):
+    from fsefs_nnunet.backbones.importing import import_nnunet_model
+
+    with pytest.raises(ValueError, match=r"\(AdaptedNetwork, 3D\) cannot be a backbone"):
+        import_nnunet_model("mine", model, model.parent / "backbones")

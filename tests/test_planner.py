@@ -1,0 +1,287 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+from fsefs_nnunet import planning
+from fsefs_nnunet.backbones.store import EMBEDDED, load_weights, save_backbone
+from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
+from fsefs_nnunet.queries import UnlabelledQueries, images_in
+from fsefs_nnunet.splits import load_splits
+
+CT_WINDOW = {"percentile_00_5": -175.0, "percentile_99_5": 250.0, "mean": -175.0, "std": 425.0}
+
+
+def edit(file, change) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def plan(workspace, **arguments) -> dict:
+    """Plans from the fingerprint that is there."""
+    planner = FSEFTPlanner(workspace.dataset, **arguments)
+    planner.plan_experiment()
+    return json.loads((workspace.preprocessed / f"{planner.plans_identifier}.json").read_text())
+
+
+# ---- plans ----
+
+
+def test_configurations(tiny, contract):
+    plans = tiny.plans()
+    assert plans["plans_name"] == "FSEFTPlans"
+    # ten shots are more than there are cases; 2D and cascade are not planned
+    children = ["3d_fullres_1shot", "3d_fullres_5shot", "3d_fullres_allshot"]
+    assert list(plans["configurations"]) == ["3d_fullres", *children]
+    for name, shots in zip(children, (1, 5, "all")):
+        child = plans["configurations"][name]
+        assert child["inherits_from"] == "3d_fullres"
+        assert child["fseft_shots"] == shots and child["fseft_backbone"] == "phantom"
+        assert child["architecture"]["network_class_name"] == "fsefs_nnunet.network.AdaptedNetwork"
+        assert child["architecture"]["arch_kwargs"]["sha256"] == contract.sha256
+        assert (child["fseft_lambda"], child["fseft_gamma"]) == (0.1, 0.3)
+        flat = {key: value for key, value in child.items() if key.startswith("fseft_")}
+        assert not any(isinstance(value, dict) for value in flat.values())  # inherits_from is a shallow merge
+
+
+def test_parent_is_stock_nnunet(tiny, workspace):
+    """The architecture that nnU-Net's own planner gives the same data, without a key of ours."""
+    parent = tiny.plans()["configurations"]["3d_fullres"]
+    assert not [key for key in parent if key.startswith("fseft_")]
+    planner = ExperimentPlanner(workspace.dataset, plans_name="Stock", suppress_transpose=True)
+    planner.plan_experiment()
+    stock = json.loads((workspace.preprocessed / "Stock.json").read_text())["configurations"]["3d_fullres"]
+    ours, theirs = parent["architecture"], stock["architecture"]
+    assert ours["network_class_name"] == theirs["network_class_name"]
+    assert ours["arch_kwargs"]["features_per_stage"] == theirs["arch_kwargs"]["features_per_stage"]
+    # ours is transposed: x, y, z instead of z, y, x
+    assert ours["arch_kwargs"]["strides"] == [s[::-1] for s in theirs["arch_kwargs"]["strides"]]
+    assert parent["patch_size"] == stock["patch_size"][::-1]
+    assert parent["spacing"] == stock["spacing"][::-1]
+
+
+def test_preprocessing_is_the_contracts(tiny):
+    plans = tiny.plans()
+    assert plans["image_reader_writer"] == "NibabelIOWithReorient"
+    assert plans["transpose_forward"] == plans["transpose_backward"] == [2, 1, 0]
+    assert plans["foreground_intensity_properties_per_channel"] == {"0": CT_WINDOW}
+    parent = plans["configurations"]["3d_fullres"]
+    assert parent["normalization_schemes"] == ["CTNormalization"]
+    assert parent["resampling_fn_data_kwargs"]["order"] == 1
+    assert parent["spacing"] == [10, 10, 10]
+
+
+def test_no_statistics_of_the_labels_reach_the_plans(workspace, tiny):
+    """The fingerprint's intensities come from all labels: other ones must not change a byte of the plans."""
+
+    def change(fingerprint):
+        for values in fingerprint["foreground_intensity_properties_per_channel"].values():
+            assert values.keys() >= CT_WINDOW.keys()
+            values.update({key: 1234.5 for key in values})
+
+    edit(workspace.preprocessed / "dataset_fingerprint.json", change)
+    changed = plan(workspace, shots=(1, 5, "all"))
+    assert changed == tiny.plans()
+    assert "1234.5" not in json.dumps(changed)
+
+
+def test_mr_is_normalised_by_the_image(workspace):
+    edit(workspace.raw / "dataset.json", lambda content: content.update(channel_names={"0": "MRI"}))
+    plans = plan(workspace)
+    assert plans["configurations"]["3d_fullres"]["normalization_schemes"] == ["ZScoreNormalization"]
+
+
+@pytest.mark.parametrize(
+    "median, expected",
+    [
+        ((32, 28, 30), [40, 40, 40]),
+        ((41, 48, 63), [48, 48, 64]),
+        ((64, 65, 500), [64, 64, 64]),
+        ((40, 40, 2), [40, 40, 40]),
+    ],
+)
+def test_window(workspace, median, expected):
+    planner = FSEFTPlanner(workspace.dataset)
+    assert (planner.contract.divisor, planner.contract.patch_size) == (8, (64, 64, 64))
+    assert planner.window(np.array(median)) == expected
+    assert not any(n % planner.contract.divisor for n in planner.window(np.array(median)))
+
+
+def test_memory_target(workspace):
+    children = [plan(workspace, gpu_memory_target_in_gb=gb)["configurations"]["3d_fullres_1shot"] for gb in (0.1, 8)]
+    assert [child["batch_size"] for child in children] == [1, 2]
+    with pytest.raises(ValueError, match="gpu_memory_target_in_gb = 0.01 is too small for one crop"):
+        plan(workspace, gpu_memory_target_in_gb=0.01)
+
+
+def test_shots_name_the_configurations(workspace):
+    assert list(plan(workspace, plans_name="Mine", shots=(3,))["configurations"]) == ["3d_fullres", "3d_fullres_3shot"]
+
+
+def test_other_backbone_has_plans_of_its_own(workspace, tiny, tmp_path, monkeypatch, contract):
+    monkeypatch.setenv("fseft_backbones", str(tmp_path / "backbones"))
+    fixed = replace(contract, id="other", spacing=(4.0, 5.0, 6.0), patch_size=(48, 48, 48), modalities="CT")
+    saved = save_backbone(fixed, load_weights(contract), tmp_path / "backbones")
+    plans = plan(workspace, backbone="other")
+    assert plans["plans_name"] == "FSEFTPlans_other"
+    assert json.loads((workspace.preprocessed / "FSEFTPlans.json").read_text()) == tiny.plans()
+    assert plans["configurations"]["3d_fullres"]["spacing"] == [4, 5, 6]  # x, y, z, as the arrays
+    assert plans["configurations"]["3d_fullres"]["data_identifier"] == "FSEFTPlans_other_3d_fullres"
+    child = plans["configurations"]["3d_fullres_1shot"]
+    assert child["patch_size"] == [48, 48, 48]
+    assert child["architecture"]["arch_kwargs"]["backbone"] == "other"
+    assert child["architecture"]["arch_kwargs"]["sha256"] == saved.sha256
+    edit(workspace.raw / "dataset.json", lambda content: content.update(channel_names={"0": "MRI"}))
+    with pytest.raises(ValueError, match=r"'other' knows CT alone.*\['MRI'\]"):
+        plan(workspace, backbone="other")
+
+
+def test_overwritten_names_and_spacing(workspace):
+    plans = plan(workspace, plans_name="Mine", overwrite_target_spacing=(8.0, 9.0, 10.0))
+    assert plans["plans_name"] == "Mine"
+    assert plans["configurations"]["3d_fullres"]["spacing"] == [10, 9, 8]  # given in z, y, x, as in nnU-Net
+
+
+# ---- datasets that it refuses ----
+
+
+def test_wrong_number_of_channels(workspace):
+    edit(workspace.raw / "dataset.json", lambda content: content.update(channel_names={"0": "CT", "1": "PET"}))
+    with pytest.raises(ValueError, match=r"dataset\.json has 2 channel\(s\), backbone 'phantom' takes 1: choose"):
+        FSEFTPlanner(workspace.dataset)
+
+
+def test_2d_images(workspace):
+    edit(
+        workspace.preprocessed / "dataset_fingerprint.json",
+        lambda content: content.update(shapes_after_crop=[[1, 128, 128]] * 8),
+    )
+    with pytest.raises(ValueError, match="holds 2D images; the adapters are 3D only"):
+        plan(workspace)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_spacing_of_zero_names_the_case(workspace, value):
+    def change(fingerprint):
+        fingerprint["spacings"][3][1] = value
+
+    edit(workspace.preprocessed / "dataset_fingerprint.json", change)
+    with pytest.raises(ValueError, match="Case case_3 in .*Tiny has a voxel spacing of zero: repair"):
+        plan(workspace)
+
+
+def test_unknown_backbone_is_refused_before_the_fingerprint(workspace):
+    (workspace.preprocessed / "dataset_fingerprint.json").unlink()
+    with pytest.raises(ValueError, match="'swin' is not here; there are: phantom"):
+        planning.plan(77, "swin", [], 1, 8, None)
+    assert not (workspace.preprocessed / "dataset_fingerprint.json").exists()
+
+
+def test_damaged_backbone(workspace, tmp_path, monkeypatch):
+    monkeypatch.setenv("fseft_backbones", str(tmp_path))
+    (tmp_path / "phantom.json").write_text((EMBEDDED / "phantom.json").read_text())
+    (tmp_path / "phantom.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"phantom\.safetensors are damaged"):
+        FSEFTPlanner(workspace.dataset)
+
+
+def test_more_shots_than_cases(workspace):
+    for call in (
+        lambda: planning.plan(77, "phantom", [9], 1, 8, None),
+        lambda: planning.write_splits(77, [1, 9], None, 20, 5, 1),
+    ):
+        with pytest.raises(ValueError, match="9 shots need as many labelled cases, the dataset has 8"):
+            call()
+
+
+def test_dataset_that_is_not_there(workspace):
+    for dataset in (78, "78", "Dataset078_None"):
+        with pytest.raises(ValueError, match="78"):
+            planning.dataset_folders(dataset)
+
+
+def test_missing_environment_variable(workspace, monkeypatch):
+    monkeypatch.delenv("nnUNet_raw")
+    with pytest.raises(ValueError, match="nnUNet_raw is not set: export nnUNet_raw=FOLDER"):
+        planning.plan(77, "phantom", [], 1, 8, None)
+
+
+# ---- splits and preprocessed data ----
+
+
+def test_splits_of_the_tiny_dataset(tiny):
+    splits = load_splits(tiny.preprocessed / "splits_fseft.json")
+    assert len(splits["queries"]) == 3 and splits["unlabelled_queries"] == ["scan_0", "scan_1"]
+    assert [len(fold) for fold in splits["folds"]] == [5] * 5
+    assert not (tiny.preprocessed / "splits_final.json").exists()
+
+
+def test_a_users_splits_are_not_touched(workspace):
+    file = workspace.preprocessed / "splits_final.json"
+    file.write_text("mine")
+    planning.write_splits(77, [2], str(workspace.queries), 3, 2, 1)
+    plan(workspace)
+    assert file.read_text() == "mine"
+    splits = load_splits(workspace.preprocessed / "splits_fseft.json")
+    assert len(splits["queries"]) == 3 and len(splits["folds"]) == 2
+
+
+def test_images_ts_are_the_queries_when_every_labelled_case_is_support(workspace, capsys):
+    (workspace.queries).rename(workspace.raw / "imagesTs")
+    assert list(planning.write_splits(77, [8], None, 20, 5, 1)) == ["scan_0", "scan_1"]
+    assert load_splits(workspace.preprocessed / "splits_fseft.json")["queries"] == []
+    assert "imagesTs are the queries" in capsys.readouterr().out
+    assert planning.write_splits(77, [5], None, 20, 5, 1) == {}  # three labelled ones are left
+
+
+def test_other_draws_are_announced(workspace, capsys):
+    draw = (77, [], str(workspace.queries), 20, 5)
+    planning.write_splits(*draw, 12345)
+    assert "replaced by other draws" not in capsys.readouterr().out
+    planning.write_splits(*draw, 1)
+    assert "results of earlier K-shot trainings no longer belong to it" in capsys.readouterr().out
+
+
+def test_preprocessed_cases(tiny, contract):
+    """In x, y, z, CT in [0, 1]; unlabelled queries just as the labelled cases."""
+    folder = tiny.preprocessed / "FSEFTPlans_3d_fullres"
+    dataset = infer_dataset_class(str(folder))(str(folder))
+    assert sorted(dataset.identifiers) == [f"case_{i}" for i in range(8)]
+    queries = UnlabelledQueries(folder)
+    assert queries.cases == ["scan_0", "scan_1"]
+    images = [dataset.load_case("case_0")[0][:], queries.load("scan_0")]
+    for image in images:
+        assert image.shape == (1, 32, 28, 30) and image.dtype == np.float32
+        assert image.min() == 0 and 0.5 < image.max() <= 1
+    x = np.argwhere(dataset.load_case("case_0")[1][0] == 1)[:, 0]  # the spleen
+    assert len(x) and x.mean() < 16  # lies on the left, x grows to the right
+
+
+def test_an_unlabelled_query_is_preprocessed_as_a_labelled_case(workspace):
+    """The same image through both paths gives the same array."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    manager = PlansManager(str(workspace.preprocessed / "FSEFTPlans.json"))
+    configuration = manager.get_configuration("3d_fullres")
+    folder = workspace.preprocessed / "FSEFTPlans_3d_fullres"
+    images = {"again": [str(workspace.raw / "imagesTr" / "case_0_0000.nii.gz")]}
+    queries = UnlabelledQueries(folder)
+    queries.preprocess(images, manager, configuration, workspace.dataset_json())
+    assert queries.cases == ["again"]  # earlier ones are forgotten
+    stored = infer_dataset_class(str(folder))(str(folder)).load_case("case_0")[0][:]
+    np.testing.assert_allclose(queries.load("again"), stored, atol=1e-6)
+
+
+def test_query_folders_that_are_refused(workspace, tmp_path):
+    content = workspace.dataset_json()
+    with pytest.raises(ValueError, match="has no images named <case>_0000.nii.gz"):
+        images_in(tmp_path / "nothing", content)
+    with pytest.raises(ValueError, match=r"scan_0_0001\.nii\.gz is missing: every case needs 2 channel"):
+        images_in(workspace.queries, {**content, "channel_names": {"0": "CT", "1": "CT"}})
+    (workspace.queries / "scan_0_0000.nii.gz").rename(workspace.queries / "case_0_0000.nii.gz")
+    with pytest.raises(ValueError, match="share case names, e.g. case_0: rename the queries"):
+        planning.write_splits(77, [], str(workspace.queries), 20, 5, 1)

@@ -1,0 +1,50 @@
+import json
+
+import pytest
+import torch
+
+from fsefs_nnunet.schedules import WarmupCosineScheduler, warmup_cosine
+
+
+def test_values():
+    """One epoch at the base rate, then half a cosine period over the other epochs."""
+    factors = [warmup_cosine(epoch, 5) for epoch in range(6)]
+    half = 2**-0.5 / 2
+    assert factors == pytest.approx([1, 1, 0.5 + half, 0.5, 0.5 - half, 0], abs=1e-12)
+
+
+def test_longer_warm_up_is_linear():
+    assert [warmup_cosine(epoch, 8, 4) for epoch in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+
+
+@pytest.mark.parametrize("num_epochs", [1, 2, 100])
+def test_never_rises_and_stays_within_bounds(num_epochs):
+    factors = [warmup_cosine(epoch, num_epochs) for epoch in range(num_epochs)]
+    assert factors == sorted(factors, reverse=True)
+    assert all(0 < factor <= 1 for factor in factors)
+
+
+def test_scheduler_sets_the_rate_of_the_epoch():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], 123.0)
+    scheduler = WarmupCosineScheduler(optimizer, 1e-2, 100)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    for epoch in (70, 3):  # any order, as after --c
+        scheduler.step(epoch)
+        assert optimizer.param_groups[0]["lr"] == 1e-2 * warmup_cosine(epoch, 100)
+
+
+@pytest.mark.parametrize(
+    "name, rate, num_epochs",
+    [
+        ("journal_bb3d_lr1e-4_max200", 1e-4, 200),
+        ("journal_lp_lr1e-2_max200", 1e-2, 200),
+        ("workshop_sa_lr1e-2_max100", 1e-2, 100),
+        ("workshop_lp_lr1e-1_max50", 1e-1, 50),
+    ],
+)
+def test_matches_the_published_code(shared, name, rate, num_epochs):
+    """The published code runs epochs 1 to max - 1 and counts the warm-up epoch twice, ours runs all of them."""
+    golden = json.loads((shared / "golden" / "lr_schedules.json").read_text())[name]
+    ours = [rate * warmup_cosine(epoch, num_epochs) for epoch in range(num_epochs)]
+    assert ours[: len(golden)] == pytest.approx(golden, rel=0, abs=1e-3 * rate)
+    assert len(golden) == num_epochs - 1

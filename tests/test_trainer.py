@@ -1,0 +1,443 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, infer_dataset_class
+
+from fsefs_nnunet import planning
+from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.losses import SoftDiceLoss
+from fsefs_nnunet.splits import load_splits, query_cases
+from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer, FSEFTTrainer_Adapter, FSEFTTrainer_LinearProbe
+from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
+
+FIVE = "3d_fullres_5shot"
+TINY = {"fseft_crop_size": [12, 12, 12], "fseft_steps_per_epoch": 2, "fseft_prior_from_epoch": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _same_number_of_threads():
+    """Sums depend on it in their last bits, and crops this small are no faster with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def banked(tiny, tmp_path_factory):
+    """A feature bank of the tiny dataset, filled by one epoch of training, for the other tests to copy."""
+    folder = tmp_path_factory.mktemp("banked") / "work"
+    shutil.copytree(tiny.root, folder)
+    copy = type(tiny)(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in copy.environment().items():
+            patch.setenv(name, value)
+        trainer = make_trainer(copy, epochs=1)
+        trainer.run_training()
+    return copy, text_of(trainer)
+
+
+@pytest.fixture
+def work(banked, tmp_path, monkeypatch):
+    """A copy with a filled bank and no results."""
+    source, _ = banked
+    copy = type(source)(tmp_path / "copy")
+    shutil.copytree(source.root, copy.root, ignore=shutil.ignore_patterns("nnUNet_results"))
+    for name, folder in copy.environment().items():
+        monkeypatch.setenv(name, folder)
+    return copy
+
+
+def make_trainer(
+    workspace, cls=FSEFTTrainer, epochs=3, configuration=FIVE, fold=0, dataset_json=None, plans=None, **settings
+):
+    plans = plans or workspace.plans(**{**TINY, **settings})
+    plans["continue_training"] = False
+    content = dataset_json or workspace.dataset_json()
+    trainer = cls(plans, configuration, fold, content, torch.device("cpu"))
+    trainer.num_epochs = epochs
+    return trainer
+
+
+def trained(*args, **kwargs):
+    trainer = make_trainer(*args, **kwargs)
+    trainer.run_training()
+    return trainer
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
+
+
+def identical(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def text_of(trainer) -> str:
+    return Path(trainer.log_file).read_text()
+
+
+def edit_labels(workspace, cases, change) -> None:
+    """Replace the preprocessed label maps (1, X, Y, Z) of `cases` by what `change` makes of them."""
+    folder = str(workspace.preprocessed / "FSEFTPlans_3d_fullres")
+    cls = infer_dataset_class(folder)
+    for case in cases:
+        data, segmentation, _, properties = cls(folder, [case]).load_case(case)
+        data, segmentation = np.array(data[:]), change(np.array(segmentation[:]))
+        for file in Path(folder).glob(f"{case}*"):
+            file.unlink()
+        blocks, chunks = comp_blosc2_params(data.shape, (16, 16, 16))
+        layout = dict(chunks=chunks, blocks=blocks, chunks_seg=chunks, blocks_seg=blocks)
+        cls.save_case(data, segmentation.astype(np.int8), properties, str(Path(folder) / case), **layout)
+
+
+def labels_of(workspace, case) -> np.ndarray:
+    folder = str(workspace.preprocessed / "FSEFTPlans_3d_fullres")
+    return np.array(infer_dataset_class(folder)(folder, [case]).load_case(case)[1][:])
+
+
+def splits_of(workspace) -> dict:
+    return load_splits(workspace.preprocessed / "splits_fseft.json")
+
+
+# ---- what a training reads ----
+
+
+def test_log_of_a_training(banked):
+    workspace, log = banked
+    splits = splits_of(workspace)
+    for case in splits["folds"][0]:
+        assert f"'{case}'" in log.split("5 labelled support cases")[1].splitlines()[0]
+    assert "5 queries, 3 of them with labels for the final validation" in log
+    for name in ("spleen", "stomach", "kidney_left"):
+        assert f"Size prior of {name}: " in log
+    assert "Head rows from the universal head: {'spleen': 'spleen', 'kidney_left': 'kidney_left'}" in log
+    for when in ("before this training", "after training"):
+        part = log.split(f"Predicted sizes of the queries in ml {when}:")[1].splitlines()[1:6]
+        assert sorted(line.split(":")[0].strip() for line in part) == sorted(
+            [*splits["queries"], *splits["unlabelled_queries"]]
+        )
+        assert all("stomach" in line and "(S " in line for line in part)
+
+
+def test_query_labels_change_no_weight(work):
+    queries, unlabelled = query_cases(splits_of(work), 0)
+    assert len(queries) == 3 and unlabelled
+    expected = trained(work)
+    before = labels_of(work, queries[0])
+    rng = np.random.default_rng(0)
+    edit_labels(work, queries, lambda seg: rng.integers(0, 4, seg.shape))
+    assert not np.array_equal(labels_of(work, queries[0]), before)
+    changed = trained(work)
+    assert identical(weights(changed), weights(expected))
+    assert changed._best_ema == expected._best_ema
+    # the test sees what labels do: one support case's do change the weights
+    edit_labels(work, splits_of(work)["folds"][0][:1], lambda seg: np.roll(seg, 5, 1))
+    assert not identical(weights(trained(work)), weights(expected))
+
+
+def test_query_images_matter_with_the_prior_alone(work):
+    with_prior, without = trained(work), trained(work, fseft_lambda=0.0)
+    assert not identical(weights(with_prior), weights(without))
+    assert "The size prior has no effect: it is switched off" in text_of(without)
+    assert identical(weights(trained(work, FSEFTTrainer_Adapter)), weights(without))
+    # during its warm-up the prior does nothing
+    assert identical(weights(trained(work, fseft_prior_from_epoch=3)), weights(without))
+
+
+def test_folds_and_seeds_differ(work):
+    first = weights(trained(work, epochs=1))
+    assert not identical(weights(trained(work, epochs=1, fold=1)), first)
+    assert not identical(weights(trained(work, epochs=1, fseft_seed=1)), first)
+
+
+def test_global_random_state_does_not_matter(work):
+    torch.manual_seed(1)
+    first = weights(trained(work, epochs=1))
+    torch.manual_seed(2)
+    np.random.seed(2)
+    assert identical(weights(trained(work, epochs=1)), first)
+
+
+# ---- interruption ----
+
+
+class Interruption(Exception):
+    pass
+
+
+class Interrupted(FSEFTTrainer):
+    def on_epoch_end(self):
+        super().on_epoch_end()
+        if self.current_epoch == 2:
+            raise Interruption
+
+
+def test_continued_training_is_bit_identical(work):
+    expected = trained(work, epochs=4)
+    broken = make_trainer(work, Interrupted, epochs=4)
+    with pytest.raises(Interruption):
+        broken.run_training()
+    latest = Path(broken.output_folder) / "checkpoint_latest.pth"
+    assert not list(latest.parent.glob("*.part"))
+    torch.manual_seed(999)
+    continued = make_trainer(work, epochs=4)
+    continued.load_checkpoint(str(latest))
+    assert continued.current_epoch == 2
+    continued.run_training()
+    assert identical(weights(continued), weights(expected))
+    losses = [t.logger.get_value("train_losses", step=None) for t in (continued, expected)]
+    np.testing.assert_array_equal(losses[0], losses[1])
+
+
+# ---- what a training leaves ----
+
+
+def test_final_checkpoint_of_the_default_plans(work):
+    """Small, the adapter alone, and readable as data alone; it goes into a fresh network as nnU-Net loads it."""
+    trainer = trained(work, epochs=1, plans=work.plans(fseft_steps_per_epoch=1))
+    file = Path(trainer.output_folder) / "checkpoint_final.pth"
+    assert file.stat().st_size < 1_000_000
+    content = read_checkpoint(file)
+    assert set(content["network_weights"]) == {
+        *("feature_mean", "feature_std", "is_fitted", "reduction.weight"),
+        *("adapter.conv1.weight", "adapter.conv2.weight", "head.weight", "head.bias"),
+    }
+    backbone = content["init_args"]["plans"]["configurations"][FIVE]["architecture"]["arch_kwargs"]
+    assert backbone["backbone"] == "phantom"
+    assert backbone["sha256"] == trainer.network.backbone.contract.sha256
+    assert content["optimizer_state"]["state"] == {}
+    fresh = make_trainer(work)
+    fresh.load_checkpoint(str(file))
+    assert identical(weights(fresh), weights(trainer))
+    names = {path.name for path in file.parent.iterdir()}
+    assert {"checkpoint_final.pth", "checkpoint_best.pth", "progress.png"} <= names
+    assert "checkpoint_latest.pth" not in names
+
+
+def test_training_decreases_the_loss(work):
+    trainer = trained(work, epochs=8, fseft_steps_per_epoch=4, fseft_lambda=0.0, fseft_crop_size=[20, 20, 20])
+    losses = trainer.logger.get_value("train_losses", step=None)
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-2:]) < np.mean(losses[:2]) - 0.05
+    # the online validation looks at the same crops each epoch
+    val = trainer.logger.get_value("val_losses", step=None)
+    assert val[-1] < val[0] - 0.05
+
+
+def test_size_prior_pulls_the_queries_sizes_towards_it(work):
+    """Without a segmentation loss worth mentioning, the penalty goes down."""
+    trainer = make_trainer(work, epochs=1, fseft_lambda=1000.0, fseft_prior_from_epoch=0, fseft_steps_per_epoch=12)
+    penalties = []
+
+    def mean_penalty():
+        from fsefs_nnunet.size_prior import size_penalty
+
+        with torch.no_grad():
+            sizes = [trainer.query_sizes.soft_sizes(trainer.network, q, False) for q in trainer.queries]
+        values = [size_penalty(s[trainer.known], trainer.prior_ml, 0.3).mean().item() for s in sizes]
+        penalties.append(np.mean(values))
+
+    trainer.on_train_start()
+    mean_penalty()
+    trainer.on_train_epoch_start()
+    for _ in range(12):
+        trainer.train_step(next(trainer.dataloader_train))
+    mean_penalty()
+    assert penalties[0] > 0.1
+    assert penalties[1] < 0.8 * penalties[0]
+
+
+def test_adapter_alone_gets_gradients(work):
+    trainer = make_trainer(work, epochs=1)
+    trainer.on_train_start()
+    backbone = trainer.network.backbone.module
+    before = {name: p.clone() for name, p in backbone.named_parameters()}
+    trainer.on_train_epoch_start()
+    for _ in range(2):
+        trainer.train_step(next(trainer.dataloader_train))
+    assert all(p.grad is not None and p.grad.any() for p in trainer.network.parameters())
+    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in backbone.named_parameters())
+    assert not any(module.training for module in backbone.modules())
+    optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in trainer.network.parameters()}
+
+
+def test_second_training_fills_no_bank(work):
+    bank = work.preprocessed / "fseft_features"
+    times = {file: file.stat().st_mtime_ns for file in bank.rglob("*.npy")}
+    assert len(times) == 10
+    trainer = trained(work, epochs=1, fold=2)
+    assert {file: file.stat().st_mtime_ns for file in bank.rglob("*.npy")} == times
+    assert "volumes to go through the frozen backbone" not in text_of(trainer)
+
+
+# ---- variants ----
+
+
+def test_linear_probe(work):
+    trainer = trained(work, FSEFTTrainer_LinearProbe, epochs=2)
+    assert {name for name, _ in trainer.network.named_parameters()} == {"head.weight", "head.bias"}
+    assert f"{4 * 112 + 4} parameters are trained" in text_of(trainer)
+    assert trainer.query_sizes is None
+
+
+def test_soft_dice_is_selectable(work):
+    default, published = make_trainer(work), make_trainer(work, fseft_loss="soft_dice", fseft_lambda=0.0)
+    for trainer in (default, published):
+        trainer.initialize()
+    assert isinstance(published.loss, SoftDiceLoss) and not isinstance(default.loss, SoftDiceLoss)
+    published.run_training()
+    assert all(0 < loss <= 1 for loss in published.logger.get_value("train_losses", step=None))
+
+
+def test_one_shot(work):
+    trainer = trained(work, configuration="3d_fullres_1shot", epochs=1)
+    assert trainer.support == splits_of(work)["folds"][0][:1]
+
+
+def test_class_missing_in_the_support(work):
+    """In one support case the prior comes from the others; in all of them there is none, and training goes on."""
+    support = splits_of(work)["folds"][0]
+    edit_labels(work, support[:1], lambda seg: np.where(seg == 2, 0, seg))
+    trainer = trained(work, epochs=2)
+    assert trainer.priors[1].num_cases <= 4 and trainer.priors[1].size > 0
+    edit_labels(work, support[1:], lambda seg: np.where(seg == 2, 0, seg))
+    trainer = trained(work, epochs=2)
+    assert trainer.priors[1] is None
+    assert trainer.known.tolist() == [0, 2]
+    assert "Size prior of stomach: none" in text_of(trainer)
+    assert all(torch.isfinite(tensor).all() for tensor in weights(trainer).values())
+
+
+def test_regions_with_ignore_label(work):
+    """A support case with ignored voxels gives no size; ignored voxels give no gradient but training goes on."""
+    dataset = {
+        **work.dataset_json(),
+        "labels": {"background": 0, "soft": [1, 2], "stomach": 2, "kidney_left": 3, "ignore": 4},
+        "regions_class_order": [1, 2, 3],
+    }
+    support = splits_of(work)["folds"][0]
+    sizes = [[(np.isin(labels_of(work, case), n)).sum() for n in ([1, 2], [2], [3])] for case in support]
+
+    def ignore_a_slab(seg):
+        seg[:, :5] = 4
+        return seg
+
+    edit_labels(work, support[:1], ignore_a_slab)
+    trainer = trained(work, epochs=2, dataset_json=dataset)
+    assert trainer.label_manager.has_regions and trainer.label_manager.has_ignore_label
+    assert next(trainer.dataloader_train)["target"].shape[1] == 4
+    assert trainer.network.head.out_channels == 3
+    # four sizes are left, so each prior is their mean; voxels of 10 mm are 1 ml
+    expected = np.mean(sizes[1:], 0)
+    assert [prior.num_cases for prior in trainer.priors] == [4, 4, 4]
+    np.testing.assert_allclose([prior.size for prior in trainer.priors], expected)
+    assert "{'kidney_left': 'kidney_left'}" in text_of(trainer)
+    assert np.isfinite(trainer.logger.get_value("train_losses", step=None)).all()
+
+    edit_labels(work, support[1:], ignore_a_slab)
+    none = trained(work, epochs=1, dataset_json=dataset)
+    assert none.priors == [None] * 3 and none.query_sizes is None
+    assert "no support case shows a class whole" in text_of(none)
+
+
+def test_labels_in_any_order(work):
+    """Outputs, priors and head rows follow the labels' values, not their order in dataset.json."""
+    content = work.dataset_json()
+    shuffled = {**content, "labels": dict(reversed(content["labels"].items()))}
+    first, second = (trained(work, epochs=2, dataset_json=d) for d in (content, shuffled))
+    assert identical(weights(first), weights(second))
+    pick = [line.split(": ", 1)[1] for line in text_of(first).splitlines() if "Size prior of" in line]
+    assert pick == [line.split(": ", 1)[1] for line in text_of(second).splitlines() if "Size prior of" in line]
+
+
+# ---- exactly K labelled cases ----
+
+
+@pytest.fixture
+def five(work):
+    """Five labelled cases and a folder of unlabelled ones: all that the user has."""
+    keep = splits_of(work)["folds"][0]
+    for folder in (work.raw / "imagesTr", work.raw / "labelsTr", work.preprocessed / "FSEFTPlans_3d_fullres"):
+        for file in folder.iterdir():
+            if not file.name.startswith(tuple(keep)):
+                file.unlink()
+    planning.write_splits(77, [5], str(work.queries), 20, 5, 12345)
+    return work
+
+
+def test_five_labelled_cases_and_unlabelled_queries(five):
+    splits = splits_of(five)
+    assert splits["queries"] == [] and splits["unlabelled_queries"] == ["scan_0", "scan_1"]
+    trainer = trained(five)
+    assert trainer.queries == ["scan_0", "scan_1"] and trainer.query_sizes is not None
+    trainer.perform_actual_validation()
+    log = text_of(trainer)
+    assert "2 queries, 0 of them with labels" in log
+    assert "scan_1: spleen" in log
+    assert "No labelled queries: the final validation is skipped." in log
+    assert not (Path(trainer.output_folder) / "validation").exists()
+    # the prior acts
+    assert not identical(weights(trainer), weights(trained(five, FSEFTTrainer_Adapter)))
+
+
+def test_no_queries_at_all(five):
+    planning.write_splits(77, [5], None, 20, 5, 12345)
+    trainer = trained(five, epochs=2)
+    assert trainer.queries == [] and trainer.query_sizes is None
+    assert "The size prior has no effect: there are no queries" in text_of(trainer)
+
+
+def test_fold_all(work):
+    trainer = trained(work, fold="all", epochs=1)
+    assert trainer.support == [f"case_{i}" for i in range(8)]
+    assert trainer.queries == ["scan_0", "scan_1"]
+    trainer.perform_actual_validation()
+    assert "final validation is skipped" in text_of(trainer)
+    assert Path(trainer.output_folder).name == "fold_all"
+
+
+# ---- clear errors ----
+
+
+@pytest.mark.parametrize("cls, configuration", [(FSEFTTrainer, FIVE), (FSEFTTrainer_Scratch, "3d_fullres")])
+def test_fold_beyond_the_file(work, cls, configuration):
+    trainer = make_trainer(work, cls, configuration=configuration, fold=5)
+    with pytest.raises(ValueError, match="Fold 5 does not exist: there are 5 folds.*fseft splits -d ID --folds N"):
+        trainer.run_training()
+
+
+def test_configuration_that_is_not_k_shot(work):
+    with pytest.raises(RuntimeError, match="'3d_fullres' of plans 'FSEFTPlans' is no K-shot configuration: make plans"):
+        make_trainer(work, configuration="3d_fullres")
+
+
+def test_missing_splits(work):
+    (work.preprocessed / "splits_fseft.json").unlink()
+    with pytest.raises(FileNotFoundError, match="There are no K-shot folds at .*fseft splits -d ID"):
+        make_trainer(work).run_training()
+
+
+def test_more_shots_than_the_pool(work):
+    with pytest.raises(ValueError, match="6 shots of a pool of 5 cases"):
+        make_trainer(work, fseft_shots=6).run_training()
+
+
+def test_plans_of_other_weights(work):
+    plans = work.plans(**TINY)
+    plans["configurations"][FIVE]["architecture"]["arch_kwargs"]["sha256"] = "0" * 64
+    with pytest.raises(ValueError, match="plan and train anew"):
+        make_trainer(work, plans=plans).run_training()
+
+
+def test_scratch_baseline_takes_our_support(work, monkeypatch):
+    monkeypatch.setenv("fseft_shots", "1")
+    trainer = make_trainer(work, FSEFTTrainer_Scratch, configuration="3d_fullres", fold=1)
+    support, queries = trainer.do_split()
+    assert support == splits_of(work)["folds"][1][:1] and queries == splits_of(work)["queries"]
+    trainer.dataset_class = infer_dataset_class(trainer.preprocessed_dataset_folder)
+    assert [list(d.identifiers) for d in trainer.get_tr_and_val_datasets()] == [support, support]
