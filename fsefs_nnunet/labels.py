@@ -43,6 +43,6 @@ def match_labels(names: list[str], classes: tuple[str, ...]) -> dict[str, str]:
 
 
 def foreground_names(labels: dict, has_regions: bool) -> list[str]:
-    """Names of the network's foreground outputs, in their order: regions as dataset.json lists them, labels by value."""
+    """Names of the network's foreground outputs in their order: regions as listed in dataset.json, labels by value."""
     names = [name for name in labels if name not in ("background", "ignore")]
     return names if has_regions else sorted(names, key=lambda name: labels[name])

@@ -65,7 +65,7 @@ class AdaptedNetwork(nn.Module):
         if isinstance(self.reduction, nn.Conv3d) and self.head_channels:
             weight, n = self.reduction.weight, self.head_channels
             if weight.shape[0] < n:
-                raise ValueError(f"fseft_channels must be at least {n}, the width of the backbone's last stage.")
+                raise ValueError(f"channels must be at least {n}, the width of the backbone's last stage.")
             weight[:n] = 0
             weight[range(n), range(n)] = 1
 

@@ -19,7 +19,8 @@ def dataset_folders(dataset_id: int | str) -> tuple[str, Path, Path]:
     try:
         name = maybe_convert_to_dataset_name(int(dataset_id) if str(dataset_id).isdigit() else dataset_id)
     except RuntimeError as error:
-        raise ValueError(f"No dataset {dataset_id} in {nnUNet_raw}: {error}") from error
+        reason = str(error).split(". ")[0]  # nnU-Net's text goes on over several lines
+        raise ValueError(f"No dataset {dataset_id} in {nnUNet_raw}: {reason}.") from error
     raw = Path(str(nnUNet_raw)) / name
     if not (raw / "dataset.json").exists():
         raise ValueError(f"{raw}/dataset.json is missing: a raw dataset in nnU-Net's layout is wanted.")

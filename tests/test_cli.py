@@ -144,7 +144,7 @@ def test_unknown_backbone(workspace, capsys):
 
 @pytest.mark.parametrize("dataset", ["78", "Dataset078_None"])
 def test_unknown_dataset(workspace, capsys, dataset):
-    assert "078" in refused(capsys, "splits", "-d", dataset)
+    assert f"{dataset} in {workspace.raw.parent}" in refused(capsys, "splits", "-d", dataset)
 
 
 def test_too_many_shots(workspace, capsys):

@@ -27,9 +27,9 @@ def run(tiny, tmp_path_factory):
     shutil.copytree(tiny.root, root)
     work = type(tiny)(root)
     file = work.preprocessed / "FSEFTPlans.json"
-    # 100 epochs as ever, of one step on a small crop
-    file.write_text(json.dumps(work.plans(fseft_steps_per_epoch=1, fseft_crop_size=[12, 12, 12])))
-    variables = {**work.environment(), "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "2", "nnUNet_compile": "f"}
+    # 100 epochs as ever, of one step on small crops
+    file.write_text(json.dumps(work.plans(fseft_steps_per_epoch=1, fseft_crop_size=[8, 8, 8], fseft_pool=4)))
+    variables = {**work.environment(), "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
     env = {**os.environ, **variables, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     env.pop("nnUNet_extTrainer", None)
 
@@ -51,7 +51,7 @@ def model(run) -> Path:
 
 @pytest.fixture(scope="module")
 def predictions(run, model) -> tuple[Path, Path]:
-    """Two labelled queries, one of them stored as LPS as well, predicted by both folds; folders of images and output."""
+    """Folders of images and output: two labelled queries, one stored as LPS as well, predicted by both folds."""
     work, images, labels, output = run.work, *(run.work.root / name for name in ("images", "labels", "output"))
     for folder in (images, labels):
         folder.mkdir()

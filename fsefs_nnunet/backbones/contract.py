@@ -12,7 +12,7 @@ class BackboneContract:
     """The JSON beside a backbone's weights.
 
     id: its name in plans and on the command line.
-    architecture: how to build it; "kind" names the class (see fsefs_nnunet.backbones.network), the rest is its own.
+    architecture: how to build it; "kind" names the class in fsefs_nnunet.backbones.frozen, the rest is its own.
     classes: names of the universal head's rows, in order.
     softmax: the head's rows compete and row 0 is the background; otherwise each is a sigmoid of its own.
     input_channels: image channels.

@@ -26,7 +26,8 @@ def import_nnunet_model(
 ) -> BackboneContract:
     """Store the network of `model_folder` (the folder with plans.json and fold_X) as backbone `backbone_id`.
 
-    Spacing, normalisation, window and channels are taken from its plans.
+    Spacing, normalisation, window and channels are taken from its plans, which must say RAS orientation (a reader that
+    reorients) and axes x, y, z (transpose [2, 1, 0]).
 
     Args:
         fold: "0", "all", ...; default: the first one that has a checkpoint.
@@ -71,11 +72,19 @@ def _contract(
         )
     if settings.previous_stage_name is not None:
         raise ValueError(f"Configuration {configuration!r} is the second stage of a cascade; import the first.")
+    reorients = manager.plans["image_reader_writer"] in ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
+    if manager.transpose_forward != [2, 1, 0] or not reorients:
+        raise ValueError(
+            f"The model sees axes {manager.transpose_forward} of {manager.plans['image_reader_writer']}; backbones "
+            "see RAS volumes as x, y, z. Train it with transpose_forward and _backward [2, 1, 0] and "
+            "NibabelIOWithReorient in its plans."
+        )
     labels = manager.get_label_manager(dataset)
     names = [n for n in dataset["labels"] if n not in ("background", "ignore")]
     ct = None
     if "CTNormalization" in settings.normalization_schemes:
-        properties = plans["foreground_intensity_properties_per_channel"]["0"]
+        channel = str(settings.normalization_schemes.index("CTNormalization"))
+        properties = plans["foreground_intensity_properties_per_channel"][channel]
         ct = {key: float(properties[key]) for key in ("percentile_00_5", "percentile_99_5", "mean", "std")}
     divisor = np.prod(settings.pool_op_kernel_sizes, axis=0)
     return BackboneContract(

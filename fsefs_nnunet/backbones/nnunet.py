@@ -22,7 +22,7 @@ class NNUNetBackbone(nn.Module):
         from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
         if stages not in ("last", "all"):
-            raise ValueError(f"fseft_stages must be 'last' or 'all', not {stages!r}.")
+            raise ValueError(f"stages must be 'last' or 'all' in the plans' arch_kwargs, not {stages!r}.")
         architecture = contract.architecture
         self.unet = get_network_from_plans(
             architecture["network_class_name"],
@@ -67,7 +67,7 @@ class NNUNetBackbone(nn.Module):
         if missing or extra or wrong:
             raise ValueError(
                 f"The weights do not fit the architecture: {len(missing)} tensors are missing {missing[:2]}, "
-                f"{len(extra)} are unknown {extra[:2]}, {len(wrong)} have another shape {wrong[:2]}: it is another backbone."
+                f"{len(extra)} are unknown {extra[:2]}, {len(wrong)} have another shape {wrong[:2]}: another backbone."
             )
         for name, tensor in own.items():
             tensor.copy_(weights[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def shots_argument(text: str) -> int | str:
 def env(args: argparse.Namespace) -> None:
     shims = str(Path(__file__).resolve().parent.parent / "shims")
     folders = [f for f in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if f and f != shims]
-    print(f"export nnUNet_extTrainer={os.pathsep.join([shims, *folders])!r}")
+    print(f"export nnUNet_extTrainer={shlex.quote(os.pathsep.join([shims, *folders]))}")
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         if name not in os.environ:
             print(f"{name} is not set: export {name}=FOLDER, as nnU-Net needs it.", file=sys.stderr)
@@ -66,9 +67,11 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
     )
     queries = planning.write_splits(args.d, args.shots, args.queries, args.num_queries, args.folds, args.seed)
     planning.preprocess(args.d, name, args.np, queries)
+    configuration = f"3d_fullres_{(args.shots or ['all'])[0]}shot"
     print(
-        f'\nNext:\n  eval "$(fseft env)"\n  nnUNetv2_train {args.d} 3d_fullres_5shot 0 -tr FSEFTTrainer -p {name}'
-        "\n(on a machine without a GPU add -device cpu)"
+        '\nNext:\n  eval "$(fseft env)"\n'
+        f"  nnUNetv2_train {args.d} {configuration} 0 -tr FSEFTTrainer -p {name}\n"
+        "(on a machine without a GPU add -device cpu)"
     )
 
 
