@@ -35,7 +35,8 @@ class Experiment:
         shims = Path(fsefs_nnunet.__file__).parent / "shims"
         # two processes each: a command of nnU-Net's starts up to eight, which import torch for seconds
         processes = {"nnUNet_def_n_proc": "2", "nnUNet_extTrainer": str(shims)}
-        return {**os.environ, **folders, **processes}
+        # threads that wait sleep: by default they spin and take the cores from each other
+        return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **folders, **processes}
 
     def run(self, command: str, *args: str | Path, **environment: str) -> None:
         """Run a command of nnU-Net's or ours; its output goes to `work`/log.txt.

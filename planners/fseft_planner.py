@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import join
+from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
+from nnunetv2.paths import nnUNet_preprocessed
 
 from fsefs_nnunet.backbones.store import DEFAULT_BACKBONE, find_backbone, load_weights
 from fsefs_nnunet.labels import match_labels
@@ -77,7 +78,9 @@ class FSEFTPlanner(ExperimentPlanner):
         spacings = np.array(self.dataset_fingerprint["spacings"])
         if not (np.isfinite(spacings).all() and (spacings > 0).all()):
             bad = list(self.dataset.keys())[int(np.argmax(~(np.isfinite(spacings) & (spacings > 0)).all(1)))]
-            raise ValueError(f"Case {bad} in {self.raw_dataset_folder} has a voxel spacing of zero: repair its header.")
+            raise ValueError(
+                f"Case {bad} in {self.raw_dataset_folder} has a voxel spacing that is not positive: repair its header."
+            )
         if min(np.median(self.dataset_fingerprint["shapes_after_crop"], 0)) < 2:
             raise ValueError(f"{self.raw_dataset_folder} holds 2D images; the adapters are 3D only.")
 
@@ -148,12 +151,21 @@ class FSEFTPlanner(ExperimentPlanner):
             "fseft_seed": 12345,
         }
 
+    def _planned_before(self) -> list[int | str]:
+        file = join(nnUNet_preprocessed, self.dataset_name, f"{self.plans_identifier}.json")
+        if not isfile(file):
+            return []
+        configurations = load_json(file)["configurations"].items()
+        return [c["fseft_shots"] for name, c in configurations if name == f"3d_fullres_{c.get('fseft_shots')}shot"]
+
     def save_plans(self, plans):
         """Turn nnU-Net's plans into ours just before they are written; called by plan_experiment."""
         if "3d_fullres" not in plans["configurations"]:
             raise ValueError(f"{self.raw_dataset_folder} holds 2D images; the adapters are 3D only.")
         parent = plans["configurations"]["3d_fullres"]
-        children = {f"3d_fullres_{shots}shot": self.child(shots, parent) for shots in self.shots}
+        # nnU-Net keeps configurations that lie in the file; those of ours are planned anew, or they would be stale
+        shots = dict.fromkeys([*self.shots, *self._planned_before()])
+        children = {f"3d_fullres_{k}shot": self.child(k, parent) for k in shots}
         plans["configurations"] = {"3d_fullres": parent, **children}
         # the fingerprint's intensities were taken over all labels, the queries' too: they leave the plans
         plans["foreground_intensity_properties_per_channel"] = {

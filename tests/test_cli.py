@@ -142,9 +142,10 @@ def test_unknown_backbone(workspace, capsys):
     assert "Backbone 'swin' is not here; there are: phantom" in message
 
 
-@pytest.mark.parametrize("dataset", ["78", "Dataset078_None"])
-def test_unknown_dataset(workspace, capsys, dataset):
-    assert f"{dataset} in {workspace.raw.parent}" in refused(capsys, "splits", "-d", dataset)
+def test_unknown_dataset(workspace, capsys):
+    assert f"No dataset 78 in {workspace.raw.parent}: " in refused(capsys, "splits", "-d", "78")
+    message = refused(capsys, "splits", "-d", "Dataset078_None")
+    assert "Dataset078_None/dataset.json is missing: a raw dataset in nnU-Net's layout is wanted" in message
 
 
 def test_too_many_shots(workspace, capsys):

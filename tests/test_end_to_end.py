@@ -30,6 +30,8 @@ def run(tiny, tmp_path_factory):
     # 100 epochs as ever, of one step on small crops
     file.write_text(json.dumps(work.plans(fseft_steps_per_epoch=1, fseft_crop_size=[8, 8, 8], fseft_pool=4)))
     variables = {**work.environment(), "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
+    # threads that wait sleep: spinning ones make a step 30 times as long when other work has the cores
+    variables["OMP_WAIT_POLICY"] = "PASSIVE"
     env = {**os.environ, **variables, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     env.pop("nnUNet_extTrainer", None)
 

@@ -170,7 +170,7 @@ def test_spacing_of_zero_names_the_case(workspace, value):
         fingerprint["spacings"][3][1] = value
 
     edit(workspace.preprocessed / "dataset_fingerprint.json", change)
-    with pytest.raises(ValueError, match="Case case_3 in .*Tiny has a voxel spacing of zero: repair"):
+    with pytest.raises(ValueError, match="Case case_3 in .*Tiny has a voxel spacing that is not positive: repair"):
         plan(workspace)
 
 

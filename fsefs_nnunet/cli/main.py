@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         args.function(args)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"fseft: {error}", file=sys.stderr)
         return 2
     return 0
