@@ -79,7 +79,7 @@ def test_features_and_head_are_the_unet(image, stages):
 
 
 def test_unknown_stages():
-    with pytest.raises(ValueError, match="'last' or 'all', not 'first'"):
+    with pytest.raises(ValueError, match="stages must be 'last' or 'all' in the plans' arch_kwargs, not 'first'"):
         FrozenBackbone("phantom", "first")
 
 
@@ -262,5 +262,5 @@ def test_wrong_number_of_image_channels(contract):
 
 
 def test_adapter_narrower_than_the_head(contract):
-    with pytest.raises(ValueError, match="fseft_channels must be at least 16"):
+    with pytest.raises(ValueError, match="^channels must be at least 16"):
         build(contract, channels=8)

@@ -91,7 +91,13 @@ def test_masks_need_sources(dataset_json):
 
 def test_masks_refuse_unknown_classes():
     with pytest.raises(ValueError, match=r"'A' annotates \['lever'\]"):
-        annotation_masks({"sources": {"A": {"classes": ["lever", "spleen"], "cases": []}}}, REGIONS)
+        annotation_masks({"sources": {"A": {"classes": ["lever", "spleen"], "cases": ["a"]}}}, REGIONS)
+
+
+@pytest.mark.parametrize("source", [{"classes": [], "cases": ["a"]}, {"classes": ["spleen"], "cases": []}, {}])
+def test_masks_refuse_empty_sources(source):
+    with pytest.raises(ValueError, match='source \'A\' needs "classes" and "cases"'):
+        annotation_masks({"sources": {"A": source}}, REGIONS)
 
 
 def test_masks_refuse_a_case_of_two_sources():
