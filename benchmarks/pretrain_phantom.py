@@ -24,7 +24,13 @@ def environment(work: Path, minutes: float) -> dict[str, str]:
 
     shims = Path(fsefs_nnunet.__file__).parent / "shims"
     # glibc returns the large activations to the system and fetches them again at every step, unless told to keep them
-    keep = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**28)}
+    # and oneDNN builds its kernels anew for windows whose shape fell out of its cache
+    keep = {
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384",
+        "MALLOC_TRIM_THRESHOLD_": str(2**32),
+        "MALLOC_MMAP_THRESHOLD_": str(2**32),
+        "MALLOC_TOP_PAD_": str(2**28),
+    }
     return {
         **os.environ,
         **keep,
@@ -97,7 +103,7 @@ def main() -> None:
         write_plans(args.cases, args.held_out, args.size)
     train = Path(sys.executable).parent / "nnUNetv2_train"
     trained = Path(env["nnUNet_results"]) / DATASET / f"FSEFTPretrainer__{PLANS}__3d_fullres" / "fold_0"
-    resume = ["--c"] if (trained / "checkpoint_latest.pth").exists() else []
+    resume = ["--c"] if any((trained / f"checkpoint_{name}.pth").exists() for name in ("latest", "final")) else []
     command = ["900", "3d_fullres", "0", "-tr", "FSEFTPretrainer", "-p", PLANS, "-device", args.device, *resume]
     subprocess.run([train, *command], env=env, check=True)
     store(trained, args)

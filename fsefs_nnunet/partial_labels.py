@@ -40,12 +40,16 @@ def annotation_masks(dataset_json: dict, regions: list[str]) -> dict[str, torch.
 class PartialLabelLoss(nn.Module):
     """Eq. (1): 1 / sum_k w_{n,k} * sum_k w_{n,k} * L_SEG(Y_{n,k}, Y^_{n,k}), averaged over the batch.
 
-    L_SEG is binary cross-entropy plus soft Dice. A class that a case does not annotate gets exactly zero gradient.
+    L_SEG is soft Dice plus binary cross-entropy. The voxels of a class that fills little of the window weigh more in
+    the cross-entropy, by the square root of background over class: sigmoids of small organs would else first fall to
+    zero, where Dice has next to no gradient. A class that a case does not annotate gets exactly zero gradient.
     """
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """logits, target (B, K, X, Y, Z); w (B, K), with at least one annotated class in every case."""
         logits, target = logits.float(), target.float()
-        bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((2, 3, 4))
+        size = target.sum((2, 3, 4), keepdim=True)
+        weight = ((target[0, 0].numel() - size) / size.clamp_min(1)).sqrt().clamp_min(1)
+        bce = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none").mean((2, 3, 4))
         per_class = bce + soft_dice(torch.sigmoid(logits), target)
         return ((per_class * w).sum(1) / w.sum(1)).mean()

@@ -46,12 +46,14 @@ def test_what_an_unannotated_class_holds_does_not_matter(batch):
 
 
 def test_equation_1_by_hand():
-    # p = 0.5 everywhere in 8 voxels: cross-entropy log 2, soft Dice 1 - (n + 1) / (4 + n + 1) for n voxels of the class
+    # p = 0.5 everywhere in 8 voxels: soft Dice 1 - (n + 1) / (4 + n + 1) for n voxels of the class; cross-entropy log 2,
+    # where 2 voxels of a class against 6 of background weigh sqrt(3) each
     target = torch.zeros(2, 2, 2, 2, 2)
     target[0, 0, 0, 0] = 1
     target[0, 1] = 1
     target[1, 0, 0] = 1
-    per_class = math.log(2) + 1 - torch.tensor([[3 / 7, 9 / 13], [5 / 9, 1 / 5]])
+    bce = math.log(2) * torch.tensor([[(6 + 2 * math.sqrt(3)) / 8, 1], [1, 1]])
+    per_class = bce + 1 - torch.tensor([[3 / 7, 9 / 13], [5 / 9, 1 / 5]])
     for w, expected in (
         ([[1.0, 1], [1, 1]], per_class.mean()),
         # a case counts the same however many classes it annotates
@@ -69,7 +71,9 @@ def test_masked_dice_matches_the_published_code(shared):
             torch.from_numpy(file[f"multiclass_softmax/{key}"]).double()
             for key in ("pred", "target", "annotation_mask", "loss_masked")
         )
-    bce = F.binary_cross_entropy(prediction, target, reduction="none").mean((2, 3, 4))
+    size = target.sum((2, 3, 4), keepdim=True)
+    weight = 1 + target * (((target[0, 0].numel() - size) / size.clamp_min(1)).sqrt().clamp_min(1) - 1)
+    bce = F.binary_cross_entropy(prediction, target, weight, reduction="none").mean((2, 3, 4))
     loss = PartialLabelLoss()(torch.logit(prediction), target, w) - ((bce * w).sum(1) / w.sum(1)).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -137,7 +141,7 @@ def test_task_masks_of_a_batch(pretrainer):
 
 
 def test_random_window(pretrainer):
-    """Windows are divisible by the network's strides, change in size and keep image and target together."""
+    """Windows are divisible by the network's strides, change in size, grow, and keep image and target together."""
     strides = [[1, 1, 1], [2, 2, 2], [2, 2, 1]]
     configuration = {"architecture": {"arch_kwargs": {"strides": strides}}}
     pretrainer.configuration_manager = ConfigurationManager(configuration)
@@ -145,6 +149,11 @@ def test_random_window(pretrainer):
     data[..., 20:, :, :] = 1
     batch = {"data": data, "target": data.repeat(1, 3, 1, 1, 1).to(torch.int16), "keys": ["a1", "b1"]}
     np.random.seed(0)
+    pretrainer.num_epochs = 10
+    pretrainer.current_epoch = 0
+    early = [pretrainer.random_window(batch)["data"].shape[2:] for _ in range(20)]
+    assert all(20 <= n <= half for shape in early for n, half in zip(shape, (32, 24, 22)))
+    pretrainer.current_epoch = 5
     shapes = set()
     for _ in range(20):
         window = pretrainer.random_window(batch)

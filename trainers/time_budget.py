@@ -65,7 +65,9 @@ class TimeBudgetTrainer(StoppableTrainer):
         return sum(end) - sum(start)
 
     def progress(self) -> float:
-        """Share of the budget that is used, in [0, 1]; the running epoch counts."""
+        """Share of the training that is done, in [0, 1]: of the epochs, or of the budget with the running epoch."""
+        if self.budget_seconds() is None:
+            return self.current_epoch / self.num_epochs
         starts = self.logger.get_value("epoch_start_timestamps", step=None)
         running = time() - starts[self.current_epoch] if len(starts) > self.current_epoch else 0.0
         return min(1.0, (self.seconds_trained() + running) / self.budget_seconds())
