@@ -46,8 +46,8 @@ def test_what_an_unannotated_class_holds_does_not_matter(batch):
 
 
 def test_equation_1_by_hand():
-    # p = 0.5 everywhere in 8 voxels: soft Dice 1 - (n + 1) / (4 + n + 1) for n voxels of the class; cross-entropy log 2,
-    # where 2 voxels of a class against 6 of background weigh sqrt(3) each
+    # p = 0.5 everywhere in 8 voxels. Soft Dice is 1 - (n + 1) / (4 + n + 1) for n voxels of the class; cross-entropy is
+    # log 2 a voxel, and 2 voxels of a class against 6 of background weigh sqrt(3) each.
     target = torch.zeros(2, 2, 2, 2, 2)
     target[0, 0, 0, 0] = 1
     target[0, 1] = 1
