@@ -1,7 +1,8 @@
-"""The published learning rate schedule."""
+"""The published learning rate schedule and stopping rule."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import cos, pi
 
 from torch.optim import Optimizer
@@ -27,3 +28,11 @@ class WarmupCosineScheduler:
     def step(self, current_epoch: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.initial_lr * warmup_cosine(current_epoch, self.num_epochs)
+
+
+def at_plateau(losses: Sequence[float], window: int = 10, patience: int = 20, improvement: float = 1e-3) -> bool:
+    """Whether the mean of the last `window` epochs' losses fell by less than `improvement` in `patience` epochs."""
+    if len(losses) < window + patience:
+        return False
+    now, before = losses[-window:], losses[-window - patience : -patience]
+    return sum(before) / window - sum(now) / window < improvement

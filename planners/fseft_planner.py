@@ -148,6 +148,7 @@ class FSEFTPlanner(ExperimentPlanner):
             "fseft_gamma": 0.3,
             "fseft_prior_from_epoch": 30,
             "fseft_pool": 2,
+            "fseft_stop_at_plateau": False,
             "fseft_seed": 12345,
         }
 

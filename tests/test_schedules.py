@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from fsefs_nnunet.schedules import WarmupCosineScheduler, warmup_cosine
+from fsefs_nnunet.schedules import WarmupCosineScheduler, at_plateau, warmup_cosine
 
 
 def test_values():
@@ -48,3 +48,13 @@ def test_matches_the_published_code(shared, name, rate, num_epochs):
     ours = [rate * warmup_cosine(epoch, num_epochs) for epoch in range(num_epochs)]
     assert ours[: len(golden)] == pytest.approx(golden, rel=0, abs=1e-3 * rate)
     assert len(golden) == num_epochs - 1
+
+
+def test_plateau():
+    """The mean of ten epochs is compared with the one twenty epochs earlier: 0.001 is the least progress."""
+    falling = [1 - 0.0001 * epoch for epoch in range(100)]
+    assert not any(at_plateau(falling[:n]) for n in range(101))
+    flat = [1 - 0.00004 * epoch for epoch in range(100)]
+    assert [at_plateau(flat[:n]) for n in (0, 29, 30, 100)] == [False, False, True, True]
+    assert not at_plateau([1.0] * 29 + [0.98])
+    assert at_plateau([0.5] * 10 + [0.9] * 20)

@@ -1,4 +1,5 @@
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, inf
 
 from fsefs_nnunet import planning
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.splits import load_splits, query_cases
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer, FSEFTTrainer_Adapter, FSEFTTrainer_LinearProbe
@@ -191,6 +193,28 @@ def test_continued_training_is_bit_identical(work):
     assert identical(weights(continued), weights(expected))
     losses = [t.logger.get_value("train_losses", step=None) for t in (continued, expected)]
     np.testing.assert_array_equal(losses[0], losses[1])
+
+
+def test_plateau_stop_holds_when_continued(work):
+    """The rule needs thirty epochs; a loss that cannot fall, because the rate is zero, ends the training there."""
+    settings = dict(fseft_stop_at_plateau=True, fseft_steps_per_epoch=1, fseft_crop_size=[4, 4, 4], fseft_lambda=0.0)
+
+    class Still(FSEFTTrainer):
+        initial_lr_of_method = 0.0
+
+        def on_train_epoch_start(self):
+            super().on_train_epoch_start()
+            self.dataloader_train.start_epoch(0)  # the same crops, the same loss
+
+    stopped = trained(work, Still, epochs=40, **settings)
+    assert stopped.current_epoch == 30
+    assert "Training ends after epoch 29: the training loss no longer falls" in text_of(stopped)
+    continued = make_trainer(work, Still, epochs=40, **settings)
+    continued.load_checkpoint(str(Path(stopped.output_folder) / "checkpoint_final.pth"))
+    continued.run_training()
+    assert continued.current_epoch == 30
+    assert identical(weights(continued), weights(stopped))
+    assert trained(work, Still, epochs=31, **{**settings, "fseft_stop_at_plateau": False}).current_epoch == 31
 
 
 # ---- what a training leaves ----
@@ -412,7 +436,7 @@ def test_fold_beyond_the_file(work, cls, configuration):
 
 
 def test_configuration_that_is_not_k_shot(work):
-    with pytest.raises(RuntimeError, match="'3d_fullres' of plans 'FSEFTPlans' is no K-shot configuration: make plans"):
+    with pytest.raises(InputError, match="'3d_fullres' of plans 'FSEFTPlans' is no K-shot configuration: make plans"):
         make_trainer(work, configuration="3d_fullres")
 
 
@@ -432,6 +456,21 @@ def test_plans_of_other_weights(work):
     plans["configurations"][FIVE]["architecture"]["arch_kwargs"]["sha256"] = "0" * 64
     with pytest.raises(ValueError, match="plan and train anew"):
         make_trainer(work, plans=plans).run_training()
+
+
+@pytest.mark.parametrize("argument", ["-pretrained_weights", "-pretrained"])
+def test_pretrained_weights_are_refused(work, monkeypatch, argument):
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "77", FIVE, "0", argument, "model.pth"])
+    with pytest.raises(InputError, match="takes no -pretrained_weights: import the model as a backbone"):
+        make_trainer(work)
+
+
+def test_damaged_checkpoint_is_refused(work):
+    trainer = trained(work, epochs=1)
+    file = Path(trainer.output_folder) / "checkpoint_final.pth"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="checkpoint_final.pth is damaged or incomplete"):
+        make_trainer(work).load_checkpoint(str(file))
 
 
 def test_scratch_baseline_takes_our_support(work, monkeypatch):

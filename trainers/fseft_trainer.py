@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import os
+import sys
 from os.path import join
 from pathlib import Path
 
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import autocast, nn
 
+from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.bank_disk import BANK_FOLDER, cap_in_gb
+from fsefs_nnunet.bank_layout import Layout, query_layout, support_layout
 from fsefs_nnunet.crops import CropLoader
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features import FeatureBank
 from fsefs_nnunet.labels import foreground_names
 from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.network import AdaptedNetwork
 from fsefs_nnunet.queries import UnlabelledQueries
-from fsefs_nnunet.schedules import WarmupCosineScheduler
+from fsefs_nnunet.schedules import WarmupCosineScheduler, at_plateau
 from fsefs_nnunet.size_prior import SizePrior, estimate_size, label_volumes_ml, size_penalty
 from fsefs_nnunet.splits import SPLITS_FILE, load_splits, query_cases, support_cases
+from fsefs_nnunet.trainers.time_budget import StoppableTrainer, StopTraining
 from fsefs_nnunet.transduction import QuerySizes
 
 
-class FSEFTTrainer(nnUNetTrainer):
+class FSEFTTrainer(StoppableTrainer):
     """Trains reduction, adapter and head on crops of the feature bank: L_SEG(support) + lambda * L_TI(query).
 
     Wants a K-shot configuration of plans made by FSEFTPlanner; everything that it does is a key of these plans.
@@ -39,12 +44,17 @@ class FSEFTTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = self.configuration_manager.configuration
         if "fseft_backbone" not in self.settings:
-            raise RuntimeError(
+            raise InputError(
                 f"{configuration!r} of plans {self.plans_manager.plans_name!r} is no K-shot configuration: make plans "
                 "with `fseft plan_and_preprocess -d ID` and train one of 3d_fullres_1shot, _5shot, _10shot or _allshot."
             )
         if self.is_ddp:
-            raise RuntimeError(f"{type(self).__name__} trains a small adapter on one device: leave -num_gpus at 1.")
+            raise InputError(f"{type(self).__name__} trains a small adapter on one device: leave -num_gpus at 1.")
+        if any(argument.startswith("-pretrained") for argument in sys.argv):  # nnU-Net tells its trainers nothing of it
+            raise InputError(
+                f"{type(self).__name__} takes no -pretrained_weights: import the model as a backbone, `fseft backbones "
+                "import ID FOLDER`, plan with it, `fseft plan_and_preprocess -d DATASET -b ID`, and train these plans."
+            )
         self.num_epochs = 100
         self.num_iterations_per_epoch = self.settings["fseft_steps_per_epoch"]
         self.num_val_iterations_per_epoch = 1
@@ -151,18 +161,28 @@ class FSEFTTrainer(nnUNetTrainer):
         self.start_network()
         super().on_train_start()
         self.log_query_sizes("before this training")
+        self.stop_at_plateau()
 
     def fill_bank(self) -> None:
         """Run the frozen backbone once over support and queries, unless an earlier training did."""
         self.bank = FeatureBank(
-            Path(self.preprocessed_dataset_folder_base) / "fseft_features",
+            Path(self.preprocessed_dataset_folder_base) / BANK_FOLDER,
             self.network.backbone,
             self.settings["architecture"]["arch_kwargs"]["stages"],
             self.configuration_manager.patch_size,
             self.device,
         )
         needed = [*self.support, *(self.queries if self.use_size_prior else [])]
-        self.bank.fill(needed, self.load_image, self.print_to_log_file)
+        cap_gb = cap_in_gb(self.settings.get("fseft_bank_gb"))
+        self.bank.fill(needed, self.load_image, self.bank_layout, cap_gb, self.print_to_log_file)
+
+    def bank_layout(self, case: str, shape: tuple[int, ...]) -> Layout:
+        """What the bank keeps of a volume of `shape`; of a query it depends on the image alone."""
+        if case not in self.support:
+            return query_layout(shape, self.settings["fseft_pool"])
+        foreground = self.load_segmentation(case)[0] > 0
+        window = self.configuration_manager.patch_size
+        return support_layout(case, foreground, self.settings["fseft_crop_size"], window)
 
     def estimate_priors(self) -> None:
         """Size prior S of each class in ml, from the support labels alone."""
@@ -187,7 +207,7 @@ class FSEFTTrainer(nnUNetTrainer):
             text = f"{prior.size:.2f} ml, spread {prior.spread:.2f} ml, {prior.num_cases} cases" if prior else "none"
             self.print_to_log_file(f"Size prior of {name}: {text}")
         voxel_ml = float(np.prod(self.configuration_manager.spacing)) / 1000
-        self.query_sizes = QuerySizes(self.bank, self.queries, voxel_ml, self.settings["fseft_pool"], self.device)
+        self.query_sizes = QuerySizes(self.bank, self.queries, voxel_ml, self.device)
         known = [i for i, prior in enumerate(self.priors) if prior]
         self.known = torch.tensor(known, device=self.device)
         self.prior_ml = torch.tensor([self.priors[i].size for i in known], device=self.device)
@@ -260,6 +280,14 @@ class FSEFTTrainer(nnUNetTrainer):
             super().on_epoch_end()
         finally:
             self.logger.__dict__.pop("plot_progress_png", None)
+        self.stop_at_plateau()
+
+    def stop_at_plateau(self) -> None:
+        """End the training by the published rule, if the plans want it; the losses lie in every checkpoint."""
+        if self.settings["fseft_stop_at_plateau"]:
+            losses = [self.logger.get_value("train_losses", step=epoch) for epoch in range(self.current_epoch)]
+            if at_plateau(losses):
+                raise StopTraining("the training loss no longer falls")
 
     def on_train_end(self):
         self.log_query_sizes("after training")
@@ -279,6 +307,11 @@ class FSEFTTrainer(nnUNetTrainer):
                     if prior
                 )
                 self.print_to_log_file(f"  {query}: {', '.join(parts)}", add_timestamp=False)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        if isinstance(filename_or_checkpoint, str):
+            read_checkpoint(filename_or_checkpoint)  # a damaged file is refused with a remedy
+        super().load_checkpoint(filename_or_checkpoint)
 
     def save_checkpoint(self, filename: str) -> None:
         part = f"{filename}.part"
