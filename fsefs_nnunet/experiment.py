@@ -15,12 +15,16 @@ import fsefs_nnunet
 
 @dataclass(frozen=True)
 class Experiment:
-    """A dataset with its plans below `work`, in nnU-Net's three folders; `device` as in nnUNetv2_train."""
+    """A dataset with its plans below `work`, in nnU-Net's three folders; `device` as in nnUNetv2_train.
+
+    results: name of the results' folder, where one dataset has several kinds of them.
+    """
 
     work: Path
     dataset: str
     plans: str = "FSEFTPlans"
     device: str = "cpu"
+    results: str = "nnUNet_results"
 
     @property
     def raw(self) -> Path:
@@ -31,7 +35,8 @@ class Experiment:
         return self.work / "nnUNet_preprocessed" / self.dataset
 
     def environment(self) -> dict[str, str]:
-        folders = {name: str(self.work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        folders = {name: str(self.work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed")}
+        folders["nnUNet_results"] = str(self.work / self.results)
         shims = Path(fsefs_nnunet.__file__).parent / "shims"
         # two processes each: a command of nnU-Net's starts up to eight, which import torch for seconds
         processes = {"nnUNet_def_n_proc": "2", "nnUNet_extTrainer": str(shims)}
@@ -47,7 +52,7 @@ class Experiment:
         log = self.work / "log.txt"
         line = " ".join([command, *map(str, args)])
         print(f"$ {line}", flush=True)
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", self.results):
             (self.work / name).mkdir(parents=True, exist_ok=True)
         with open(log, "a") as f:
             f.write(f"\n$ {line}\n")
@@ -60,7 +65,7 @@ class Experiment:
             raise RuntimeError(f"`{line}` failed; {log} ends with:\n{tail}")
 
     def model(self, trainer: str, configuration: str) -> Path:
-        return self.work / "nnUNet_results" / self.dataset / f"{trainer}__{self.plans}__{configuration}"
+        return self.work / self.results / self.dataset / f"{trainer}__{self.plans}__{configuration}"
 
     def train(self, trainer: str, configuration: str, fold: int = 0, **environment: str) -> Path:
         """`nnUNetv2_train`, unless it is done; returns the fold's folder."""
@@ -71,10 +76,14 @@ class Experiment:
             self.run("nnUNetv2_train", *args, "--c", **{"nnUNet_n_proc_DA": "0", **environment})
         return folder
 
-    def predict(self, trainer: str, configuration: str, images: Path, output: Path, fold: int = 0) -> Path:
+    def predict(
+        self, trainer: str, configuration: str, images: Path, output: Path, fold: int = 0, **environment: str
+    ) -> Path:
         """`nnUNetv2_predict` with one fold."""
         args = ("-i", images, "-o", output, "-d", self.dataset, "-c", configuration, "-tr", trainer, "-p", self.plans)
-        self.run("nnUNetv2_predict", *args, "-f", str(fold), "-device", self.device, "-npp", "2", "-nps", "2")
+        self.run(
+            "nnUNetv2_predict", *args, "-f", str(fold), "-device", self.device, "-npp", "2", "-nps", "2", **environment
+        )
         return output
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from fsefs_nnunet.errors import InputError
+
 # Spellings of one structure; names are compared in the form that `normalised` gives.
 _ALIASES = {
     "kidney_right": ["right_kidney", "rkidney", "kidney_r"],
@@ -28,15 +30,15 @@ def match_labels(names: list[str], classes: tuple[str, ...]) -> dict[str, str]:
     """Which of the dataset's label `names` the backbone knows, and as which of its `classes`.
 
     Raises:
-        ValueError: if two of the backbone's classes, or two labels, are the same structure.
+        InputError: if two of the backbone's classes, or two labels, are the same structure.
     """
     matches: dict[str, str] = {}
     for name in names:
         known = [c for c in classes if normalised(c) == normalised(name)]
         if len(known) > 1:
-            raise ValueError(f"Label {name!r} matches the backbone's classes {known}: rename it in dataset.json.")
+            raise InputError(f"Label {name!r} matches the backbone's classes {known}: rename it in dataset.json.")
         if known and known[0] in matches.values():
-            raise ValueError(f"Two labels match the backbone's class {known[0]!r}: rename one of them in dataset.json.")
+            raise InputError(f"Two labels match the backbone's class {known[0]!r}: rename one of them in dataset.json.")
         if known:
             matches[name] = known[0]
     return matches

@@ -7,6 +7,7 @@ from torch import nn
 
 from fsefs_nnunet.adapters import build_adapter
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import foreground_names, match_labels
 
 
@@ -37,7 +38,7 @@ class AdaptedNetwork(nn.Module):
         super().__init__()
         self.backbone = FrozenBackbone(backbone, stages, sha256)
         if input_channels != self.backbone.contract.input_channels:
-            raise ValueError(
+            raise InputError(
                 f"Backbone {backbone!r} takes {self.backbone.contract.input_channels} image channel(s), the dataset "
                 f"has {input_channels}: choose another backbone or convert the dataset."
             )
@@ -65,7 +66,7 @@ class AdaptedNetwork(nn.Module):
         if isinstance(self.reduction, nn.Conv3d) and self.head_channels:
             weight, n = self.reduction.weight, self.head_channels
             if weight.shape[0] < n:
-                raise ValueError(f"channels must be at least {n}, the width of the backbone's last stage.")
+                raise InputError(f"channels must be at least {n}, the width of the backbone's last stage.")
             weight[:n] = 0
             weight[range(n), range(n)] = 1
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.losses import soft_dice
 
 
@@ -15,24 +16,24 @@ def annotation_masks(dataset_json: dict, regions: list[str]) -> dict[str, torch.
     dataset_json["sources"] maps a source's name to its "classes" (names of labels or regions) and "cases".
 
     Raises:
-        ValueError: if "sources" is missing, names an unknown class, or lists a case twice.
+        InputError: if "sources" is missing, names an unknown class, or lists a case twice.
     """
     if not dataset_json.get("sources"):
-        raise ValueError(
+        raise InputError(
             'dataset.json has no "sources": say which cases are annotated for which classes, '
             'e.g. "sources": {"siteA": {"classes": ["liver"], "cases": ["siteA_001"]}}.'
         )
     masks = {}
     for source, content in dataset_json["sources"].items():
         if not content.get("classes") or not content.get("cases"):
-            raise ValueError(f'dataset.json: source {source!r} needs "classes" and "cases", neither of them empty.')
+            raise InputError(f'dataset.json: source {source!r} needs "classes" and "cases", neither of them empty.')
         unknown = sorted(set(content["classes"]) - set(regions))
         if unknown:
-            raise ValueError(f"dataset.json: source {source!r} annotates {unknown}, but the labels are {regions}.")
+            raise InputError(f"dataset.json: source {source!r} annotates {unknown}, but the labels are {regions}.")
         mask = torch.tensor([float(name in content["classes"]) for name in regions])
         for case in content["cases"]:
             if case in masks:
-                raise ValueError(f"dataset.json: case {case!r} is listed in two sources.")
+                raise InputError(f"dataset.json: case {case!r} is listed in two sources.")
             masks[case] = mask
     return masks
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fsefs_nnunet.errors import InputError
+
 
 class UnlabelledQueries:
     """Folder `<data identifier>_queries` of the preprocessed dataset: `<case>.npy` (channels, X, Y, Z) float32.
@@ -30,7 +32,7 @@ class UnlabelledQueries:
         """Preprocess `images`, case -> one file per channel, and forget the queries of earlier calls.
 
         Raises:
-            ValueError: if an image holds NaN or infinite values.
+            InputError: if an image holds NaN or infinite values.
         """
         from tqdm import tqdm
 
@@ -41,7 +43,7 @@ class UnlabelledQueries:
         for case, files in tqdm(images.items(), desc="preprocessing queries"):
             data, _, _ = preprocessor.run_case(files, None, plans_manager, configuration_manager, dataset_json)
             if not np.isfinite(data).all():
-                raise ValueError(f"{files[0]} holds NaN or infinite values: repair the image or leave it out.")
+                raise InputError(f"{files[0]} holds NaN or infinite values: repair the image or leave it out.")
             part = self.folder / f"{case}.part"
             with open(part, "wb") as f:
                 np.save(f, data.astype(np.float32, copy=False))
@@ -52,17 +54,17 @@ def images_in(folder: Path, dataset_json: dict) -> dict[str, list[str]]:
     """Cases of a folder in nnU-Net's naming, `<case>_0000<file ending>` and so on per channel.
 
     Raises:
-        ValueError: if the folder has no such image, or a case lacks a channel.
+        InputError: if the folder has no such image, or a case lacks a channel.
     """
     ending, channels = dataset_json["file_ending"], len(dataset_json["channel_names"])
     first = sorted(Path(folder).glob(f"*_0000{ending}"))
     if not first:
-        raise ValueError(f"{folder} has no images named <case>_0000{ending}: nnU-Net's naming is wanted.")
+        raise InputError(f"{folder} has no images named <case>_0000{ending}: nnU-Net's naming is wanted.")
     cases = {}
     for file in first:
         case = file.name[: -len(f"_0000{ending}")]
         cases[case] = [str(file.with_name(f"{case}_{channel:04d}{ending}")) for channel in range(channels)]
         for name in cases[case]:
             if not Path(name).exists():
-                raise ValueError(f"{name} is missing: every case needs {channels} channel(s).")
+                raise InputError(f"{name} is missing: every case needs {channels} channel(s).")
     return cases

@@ -13,6 +13,8 @@ import random
 from collections import Counter
 from pathlib import Path
 
+from fsefs_nnunet.errors import InputError
+
 SPLITS_FILE = "splits_fseft.json"
 
 
@@ -31,20 +33,20 @@ def make_splits(
         num_queries: at most so many labelled cases become queries, fewer if the support needs them.
 
     Raises:
-        ValueError: for a case given twice, too few labelled cases, or a number out of range.
+        InputError: for a case given twice, too few labelled cases, or a number out of range.
     """
     twice = [case for case, count in Counter([*labelled, *unlabelled]).items() if count > 1]
     if twice:
-        raise ValueError(f"{len(twice)} cases are given twice, e.g. {twice[0]!r}: give every case once.")
+        raise InputError(f"{len(twice)} cases are given twice, e.g. {twice[0]!r}: give every case once.")
     if not shots or min(shots) < 1:
-        raise ValueError(f"The numbers of shots are {shots}: give at least one, each 1 or more.")
+        raise InputError(f"The numbers of shots are {shots}: give at least one, each 1 or more.")
     if max(shots) > len(labelled):
-        raise ValueError(
+        raise InputError(
             f"{max(shots)} shots need as many labelled cases, there are {len(labelled)}: "
             "label more or ask for fewer shots."
         )
     if num_queries < 0 or num_folds < 1:
-        raise ValueError(f"{num_queries} queries and {num_folds} folds: give at least 0 queries and 1 fold.")
+        raise InputError(f"{num_queries} queries and {num_folds} folds: give at least 0 queries and 1 fold.")
     rng = random.Random(seed)
     queries = set(rng.sample(sorted(labelled), min(num_queries, len(labelled) - max(shots))))
     pool = sorted(set(labelled) - queries)
@@ -59,7 +61,7 @@ def make_splits(
 
 def _pool(splits: dict, fold: int) -> list[str]:
     if fold not in range(len(splits["folds"])):
-        raise ValueError(
+        raise InputError(
             f"Fold {fold} does not exist: there are {len(splits['folds'])} folds, counted from 0; "
             "make more with `fseft splits -d ID --folds N`."
         )
@@ -72,7 +74,7 @@ def support_cases(splits: dict, shots: int | str, fold: int | str) -> list[str]:
     For fold 'all' it is every labelled case, whatever the shots.
 
     Raises:
-        ValueError: if there is no such fold, or the pool has fewer cases than shots.
+        InputError: if there is no such fold, or the pool has fewer cases than shots.
     """
     if fold == "all":
         return sorted([*splits["folds"][0], *splits["queries"]])
@@ -80,7 +82,7 @@ def support_cases(splits: dict, shots: int | str, fold: int | str) -> list[str]:
     if shots == "all":
         return list(pool)
     if shots not in range(1, len(pool) + 1):
-        raise ValueError(
+        raise InputError(
             f"{shots} shots of a pool of {len(pool)} cases: ask for 1 to {len(pool)} or 'all', "
             "or make a larger pool with `fseft splits -d ID`."
         )
@@ -91,7 +93,7 @@ def query_cases(splits: dict, fold: int | str) -> tuple[list[str], list[str]]:
     """The labelled and the unlabelled queries; with fold 'all' the labelled ones are support.
 
     Raises:
-        ValueError: if there is no such fold.
+        InputError: if there is no such fold.
     """
     if fold == "all":
         return [], list(splits["unlabelled_queries"])
@@ -112,19 +114,19 @@ def load_splits(file: str | Path) -> dict:
     """Read what save_splits wrote.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no such file; edits by hand must keep the folds permutations of one pool without queries.
+        InputError: if there is no such file, or it is another; edits by hand must keep the folds permutations of one
+            pool without queries.
     """
     file = Path(file)
     if not file.is_file():
-        raise FileNotFoundError(f"There are no K-shot folds at {file}: make them with `fseft splits -d ID`.")
+        raise InputError(f"There are no K-shot folds at {file}: make them with `fseft splits -d ID`.")
     try:
         splits = json.loads(file.read_text())
         problem = _problem(splits)
     except json.JSONDecodeError as error:
         problem = f"no JSON ({error})"
     if problem:
-        raise ValueError(f"{file} holds no K-shot folds, {problem}: make it anew with `fseft splits -d ID`.")
+        raise InputError(f"{file} holds no K-shot folds, {problem}: make it anew with `fseft splits -d ID`.")
     return splits
 
 

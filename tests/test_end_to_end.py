@@ -35,12 +35,15 @@ def run(tiny, tmp_path_factory):
     env = {**os.environ, **variables, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     env.pop("nnUNet_extTrainer", None)
 
+    def attempt(line: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", "-c", f'eval "$(fseft env)"; {line}'], env=env, capture_output=True, text=True)
+
     def run(line: str) -> str:
-        result = subprocess.run(["bash", "-c", f'eval "$(fseft env)"; {line}'], env=env, capture_output=True, text=True)
+        result = attempt(line)
         assert result.returncode == 0, f"{line}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
         return result.stdout
 
-    run.work = work
+    run.work, run.attempt = work, attempt
     return run
 
 
@@ -124,6 +127,22 @@ def test_evaluation(run, predictions):
     assert len(summary["metric_per_case"]) == 3
     dice = {Path(c["prediction_file"]).name: c["metrics"]["1"]["Dice"] for c in summary["metric_per_case"]}
     assert dice["turned.nii.gz"] == pytest.approx(dice[sorted(dice)[0]])
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (f"{FIVE} 7", "Fold 7 does not exist"),
+        (f"{FIVE} 0 -pretrained_weights model.pth", "takes no -pretrained_weights"),
+        ("3d_fullres 0", "is no K-shot configuration"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(run, arguments, sentence):
+    """nnU-Net's command fails without a traceback, and names the remedy."""
+    result = run.attempt(f"nnUNetv2_train 77 {arguments} -tr FSEFTTrainer -p FSEFTPlans -device cpu")
+    assert result.returncode == 1
+    assert sentence in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+    assert "fseft" in result.stderr.splitlines()[-1]
 
 
 def test_an_adapted_model_is_no_backbone(model):

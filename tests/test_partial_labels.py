@@ -8,6 +8,7 @@ from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.partial_labels import PartialLabelLoss, annotation_masks
 from fsefs_nnunet.trainers.pretrainer import FSEFTPretrainer, RandomAppearanceTransform, mask_summary
 
@@ -132,7 +133,7 @@ def test_only_the_given_cases_are_drawn(pretrainer):
 
 
 def test_balanced_refuses_a_case_of_no_source(pretrainer):
-    with pytest.raises(RuntimeError, match="1 cases in no source, e.g. z1"):
+    with pytest.raises(InputError, match="1 cases in no source, e.g. z1"):
         pretrainer.balanced(["a1", "z1"])
 
 

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.splits import load_splits, make_splits, query_cases, save_splits, support_cases
 
 LABELLED = [f"case_{i:03d}" for i in range(30)]
@@ -106,7 +107,7 @@ def test_round_trip_replaces_the_old_file_and_leaves_nothing_else(splits, tmp_pa
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="splits_fseft.json.*fseft splits -d ID"):
+    with pytest.raises(InputError, match="splits_fseft.json.*fseft splits -d ID"):
         load_splits(tmp_path / "splits_fseft.json")
 
 

@@ -442,7 +442,7 @@ def test_configuration_that_is_not_k_shot(work):
 
 def test_missing_splits(work):
     (work.preprocessed / "splits_fseft.json").unlink()
-    with pytest.raises(FileNotFoundError, match="There are no K-shot folds at .*fseft splits -d ID"):
+    with pytest.raises(InputError, match="There are no K-shot folds at .*fseft splits -d ID"):
         make_trainer(work).run_training()
 
 

@@ -14,6 +14,7 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.partial_labels import PartialLabelLoss, annotation_masks
 from fsefs_nnunet.trainers.time_budget import TimeBudgetTrainer
 
@@ -59,7 +60,7 @@ class FSEFTPretrainer(TimeBudgetTrainer):
         self.num_val_iterations_per_epoch = 10
         self.save_every = 1
         if not self.label_manager.has_regions:
-            raise RuntimeError(
+            raise InputError(
                 "FSEFTPretrainer needs region-based labels: in dataset.json, make at least one label a list of several "
                 'values, e.g. "kidneys": [4, 5], and give regions_class_order.'
             )
@@ -99,7 +100,7 @@ class FSEFTPretrainer(TimeBudgetTrainer):
         """`cases` with the cases of small sources repeated, so that every source is drawn equally often."""
         missing = [case for case in cases if case not in self.masks]
         if missing:
-            raise RuntimeError(
+            raise InputError(
                 f'dataset.json lists {len(missing)} cases in no source, e.g. {missing[0]}: add to "sources".'
             )
         known = set(cases)

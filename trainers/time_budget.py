@@ -9,6 +9,8 @@ from time import time
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from fsefs_nnunet.errors import InputError
+
 
 class StopTraining(Exception):
     """Raised at the end of an epoch: nnU-Net's loop over epochs has no other way out."""
@@ -52,7 +54,7 @@ class TimeBudgetTrainer(StoppableTrainer):
         except ValueError:
             seconds = 0.0
         if seconds <= 0:
-            raise ValueError(
+            raise InputError(
                 f"The environment variable fseft_train_minutes must be a positive number, it is {minutes!r}."
             )
         return seconds

@@ -10,6 +10,7 @@ from torch import nn
 
 from fsefs_nnunet.adapters.linear_probe import LinearProbe
 from fsefs_nnunet.adapters.spatial import SpatialAdapter
+from fsefs_nnunet.errors import InputError
 
 ADAPTERS = {"linear_probe": LinearProbe, "spatial": SpatialAdapter}
 
@@ -21,5 +22,5 @@ def build_adapter(kind: str, channels: int) -> nn.Module:
         ValueError: if there is no such kind.
     """
     if kind not in ADAPTERS:
-        raise ValueError(f"There is no adapter {kind!r}: choose one of {sorted(ADAPTERS)}.")
+        raise InputError(f"There is no adapter {kind!r}: choose one of {sorted(ADAPTERS)}.")
     return ADAPTERS[kind](channels)

@@ -1,0 +1,133 @@
+"""Kills nnUNetv2_train at random moments and continues it: the adapter must be the uninterrupted run's, bit by bit.
+
+    python benchmarks/kill_and_resume.py --work /data/kills
+
+A phantom dataset, a 5-shot training of 100 short epochs. The moments are drawn over the whole run of the uninterrupted
+training: imports, bank filling, training, writing, validation. Runs that are done are not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+import torch
+
+from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.datasets.phantoms import write_demo_dataset
+from fsefs_nnunet.experiment import Experiment
+
+DATASET = "Dataset045_PhantomKills"
+CONFIGURATION = "3d_fullres_5shot"
+BANK = "fseft_features"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training with preprocessed data and results of its own, so that its bank is empty at the start."""
+
+    experiment: Experiment
+
+    @classmethod
+    def copy_of(cls, prepared: Experiment, work: Path) -> Run:
+        if not work.exists():
+            shutil.copytree(prepared.preprocessed, work / "nnUNet_preprocessed" / DATASET)
+            shutil.copytree(prepared.raw, work / "nnUNet_raw" / DATASET)
+        return cls(Experiment(work, DATASET, device=prepared.device))
+
+    @property
+    def fold(self) -> Path:
+        return self.experiment.model("FSEFTTrainer", CONFIGURATION) / "fold_0"
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        command = [Path(sys.executable).parent / "nnUNetv2_train", DATASET, CONFIGURATION, "0", "-tr", "FSEFTTrainer"]
+        env = {**self.experiment.environment(), "nnUNet_n_proc_DA": "0"}
+        with open(self.experiment.work / "log.txt", "a") as log:
+            options = ["-p", "FSEFTPlans", "-device", self.experiment.device, *arguments]
+            return subprocess.Popen([*command, *options], env=env, stdout=log, stderr=subprocess.STDOUT)
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        return read_checkpoint(self.fold / "checkpoint_final.pth")["network_weights"]
+
+    def done(self) -> bool:
+        return (self.fold / "validation" / "summary.json").exists()
+
+
+def finish(run: Run, *arguments: str) -> float:
+    """Train to the end; returns seconds. Raises RuntimeError with the log's name if it fails."""
+    start = monotonic()
+    if run.start(*arguments).wait():
+        raise RuntimeError(f"The training failed, see {run.experiment.work / 'log.txt'}.")
+    return monotonic() - start
+
+
+def stage(run: Run) -> str:
+    """What a killed training was at."""
+    if (run.fold / "checkpoint_final.pth").exists():
+        return "validation"
+    if (run.fold / "checkpoint_latest.pth").exists():
+        return f"epoch {read_checkpoint(run.fold / 'checkpoint_latest.pth')['current_epoch']}"
+    return "bank" if (run.experiment.preprocessed / BANK).exists() else "start"
+
+
+def kill_and_resume(run: Run, after: float) -> str:
+    """Kill a fresh training after `after` seconds, continue it to the end; returns what it was at."""
+    process = run.start()
+    try:
+        process.wait(after)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    reached = stage(run)
+    finish(run, "--c")
+    return reached
+
+
+def prepare(experiment: Experiment) -> None:
+    if not (experiment.raw / "dataset.json").exists():
+        write_demo_dataset(experiment.raw, 8)
+    if not (experiment.preprocessed / "FSEFTPlans_3d_fullres").exists():
+        experiment.run("fseft", "plan_and_preprocess", "-d", DATASET, "--shots", "5", "-np", "2")
+        file = experiment.preprocessed / "FSEFTPlans.json"
+        plans = json.loads(file.read_text())
+        plans["configurations"][CONFIGURATION].update(fseft_steps_per_epoch=1, fseft_crop_size=[16, 16, 16])
+        file.write_text(json.dumps(plans))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-device", default="cpu")
+    args = parser.parse_args()
+    work = args.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    prepared = Experiment(work, DATASET, device=args.device)
+    prepare(prepared)
+    whole = Run.copy_of(prepared, work / "whole")
+    seconds_file = work / "seconds.json"
+    if not whole.done():
+        seconds_file.write_text(json.dumps(finish(whole)))
+    seconds, expected = json.loads(seconds_file.read_text()), whole.adapter()
+    print(f"The uninterrupted training takes {seconds:.0f} s.", flush=True)
+    rng, same = random.Random(args.seed), 0
+    for i in range(args.kills):
+        after = rng.uniform(0, seconds)
+        run = Run.copy_of(prepared, work / f"kill_{i:02d}")
+        reached = "done before" if run.done() else kill_and_resume(run, after)
+        equal = all(torch.equal(tensor, expected[name]) for name, tensor in run.adapter().items())
+        same += equal
+        print(f"killed after {after:.1f} s ({reached}): {'bit-identical' if equal else 'DIFFERENT'}", flush=True)
+    print(f"{same} of {args.kills}")
+
+
+if __name__ == "__main__":
+    main()
