@@ -15,7 +15,8 @@ class CropLoader:
 
     'data' is (B, C, X, Y, Z) features, 'target' (B, 1, X, Y, Z) the label map, or what `transform` makes of it.
     A resumed training draws what an uninterrupted one would have drawn: call `start_epoch` before each epoch.
-    Half of the crops are centred on a random foreground voxel (foreground : background 1 : 1, as published).
+    Half of the crops are centred on a random foreground voxel (foreground : background 1 : 1, as published). The others
+    lie anywhere, as far as the bank holds the volume: in one of the blocks that it keeps for them.
     """
 
     def __init__(
@@ -58,21 +59,17 @@ class CropLoader:
         return {"data": torch.stack(data), "target": torch.stack(target), "keys": keys}
 
     def _crop(self, rng: np.random.Generator, case: str, on_foreground: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        seg, foreground = self.segmentations[case], self.foreground[case]
-        last = np.array(seg.shape[1:]) - self.crop_size
+        seg, foreground, entry = self.segmentations[case], self.foreground[case], self.bank[case]
         if on_foreground and len(foreground):
+            last = np.array(seg.shape[1:]) - self.crop_size
             start = np.clip(foreground[rng.integers(len(foreground))] - self.crop_size // 2, 0, last)
         else:
-            start = rng.integers(0, last + 1)
+            # the first box lies around foreground
+            blocks = entry.layout.boxes[1:] or entry.layout.boxes
+            first, end = blocks[rng.integers(len(blocks))]
+            start = rng.integers(first, end - self.crop_size + 1)
         box = (slice(None), *(slice(a, a + n) for a, n in zip(start, self.crop_size)))
         target = torch.from_numpy(np.maximum(seg[box], 0).astype(np.int16))
         if self.transform is not None:
             target = self.transform(**{"segmentation": target})["segmentation"]
-        return torch.from_numpy(self.bank[case][box].astype(np.float32)), target
-
-
-def pooled(features: np.ndarray, factor: int) -> torch.Tensor:
-    """Features (C, X, Y, Z) averaged over blocks of factor^3 voxels; incomplete blocks average what they hold."""
-    tensor = torch.from_numpy(np.asarray(features, dtype=np.float32))
-    block = [min(factor, n) for n in tensor.shape[1:]]  # PyTorch refuses blocks wider than the volume
-    return torch.nn.functional.avg_pool3d(tensor[None], block, ceil_mode=True, count_include_pad=False)
+        return torch.from_numpy(entry.crop(start, self.crop_size).astype(np.float32)), target

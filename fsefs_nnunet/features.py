@@ -5,18 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from filelock import FileLock
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 from tqdm import tqdm
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.bank_disk import gigabytes, require_space, used_bytes
+from fsefs_nnunet.bank_layout import Layout
+from fsefs_nnunet.errors import InputError
 
 TILE_STEP_SIZE = 0.5
+FORMAT = 2  # raise it when the entries change: older ones are left alone then
 
 
 @torch.no_grad()
@@ -31,7 +37,7 @@ def extract_features(
         image: preprocessed, (channels, X, Y, Z).
 
     Returns:
-        (C, X, Y, Z) float32 on the CPU.
+        (C, X, Y, Z) float32 on the CPU: 4 bytes a voxel and channel, the most memory that filling a bank takes.
     """
     padded, revert = pad_nd_image(image, patch_size, "constant", {"value": 0}, True, None)
     steps = compute_steps_for_sliding_window(padded.shape[1:], patch_size, TILE_STEP_SIZE)
@@ -52,91 +58,183 @@ def extract_features(
     return features[(slice(None), *revert[1:])]
 
 
-class FeatureBank:
-    """fp16 features on disk, `<case>.npy` (C, X, Y, Z) with a `<case>.json`, memory-mapped on reading.
+@dataclass(frozen=True)
+class EntryKey:
+    """Everything that an entry depends on: another image, label region or window is another entry."""
 
-    The folder's name carries the hash of everything that the features depend on but the image; the JSON, written
-    last, carries the image's own hash and the file's. An entry that does not verify is computed again.
+    recipe: dict
+    case: str
+    image_sha256: str
+    layout: Layout
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def name(self) -> str:
+        return f"{self.case}_{short_hash(self.to_json())}"
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Stored features of a volume.
+
+    boxes: one (C, x, y, z) float16 array for each box of `layout`, memory-mapped.
+    sums, square_sums: (C,) over all voxels of the volume, the stored ones or not.
+    """
+
+    layout: Layout
+    boxes: list[np.ndarray]
+    sums: np.ndarray
+    square_sums: np.ndarray
+
+    def crop(self, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        """Features (C, *size) float16 from voxel `start` of the volume on; IndexError if no box holds this crop."""
+        start, stop = np.array(start), np.add(start, size)
+        for (first, end), box in zip(self.layout.boxes, self.boxes):
+            if (start >= first).all() and (stop <= end).all():
+                return box[(slice(None), *map(slice, start - first, stop - first))]
+        raise IndexError(f"The crop from {start.tolist()} to {stop.tolist()} is not stored.")
+
+
+class FeatureBank:
+    """fp16 features on disk: for each entry a flat `<name>.npy` as its layout packs it, and a `<name>.json`.
+
+    The names carry the hash of everything that the features depend on. The JSON, written last, says it in full and
+    holds the hash of the features; an entry that does not verify is computed again, by one process at a time.
     """
 
     def __init__(
-        self, root: Path, backbone: FrozenBackbone, stages: str, patch_size: tuple[int, ...], device: torch.device
+        self, root: Path, backbone: FrozenBackbone, stages: str, patch_size: Sequence[int], device: torch.device
     ):
+        """root: the folder of all banks of a dataset."""
+        self.root = Path(root)
         self.backbone = backbone
         self.patch_size = tuple(int(n) for n in patch_size)
         self.device = device
-        recipe = {
+        self.recipe = {
+            "format": FORMAT,
             "backbone": backbone.contract.sha256,
+            "architecture": backbone.contract.architecture,
             "stages": stages,
             "patch_size": self.patch_size,
             "tile_step_size": TILE_STEP_SIZE,
         }
-        key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-        self.folder = Path(root) / f"{backbone.contract.id}_{key}"
+        self.folder = self.root / f"{backbone.contract.id}_{short_hash(json.dumps(self.recipe, sort_keys=True))}"
+        self._entries: dict[str, Entry] = {}
+
+    def __getitem__(self, case: str) -> Entry:
+        """The entry of a case that `fill` was called with."""
+        return self._entries[case]
 
     def fill(
-        self, cases: Iterable[str], load_image: Callable[[str], np.ndarray], log: Callable[[str], None] = print
+        self,
+        cases: Iterable[str],
+        load_image: Callable[[str], np.ndarray],
+        layout: Callable[[str, tuple[int, ...]], Layout],
+        cap_gb: float | None = None,
+        log: Callable[[str], None] = print,
     ) -> int:
-        """Compute the missing entries of `cases`; returns how many. `load_image` gives (channels, X, Y, Z)."""
+        """Verify the entries of `cases` and compute those that are missing.
+
+        Args:
+            load_image: preprocessed image (channels, X, Y, Z) of a case.
+            layout: what to keep of a case with a volume of (X, Y, Z) voxels.
+            cap_gb: what all banks in `root` may take.
+
+        Returns:
+            How many entries this process computed.
+
+        Raises:
+            InputError: if an image holds NaN or infinite values, or the disk or the cap is too small.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        missing = []
+        os.utime(self.folder)  # last used
+        keys = []
         for case in cases:
-            image = np.ascontiguousarray(load_image(case), dtype=np.float32)
-            if not np.isfinite(image).all():
-                raise ValueError(
-                    f"The preprocessed image of {case} holds NaN or infinite values: repair the raw image."
-                )
-            digest = hashlib.sha256(image.tobytes()).hexdigest()
-            if not self._valid(case, digest):
-                missing.append((case, digest))
+            image = _finite_image(case, load_image)
+            image_sha256 = hashlib.sha256(image).hexdigest()
+            keys.append(EntryKey(self.recipe, case, image_sha256, layout(case, image.shape[1:])))
+        missing = [key for key in keys if not self._open(key)]
         if missing:
-            log(f"Feature bank {self.folder}: {len(missing)} volumes to go through the frozen backbone, once.")
-        for case, digest in tqdm(missing, desc="feature bank", disable=not missing):
-            image = torch.from_numpy(np.ascontiguousarray(load_image(case), dtype=np.float32))
-            self._write(case, digest, extract_features(self.backbone, image, self.patch_size, self.device))
-        return len(missing)
+            needed = sum(key.layout.voxels for key in missing) * self.backbone.out_channels * 2
+            log(
+                f"Feature bank {self.folder}: {len(missing)} volumes to go through the frozen backbone, once; "
+                f"their features take {gigabytes(needed)}."
+            )
+            require_space(self.root, needed, cap_gb)
+        progress = tqdm(missing, desc="feature bank", disable=not missing)
+        computed = sum(self._compute(key, load_image) for key in progress)
+        log(f"Feature bank {self.folder} takes {gigabytes(used_bytes(self.folder))}.")
+        return computed
 
-    def _write(self, case: str, image_sha256: str, features: torch.Tensor) -> None:
-        array = features.numpy().astype(np.float16)
-        # own names per process: two folds may compute the same entry, the last rename wins and both are whole
-        part = self.folder / f"{case}.{os.getpid()}.part"
-        with open(part, "wb") as f:
-            np.save(f, array)
+    def _compute(self, key: EntryKey, load_image: Callable[[str], np.ndarray]) -> bool:
+        # the kernel releases the lock when its holder dies; the empty file stays
+        with FileLock(self.folder / f"{key.name}.lock"):
+            if self._open(key):
+                return False  # another training computed it meanwhile
+            image = torch.from_numpy(_finite_image(key.case, load_image))
+            self._write(key, extract_features(self.backbone, image, self.patch_size, self.device))
+        if not self._open(key):
+            raise OSError(f"{self.folder / key.name}.npy does not read as it was written: the disk may be failing.")
+        return True
+
+    def _write(self, key: EntryKey, features: torch.Tensor) -> None:
+        array = key.layout.pack(features)
+        # one channel at a time: float64 of a whole volume is four times what is stored
+        channels = [channel.half().double() for channel in features]
         content = {
-            "image_sha256": image_sha256,
-            "features_sha256": hashlib.sha256(array.tobytes()).hexdigest(),
-            # per channel, summed over the volume; of what is stored, so that readers agree with it
-            "sum": array.sum((1, 2, 3), dtype=np.float64).tolist(),
-            "square_sum": np.square(array, dtype=np.float64).sum((1, 2, 3)).tolist(),
-            "voxels": int(np.prod(array.shape[1:])),
+            "key": asdict(key),
+            "features_sha256": hashlib.sha256(array).hexdigest(),
+            "sums": [channel.sum().item() for channel in channels],
+            "square_sums": [channel.square().sum().item() for channel in channels],
         }
-        os.replace(part, self.folder / f"{case}.npy")
-        part.write_text(json.dumps(content))
-        os.replace(part, self.folder / f"{case}.json")
+        _write_whole(self.folder / f"{key.name}.npy", lambda f: np.save(f, array))
+        _write_whole(self.folder / f"{key.name}.json", lambda f: f.write(json.dumps(content).encode()))
 
-    def _valid(self, case: str, image_sha256: str) -> bool:
+    def _open(self, key: EntryKey) -> bool:
+        """Read and verify an entry; whether it is sound."""
         try:
-            content = self.info(case)
-            return (
-                content["image_sha256"] == image_sha256
-                and hashlib.sha256(self[case].tobytes()).hexdigest() == content["features_sha256"]
+            content = json.loads((self.folder / f"{key.name}.json").read_text())
+            array = np.load(self.folder / f"{key.name}.npy", mmap_mode="r")
+            sound = content["features_sha256"] == hashlib.sha256(array).hexdigest()
+            if not sound or json.dumps(content["key"], sort_keys=True) != key.to_json():
+                return False
+            boxes = key.layout.unpack(array)
+            # mapped from here on: what was verified is what is read, even if the bank is cleared meanwhile
+            self._entries[key.case] = Entry(
+                key.layout, boxes, np.array(content["sums"]), np.array(content["square_sums"])
             )
         except (OSError, EOFError, ValueError, KeyError, TypeError):
             return False
-
-    def info(self, case: str) -> dict:
-        return json.loads((self.folder / f"{case}.json").read_text())
-
-    def __getitem__(self, case: str) -> np.ndarray:
-        """Features (C, X, Y, Z) float16, memory-mapped."""
-        return np.load(self.folder / f"{case}.npy", mmap_mode="r")
+        return True
 
     def statistics(self, cases: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of each channel (C,) over all voxels of `cases`."""
-        infos = [self.info(case) for case in cases]
-        voxels = sum(i["voxels"] for i in infos)
-        mean = np.sum([i["sum"] for i in infos], 0) / voxels
-        std = np.sqrt(np.maximum(np.sum([i["square_sum"] for i in infos], 0) / voxels - mean**2, 0))
+        entries = [self[case] for case in cases]
+        voxels = sum(np.prod(entry.layout.shape) for entry in entries)
+        mean = np.sum([entry.sums for entry in entries], 0) / voxels
+        variance = np.sum([entry.square_sums for entry in entries], 0) / voxels - mean**2
+        std = np.sqrt(np.maximum(variance, 0))
         # a channel that is dead on these images stays at its mean
         std = np.where(std > 1e-3 * max(std.max(), 1e-6), std, 1.0)
         return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+
+
+def _finite_image(case: str, load_image: Callable[[str], np.ndarray]) -> np.ndarray:
+    image = np.ascontiguousarray(load_image(case), dtype=np.float32)
+    if not np.isfinite(image).all():
+        raise InputError(f"The preprocessed image of {case} holds NaN or infinite values: repair the raw image.")
+    return image
+
+
+def _write_whole(file: Path, write: Callable) -> None:
+    """Under a name of its own first, so that `file` is never seen half-written."""
+    part = file.with_name(f"{file.name}.part")
+    with open(part, "wb") as f:
+        write(f)
+    os.replace(part, file)

@@ -7,19 +7,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from fsefs_nnunet.crops import pooled
 from fsefs_nnunet.features import FeatureBank
 from fsefs_nnunet.network import AdaptedNetwork
-
-MAX_POOLED_VOXELS = 100_000
-
-
-def pooling_factor(shape: tuple[int, ...], at_least: int) -> int:
-    """The smallest factor from `at_least` on that leaves at most MAX_POOLED_VOXELS of a volume of `shape`."""
-    factor = at_least
-    while np.prod([-(-n // factor) for n in shape]) > MAX_POOLED_VOXELS:
-        factor += 1
-    return factor
 
 
 def block_voxels(shape: tuple[int, ...], factor: int) -> torch.Tensor:
@@ -31,15 +20,15 @@ def block_voxels(shape: tuple[int, ...], factor: int) -> torch.Tensor:
 class QuerySizes:
     """Soft sizes S^ of the classes on the queries, from pooled features."""
 
-    def __init__(self, bank: FeatureBank, queries: list[str], voxel_ml: float, pool: int, device: torch.device):
-        """voxel_ml: volume of a voxel in ml. pool: pooling factor, raised where a volume is large."""
-        self.bank, self.queries, self.voxel_ml, self.pool, self.device = bank, queries, voxel_ml, pool, device
+    def __init__(self, bank: FeatureBank, queries: list[str], voxel_ml: float, device: torch.device):
+        """voxel_ml: volume of a voxel in ml."""
+        self.bank, self.queries, self.voxel_ml, self.device = bank, queries, voxel_ml, device
         self._features = lru_cache(maxsize=64)(self._load)
 
     def _load(self, query: str) -> tuple[torch.Tensor, torch.Tensor]:
-        features = self.bank[query]
-        factor = pooling_factor(features.shape[1:], self.pool)
-        return pooled(features, factor).half(), block_voxels(features.shape[1:], factor) * self.voxel_ml
+        entry = self.bank[query]
+        features = torch.from_numpy(np.array(entry.boxes[0]))[None]
+        return features, block_voxels(entry.layout.shape, entry.layout.pool) * self.voxel_ml
 
     def rotating(self, step: int, seed: int) -> str:
         """The query of training step `step`: each once in a round, every round in a new seeded order."""
