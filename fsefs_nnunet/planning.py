@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.splits import SPLITS_FILE, load_splits, make_splits, save_splits
 
 
 def dataset_folders(dataset_id: int | str) -> tuple[str, Path, Path]:
-    """Name, raw and preprocessed folder. Raises ValueError where nnU-Net's environment variables are missing."""
+    """Name, raw and preprocessed folder. Raises InputError where nnU-Net's environment variables are missing."""
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
     for name, variable in (("nnUNet_raw", nnUNet_raw), ("nnUNet_preprocessed", nnUNet_preprocessed)):
         if not variable.is_set():
-            raise ValueError(f"The environment variable {name} is not set: export {name}=FOLDER, as nnU-Net needs it.")
+            raise InputError(f"The environment variable {name} is not set: export {name}=FOLDER, as nnU-Net needs it.")
     try:
         name = maybe_convert_to_dataset_name(int(dataset_id) if str(dataset_id).isdigit() else dataset_id)
     except RuntimeError as error:
         reason = str(error).split(". ")[0]  # nnU-Net's text goes on over several lines
-        raise ValueError(f"No dataset {dataset_id} in {nnUNet_raw}: {reason}.") from error
+        raise InputError(f"No dataset {dataset_id} in {nnUNet_raw}: {reason}.") from error
     raw = Path(str(nnUNet_raw)) / name
     if not (raw / "dataset.json").exists():
-        raise ValueError(f"{raw}/dataset.json is missing: a raw dataset in nnU-Net's layout is wanted.")
+        raise InputError(f"{raw}/dataset.json is missing: a raw dataset in nnU-Net's layout is wanted.")
     return name, raw, Path(str(nnUNet_preprocessed)) / name
 
 
@@ -33,14 +35,18 @@ def labelled_cases(raw: Path) -> list[str]:
     return sorted(get_filenames_of_train_images_and_targets(str(raw)))
 
 
-def fitting_shots(requested: list[int | str], num_labelled: int) -> list[int | str]:
-    """The requested shots; of the default ones, those that `num_labelled` cases allow."""
+def fitting_shots(requested: Sequence[int | str], num_labelled: int) -> Sequence[int | str]:
+    """The requested shots; of the default ones, those that `num_labelled` cases allow.
+
+    Raises:
+        InputError: for more shots than labelled cases.
+    """
     from fsefs_nnunet.planners.fseft_planner import DEFAULT_SHOTS
 
     if requested:
         too_many = [k for k in requested if k != "all" and k > num_labelled]
         if too_many:
-            raise ValueError(f"{max(too_many)} shots need as many labelled cases, the dataset has {num_labelled}.")
+            raise InputError(f"{max(too_many)} shots need as many labelled cases, the dataset has {num_labelled}.")
         return requested
     return [k for k in DEFAULT_SHOTS if k == "all" or k <= num_labelled]
 
@@ -58,7 +64,7 @@ def query_images(raw: Path, folder: str | None, labelled_queries: bool) -> dict[
     images = images_in(Path(folder), dataset_json)
     clash = sorted(set(images) & set(labelled_cases(raw)))
     if clash:
-        raise ValueError(f"{folder} and imagesTr share case names, e.g. {clash[0]}: rename the queries.")
+        raise InputError(f"{folder} and imagesTr share case names, e.g. {clash[0]}: rename the queries.")
     return images
 
 
@@ -101,7 +107,7 @@ def plan(
 
     find_backbone(backbone)  # before the fingerprint, which takes its time
     name, raw, preprocessed = dataset_folders(dataset_id)
-    shots = fitting_shots(shots, len(labelled_cases(raw)))
+    fitting_shots(shots, len(labelled_cases(raw)))
     preprocessed.mkdir(parents=True, exist_ok=True)
     extract_fingerprints(
         [int(name[7:10])], num_processes=num_processes, check_dataset_integrity=check_integrity, clean=False
@@ -112,7 +118,7 @@ def plan(
         plans_name=plans_name,
         overwrite_target_spacing=overwrite_target_spacing,
         backbone=backbone,
-        shots=tuple(shots),
+        shots=shots,
     )
     planner.plan_experiment()
     return planner.plans_identifier

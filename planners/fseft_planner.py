@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
-from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
 from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn_by_name
 
+from fsefs_nnunet.backbones.readers import find_reader, reoriented_axes, reorients
 from fsefs_nnunet.backbones.store import DEFAULT_BACKBONE, find_backbone, load_weights
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import match_labels
+from fsefs_nnunet.planning import fitting_shots
 
 PLANS_NAME = "FSEFTPlans"
 DEFAULT_SHOTS = (1, 5, 10, "all")
 
-# Width of the adapter after the 1^3 reduction, and what a trained voxel costs in bytes at this width: activations and
+# Width of the adapter after the 1^3 reduction, and what a trained voxel costs in bytes per channel: activations and
 # gradients of reduction, two convolutions and head in fp32, with the same again for workspaces.
 CHANNELS = 32
-BYTES_PER_CROP_VOXEL = 2 * 2 * 4 * 5 * CHANNELS
+BYTES_PER_CROP_VOXEL = 2 * 2 * 4 * 5
+# More features a voxel than this, and volumes of patients no longer fit into memory: nnU-Net's own U-Nets have 480
+# and more in all their decoder stages, 32 in the last.
+MOST_FEATURES = 128
 
 
 def default_plans_name(backbone_id: str) -> str:
@@ -41,10 +49,20 @@ class FSEFTPlanner(ExperimentPlanner):
         plans_name: str | None = None,
         overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
         suppress_transpose: bool = False,
-        backbone: str = DEFAULT_BACKBONE,
-        shots: tuple[int | str, ...] = DEFAULT_SHOTS,
+        backbone: str | None = None,
+        shots: Sequence[int | str] = (),
     ):
-        """Raises ValueError for an unknown or damaged backbone and for a dataset that it cannot take."""
+        """nnU-Net's commands give neither backbone nor shots (`-pl FSEFTPlanner`, see linking.py).
+
+        Args:
+            backbone: default: what the environment variable `fseft_backbone` names, else the embedded one.
+            shots: default: those of DEFAULT_SHOTS that the labelled cases allow.
+
+        Raises:
+            InputError: for an unknown or damaged backbone, for more shots than labelled cases, and for a dataset that
+                the backbone cannot take.
+        """
+        backbone = backbone or os.environ.get("fseft_backbone") or DEFAULT_BACKBONE
         super().__init__(
             dataset_name_or_id,
             gpu_memory_target_in_gb,
@@ -55,72 +73,107 @@ class FSEFTPlanner(ExperimentPlanner):
         )
         self.contract = find_backbone(backbone)
         load_weights(self.contract)
-        self.shots = shots
+        self.shots = fitting_shots(shots, len(self.dataset))
         self._check_dataset()
+        self._check_channels()
+        self.reader = find_reader(self.contract, self.dataset_json["file_ending"])
+        self._reorient_fingerprint()
+
+    def _check_channels(self) -> None:
+        contract, names = self.contract, list(self.dataset_json["channel_names"].values())
+        file = join(self.raw_dataset_folder, "dataset.json")
+        if len(names) != contract.input_channels:
+            raise InputError(
+                f"{file} has {len(names)} channel(s), backbone {contract.id!r} takes {contract.input_channels}: "
+                "choose another backbone or convert the dataset."
+            )
+        for channel, (name, known) in enumerate(zip(names, contract.channel_names)):
+            if contract.normalization_schemes is None:
+                if _is_ct(name) and str(channel) not in contract.foreground_intensity_properties_per_channel:
+                    raise InputError(
+                        f"Backbone {contract.id!r} was not trained on CT, {file} names CT: choose another."
+                    )
+            elif _is_ct(name) != _is_ct(known):  # Hounsfield units are absolute, other intensities are not
+                raise InputError(
+                    f"Channel {channel} of {file} is {name!r}, backbone {contract.id!r} was trained with {known!r} "
+                    f"there: choose another backbone, or name the channel {known!r} if it holds the same."
+                )
 
     def _check_dataset(self) -> None:
-        json_file = join(self.raw_dataset_folder, "dataset.json")
-        channels = self.dataset_json["channel_names"]
-        if "CT" in channels.values() and self.contract.ct_intensities is None:
-            raise ValueError(
-                f"Backbone {self.contract.id!r} was not trained on CT, {json_file} names CT: choose another."
-            )
-        if len(channels) != self.contract.input_channels:
-            raise ValueError(
-                f"{json_file} has {len(channels)} channel(s), backbone {self.contract.id!r} takes "
-                f"{self.contract.input_channels}: choose another backbone or convert the dataset."
-            )
-        if self.contract.modalities == "CT" and set(channels.values()) != {"CT"}:
-            raise ValueError(
-                f"Backbone {self.contract.id!r} knows CT alone, {json_file} names {list(channels.values())}: choose "
-                'another backbone, or name the channel "CT" if it holds Hounsfield units.'
-            )
         spacings = np.array(self.dataset_fingerprint["spacings"])
         if not (np.isfinite(spacings).all() and (spacings > 0).all()):
             bad = list(self.dataset.keys())[int(np.argmax(~(np.isfinite(spacings) & (spacings > 0)).all(1)))]
-            raise ValueError(
+            raise InputError(
                 f"Case {bad} in {self.raw_dataset_folder} has a voxel spacing that is not positive: repair its header."
             )
         if min(np.median(self.dataset_fingerprint["shapes_after_crop"], 0)) < 2:
-            raise ValueError(f"{self.raw_dataset_folder} holds 2D images; the adapters are 3D only.")
+            raise InputError(f"{self.raw_dataset_folder} holds 2D images; the adapters are 3D only.")
+
+    def _reorient_fingerprint(self) -> None:
+        """Give the fingerprint, which nnU-Net takes of images as stored, the axes that the backbone's reader gives."""
+        stored = not reorients(self.dataset_json.get("overwrite_image_reader_writer", ""))
+        if not (reorients(self.reader.__name__) and stored):
+            return
+        spacings, shapes = (self.dataset_fingerprint[key] for key in ("spacings", "shapes_after_crop"))
+        if len(spacings) != len(self.dataset):
+            file = join(nnUNet_preprocessed, self.dataset_name, "dataset_fingerprint.json")
+            raise InputError(
+                f"{file} is of {len(spacings)} cases, the dataset has {len(self.dataset)}: delete it and plan again."
+            )
+        for i, case in enumerate(self.dataset.values()):
+            axes = reoriented_axes(case["images"][0])
+            spacings[i], shapes[i] = ([values[axis] for axis in axes] for values in (spacings[i], shapes[i]))
 
     # ---- nnU-Net's decisions that the contract takes ----
 
     def determine_reader_writer(self):
-        example = self.dataset[next(iter(self.dataset))]["images"][0]
-        nibabel_reads = any(example.lower().endswith(ending) for ending in NibabelIOWithReorient.supported_file_endings)
-        return NibabelIOWithReorient if nibabel_reads else SimpleITKIOWithReorient
+        return self.reader
 
     def determine_transpose(self):
-        return [2, 1, 0], [2, 1, 0]  # nnU-Net reads z, y, x; backbones see x, y, z
+        forward = self.contract.transpose_forward
+        return list(forward), np.argsort(forward).tolist()
 
     def determine_fullres_target_spacing(self) -> np.ndarray:
+        """mm per axis of the reader: plan_experiment transposes it."""
         if self.contract.spacing is not None and self.overwrite_target_spacing is None:
-            return np.array(self.contract.spacing[::-1], dtype=float)  # in nnU-Net's z, y, x
+            _, backward = self.determine_transpose()
+            return np.array(self.contract.spacing, dtype=float)[backward]
         return super().determine_fullres_target_spacing()
 
+    def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self):
+        if self.contract.normalization_schemes is None:
+            return super().determine_normalization_scheme_and_whether_mask_is_used_for_norm()
+        return list(self.contract.normalization_schemes), list(self.contract.use_mask_for_norm)
+
     def determine_resampling(self, *args, **kwargs):
-        data, data_kwargs, seg, seg_kwargs = super().determine_resampling(*args, **kwargs)
-        # a cubic spline overshoots the window's [0, 1] that the backbone was trained on
-        return data, {**data_kwargs, "order": 1}, seg, seg_kwargs
+        _, _, seg, seg_kwargs = super().determine_resampling(*args, **kwargs)
+        data = recursive_find_resampling_fn_by_name(self.contract.resampling_fn_data)
+        return data, dict(self.contract.resampling_fn_data_kwargs), seg, seg_kwargs
 
     # ---- the plans ----
 
     def window(self, median_shape: np.ndarray) -> list[int]:
-        """Patch size: covers the median volume where the backbone's largest window allows it."""
-        divisor = self.contract.divisor
-        smallest = min(self.contract.smallest_window, min(self.contract.patch_size))
-        fitting = [int(np.ceil(max(n, smallest) / divisor) * divisor) for n in median_shape]
-        return [min(n, largest) for n, largest in zip(fitting, self.contract.patch_size)]
+        """Patch size: covers the median volume as far as the backbone's smallest and largest window allow it."""
+        smallest, largest, divisor = (
+            np.array(getattr(self.contract, key)) for key in ("smallest_window", "patch_size", "divisor")
+        )
+        fitting = np.ceil(np.maximum(median_shape, smallest) / divisor) * divisor
+        return np.minimum(fitting, largest).astype(int).tolist()
+
+    def features(self) -> tuple[str, int]:
+        """Decoder stages that the adapter gets, and its width, at least that of the backbone's head."""
+        *skips, _ = self.contract.architecture.get("arch_kwargs", {}).get("features_per_stage", [0, 0])
+        return "all" if sum(skips) <= MOST_FEATURES else "last", max(CHANNELS, skips[0])
 
     def child(self, shots: int | str, parent: dict) -> dict:
         """The configuration of `shots` labelled cases."""
         window = self.window(parent["median_image_size_in_voxels"])
         crop = [min(32, n) for n in window]
+        stages, channels = self.features()
         # of the memory target, 90 % for everything but one crop's share of workspace
-        fitting = int(0.9 * self.UNet_vram_target_GB * 2**30 / (BYTES_PER_CROP_VOXEL * np.prod(crop)))
+        fitting = int(0.9 * self.UNet_vram_target_GB * 2**30 / (BYTES_PER_CROP_VOXEL * channels * np.prod(crop)))
         if fitting < 1:
-            raise ValueError(
+            raise InputError(
                 f"gpu_memory_target_in_gb = {self.UNet_vram_target_GB} is too small for one crop of {crop} voxels."
             )
         return {
@@ -133,8 +186,8 @@ class FSEFTPlanner(ExperimentPlanner):
                     "backbone": self.contract.id,
                     "sha256": self.contract.sha256,
                     "adapter": "spatial",
-                    "stages": "all",
-                    "channels": CHANNELS,
+                    "stages": stages,
+                    "channels": channels,
                     "seed": 12345,
                 },
                 "_kw_requires_import": [],
@@ -148,6 +201,7 @@ class FSEFTPlanner(ExperimentPlanner):
             "fseft_gamma": 0.3,
             "fseft_prior_from_epoch": 30,
             "fseft_pool": 2,
+            "fseft_bank_gb": None,
             "fseft_stop_at_plateau": False,
             "fseft_seed": 12345,
         }
@@ -162,15 +216,18 @@ class FSEFTPlanner(ExperimentPlanner):
     def save_plans(self, plans):
         """Turn nnU-Net's plans into ours just before they are written; called by plan_experiment."""
         if "3d_fullres" not in plans["configurations"]:
-            raise ValueError(f"{self.raw_dataset_folder} holds 2D images; the adapters are 3D only.")
+            raise InputError(f"{self.raw_dataset_folder} holds 2D images; the adapters are 3D only.")
         parent = plans["configurations"]["3d_fullres"]
         # nnU-Net keeps configurations that lie in the file; those of ours are planned anew, or they would be stale
         shots = dict.fromkeys([*self.shots, *self._planned_before()])
         children = {f"3d_fullres_{k}shot": self.child(k, parent) for k in shots}
-        plans["configurations"] = {"3d_fullres": parent, **children}
+        # the baseline on the same support cases: the stock architecture
+        scratch = {f"3d_fullres_{k}shot_scratch": {"inherits_from": "3d_fullres", "fseft_shots": k} for k in shots}
+        plans["configurations"] = {"3d_fullres": parent, **children, **scratch}
         # the fingerprint's intensities were taken over all labels, the queries' too: they leave the plans
+        properties = self.contract.foreground_intensity_properties_per_channel
         plans["foreground_intensity_properties_per_channel"] = {
-            channel: dict(self.contract.ct_intensities or {})
+            channel: dict(properties.get(channel, {}))
             for channel in plans["foreground_intensity_properties_per_channel"]
         }
         super().save_plans(plans)
@@ -181,19 +238,27 @@ class FSEFTPlanner(ExperimentPlanner):
         child = next(iter(children.values()))
         names = [n for n in self.dataset_json["labels"] if n not in ("background", "ignore")]
         spacing = "the backbone's" if contract.spacing is not None else "the dataset's, the backbone leaves it open"
+        turned = (
+            "turned to RAS" if reorients(self.reader.__name__) else "as stored, which must be as the backbone's were"
+        )
         print(
-            f"\nBackbone {contract.id}, SHA-256 {contract.sha256[:12]}; orientation RAS, axes x, y, z.\n"
+            f"\nBackbone {contract.id}, SHA-256 {contract.sha256[:12]}.\n"
+            f"Images {turned} ({self.reader.__name__}), axes {list(contract.transpose_forward)} of z, y, x."
+        )
+        for channel, name in enumerate(self.dataset_json["channel_names"].values()):
+            scheme = parent["normalization_schemes"][channel]
+            normalization = contract.describe_normalization(channel, scheme, parent["use_mask_for_norm"][channel])
+            print(f"Channel {channel}: {name}, the backbone's was {contract.channel_names[channel]}; {normalization}.")
+        print(
             f"Spacing {[round(float(s), 3) for s in parent['spacing']]} mm: {spacing}.\n"
-            f"Normalisation {parent['normalization_schemes']}: "
-            + (
-                f"CT as the backbone's, {contract.ct_intensities}"
-                if "CTNormalization" in parent["normalization_schemes"]
-                else ""
-            )
-            + ("each image by itself" if "ZScoreNormalization" in parent["normalization_schemes"] else "")
-            + f".\nWindow {child['patch_size']}: median volume {list(parent['median_image_size_in_voxels'])}, "
-            f"multiples of {contract.divisor}, at most {list(contract.patch_size)}.\n"
+            f"Window {child['patch_size']}: median volume {list(parent['median_image_size_in_voxels'])}, "
+            f"multiples of {list(contract.divisor)}, at most {list(contract.patch_size)}.\n"
+            f"Features of decoder stages: {child['architecture']['arch_kwargs']['stages']}.\n"
             f"Training: {child['batch_size']} crops of {child['fseft_crop_size']} from the feature bank a step.\n"
             f"Labels that the backbone knows by name: {match_labels(names, contract.classes) or 'none'}.\n"
             f"Configurations: {', '.join(children)}; 3d_fullres is stock nnU-Net on the same data."
         )
+
+
+def _is_ct(channel_name: str) -> bool:
+    return channel_name.casefold() == "ct"  # as nnU-Net compares

@@ -20,6 +20,9 @@ VERBS = [
     ["backbones", "--help"],
     ["backbones", "list", "--help"],
     ["backbones", "import", "--help"],
+    ["bank", "--help"],
+    ["link", "--help"],
+    ["unlink", "--help"],
     ["demo", "--help"],
     ["plan"],  # a usage error
 ]

@@ -1,12 +1,25 @@
 import json
 import math
+import re
+from base64 import b64decode
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from matplotlib.colors import to_rgb
 
+from fsefs_nnunet.evaluation import html
 from fsefs_nnunet.evaluation.overlays import _load, save_overlay
-from fsefs_nnunet.evaluation.tables import markdown_table, mean_dice
+from fsefs_nnunet.evaluation.plots import plot_learning_curves, plot_sizes
+from fsefs_nnunet.evaluation.report import write_report
+from fsefs_nnunet.evaluation.tables import best_median_worst, case_dice, markdown_table, mean_dice, reference_sizes
+from fsefs_nnunet.evaluation.training_logs import LearningCurve, learning_curve, logged_sizes
+from fsefs_nnunet.size_prior import SizePrior
 
 SPACING = (1.0, 1.5, 3.0)
 LPS = np.diag([-1, -1, 1, 1])
@@ -118,3 +131,248 @@ def test_mean_dice(tmp_path):
     dice = mean_dice(file)
     assert math.isnan(dice.pop("3"))
     assert dice == {"1": 0.6, "(1, 2)": 0.8, "mean": 0.7}
+
+
+# ---- what a training leaves ----
+
+LABELS = {"background": 0, "left <kidney> & co": 1, "kidney": 2}
+ORGANS = {name: value for name, value in LABELS.items() if value}
+PRIORS = {"left <kidney> & co": SizePrior(1.5, 0.25, 4), "kidney": SizePrior(20.0, 0.0, 1)}
+SUMMARY = {
+    "foreground_mean": {"Dice": 0.5},
+    "mean": {"1": {"Dice": 0.6}, "2": {"Dice": 0.4}},
+    "metric_per_case": [
+        # nnU-Net writes the paths of the training's machine
+        {"prediction_file": f"/elsewhere/{case}.nii.gz", "metrics": metrics}
+        for case, metrics in {
+            "a": {"1": {"Dice": 0.5, "n_ref": 200}, "2": {"Dice": math.nan, "n_ref": 0}},
+            "b": {"1": {"Dice": 0.9, "n_ref": 100}, "2": {"Dice": 0.8, "n_ref": 1000}},
+            "c": {"1": {"Dice": 0.1, "n_ref": 0}, "2": {"Dice": 0.3, "n_ref": 400}},
+            "d": {"1": {"Dice": 0.6, "n_ref": 0}, "2": {"Dice": 0.6, "n_ref": 0}},
+        }.items()
+    ],
+}
+LOG = """
+2026-01-01 10:00:04.446321: Size prior of left <kidney> & co: 1.50 ml, spread 0.25 ml, 4 cases
+2026-01-01 10:00:04.446400: Size prior of kidney: 20.00 ml, spread 0.00 ml, 1 cases
+2026-01-01 10:00:04.446500: Size prior of spleen: none
+2026-01-01 10:00:04.459410: Predicted sizes of the queries in ml before this training:
+  a: left <kidney> & co 900.00 (S 1.50), kidney 901.00 (S 20.00)
+2026-01-01 10:00:05.379841: train_loss 0.4693
+2026-01-01 10:01:01.433180: Predicted sizes of the queries in ml after training:
+  a: left <kidney> & co 1.25 (S 1.50), kidney 18.00 (S 20.00)
+  b: left <kidney> & co 1.75 (S 1.50), kidney 26.00 (S 20.00)
+2026-01-01 10:01:01.545958: Training done.
+  c: left <kidney> & co 7.00 (S 1.50), kidney 7.00 (S 20.00)
+"""
+
+
+def write_model(results: Path, name: str, case: dict) -> Path:
+    """A model folder as nnU-Net leaves it, with four queries; returns its fold."""
+    fold = results / name / "fold_0"
+    (fold / "validation").mkdir(parents=True)
+    (fold.parent / "dataset.json").write_text(json.dumps({"labels": LABELS, "file_ending": ".nii.gz"}))
+    plans = {"configurations": {"3d_fullres_5shot": {"fseft_gamma": 0.3}}}
+    (fold.parent / "plans.json").write_text(json.dumps(plans))
+    (fold / "validation" / "summary.json").write_text(json.dumps(SUMMARY))
+    for query in "abcd":
+        save_ras(fold / "validation" / f"{query}.nii.gz", case["segmentation"])
+    log = {
+        "train_losses": [np.float32(0.5), np.float32(-0.25)],
+        "mean_fg_dice": [np.float32(0.125), np.float32(0.75)],
+        "epoch_start_timestamps": [1000.0, 2000.0],  # the training was interrupted between the two epochs
+        "epoch_end_timestamps": [1003.0, 2004.0],
+    }
+    torch.save({"logging": log, "network_weights": {}}, fold / "checkpoint_final.pth")
+    (fold / "training_log_2026_01_01_10_00_00.txt").write_text(LOG)
+    return fold
+
+
+@pytest.fixture
+def fold(tmp_path, case):
+    return write_model(tmp_path, "FSEFTTrainer__FSEFTPlans__3d_fullres_5shot", case)
+
+
+def test_learning_curve_counts_the_time_of_the_epochs(fold):
+    curve = learning_curve(fold / "checkpoint_final.pth")
+    assert curve == LearningCurve(seconds=[3.0, 7.0], loss=[0.5, -0.25], pseudo_dice=[0.125, 0.75])
+
+
+def test_logged_sizes(fold):
+    priors, predicted = logged_sizes(fold)
+    assert priors == PRIORS
+    assert predicted == {
+        "a": {"left <kidney> & co": 1.25, "kidney": 18.0},
+        "b": {"left <kidney> & co": 1.75, "kidney": 26.0},
+    }
+
+
+def test_logged_sizes_of_a_continued_training(fold):
+    later = LOG.replace("18.00 (S", "19.00 (S")
+    (fold / "training_log_2026_01_01_11_00_00.txt").write_text(later)
+    (fold / "training_log_2026_01_01_12_00_00.txt").write_text("2026-01-01 12:00:00.0: predicting a\n")  # --val
+    assert logged_sizes(fold)[1]["a"]["kidney"] == 19.0
+    assert logged_sizes(fold.parent) == ({}, {})
+
+
+def test_logged_sizes_are_those_that_the_trainer_writes(tmp_path):
+    """The trainer's own methods and nnU-Net's log file, on label maps of 4 and 50 voxels of 1 ml."""
+    from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
+
+    seg = np.zeros((1, 5, 5, 5), np.uint8)
+    seg.flat[:4], seg.flat[50:100] = 1, 2
+    trainer = SimpleNamespace(
+        support=["s"],
+        queries=["q_1", "q_2"],
+        load_segmentation=lambda case: seg,
+        classes=[1, 2, 3],
+        class_names=["left <kidney> & co", "kidney", "spleen"],
+        configuration_manager=SimpleNamespace(spacing=(10.0, 10.0, 10.0)),
+        label_manager=SimpleNamespace(has_ignore_label=False, has_regions=False),
+        settings={"fseft_lambda": 0.1},
+        use_size_prior=True,
+        bank=None,
+        network=None,
+        device=torch.device("cpu"),
+        local_rank=0,
+        log_file=str(tmp_path / "training_log_2026_01_01_10_00_00.txt"),
+    )
+    trainer.print_to_log_file = lambda *args, **kwargs: FSEFTTrainer.print_to_log_file(trainer, *args, **kwargs)
+    FSEFTTrainer.estimate_priors(trainer)
+    trainer.query_sizes = SimpleNamespace(soft_sizes=lambda network, query, regions: torch.tensor([1.5, 60.25, 9.0]))
+    FSEFTTrainer.log_query_sizes(trainer, "after training")
+    trainer.print_to_log_file("Training done.")
+    priors, predicted = logged_sizes(tmp_path)
+    assert priors == {"left <kidney> & co": SizePrior(4.0, 0.0, 1), "kidney": SizePrior(50.0, 0.0, 1)}
+    assert predicted == dict.fromkeys(("q_1", "q_2"), {"left <kidney> & co": 1.5, "kidney": 60.25})
+
+
+def test_cases_by_dice(fold):
+    dice = case_dice(fold / "validation" / "summary.json")
+    assert dice == pytest.approx({"a.nii.gz": 0.5, "b.nii.gz": 0.85, "c.nii.gz": 0.2, "d.nii.gz": 0.6})
+    assert best_median_worst(dice) == {"best": "b.nii.gz", "median": "d.nii.gz", "worst": "c.nii.gz"}
+    assert best_median_worst({"x": 0.1, "y": 0.2, "z": 0.3}) == {"best": "z", "median": "y", "worst": "x"}
+    assert set(best_median_worst({"x": 0.1}).values()) == {"x"}
+
+
+def test_reference_sizes(fold):
+    """A voxel has 1.0 x 1.5 x 3.0 mm = 0.0045 ml."""
+    sizes = reference_sizes(fold / "validation" / "summary.json", ORGANS)
+    assert sizes["a.nii.gz"] == pytest.approx({"left <kidney> & co": 0.9, "kidney": 0.0})
+    assert sizes["b.nii.gz"] == pytest.approx({"left <kidney> & co": 0.45, "kidney": 4.5})
+
+
+# ---- report ----
+
+
+class Reader(HTMLParser):
+    """Text outside of <style>, pictures, and what a browser would fetch."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.tags, self.cells, self.pictures, self.fetched, self.text, self.within = [], [], [], [], "", None
+        self.feed(source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.within = tag
+        for name, value in attributes:
+            if name in ("src", "href", "srcset", "data", "action"):
+                (self.pictures if value.startswith("data:image/png;base64,") else self.fetched).append(value)
+
+    def handle_data(self, data):
+        if self.within in ("th", "td"):
+            self.cells.append(data)
+        if self.within != "style":
+            self.text += data
+
+    def handle_endtag(self, tag):
+        self.within = None
+
+
+@pytest.fixture
+def report(tmp_path, case, fold) -> Reader:
+    raw = tmp_path / "raw"
+    for folder, suffix, array in (("imagesTr", "_0000", "image"), ("labelsTr", "", "reference")):
+        (raw / folder).mkdir(parents=True)
+        for query in "abcd":
+            save_ras(raw / folder / f"{query}{suffix}.nii.gz", case[array])
+    folds = {"A <&> B": fold, "probe": write_model(tmp_path, "FSEFTTrainer_LinearProbe__P__3d_fullres_5shot", case)}
+    rows = [{"method": "A <&> B", "Dice": 0.12345, "seconds": 7}, {"method": "probe", "Dice": math.nan}]
+    steps = {"Another <draw>:": ['eval "$(fseft env)"', "nnUNetv2_train 4 < /dev/null && echo done"]}
+    write_report(tmp_path / "report.html", "Queries <8> & more.", rows, folds, "A <&> B", raw, steps)
+    return Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+def test_report_is_one_file(report, tmp_path):
+    # two learning curves, three overlays, one chart of sizes
+    assert len(report.pictures) == 6 and len(set(report.pictures)) == 6
+    for picture in report.pictures:
+        assert b64decode(picture.partition(",")[2]).startswith(b"\x89PNG")
+    assert report.fetched == [] and not {"script", "link", "iframe"} & set(report.tags)
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|url\(|@import", re.sub(r"base64,[^\"]+", "", source))
+    assert 'name="viewport"' in source and "color-scheme: light dark" in source
+
+
+def test_report_tables(report):
+    """All cells of both tables, names in full."""
+    assert report.cells == [
+        *("method", "Dice", "seconds"),
+        *("A <&> B", "0.123", "7"),
+        *("probe", "-"),  # no text in the empty cell
+        *("sizes in ml", "prior S", "spread", "support cases", "queries, predicted", "queries, labels"),
+        *("left <kidney> & co", "1.5", "0.2", "4", "1.5", "0.3"),
+        *("kidney", "20.0", "0.0", "1", "22.0", "1.6"),
+    ]
+
+
+def test_report_names_cases_and_commands(report):
+    for text in ("Queries <8> & more.", "Best, median and worst query: A <&> B", "Another <draw>:"):
+        assert text in report.text
+    for text in ("best: b, mean Dice 0.850", "median: d, mean Dice 0.600", "worst: c, mean Dice 0.200"):
+        assert text in report.text
+    assert 'eval "$(fseft env)"\nnnUNetv2_train 4 < /dev/null && echo done' in report.text
+    assert "draw" not in report.tags and "kidney" not in report.tags
+
+
+def test_report_without_a_prior(tmp_path, fold):
+    from fsefs_nnunet.evaluation.report import _sizes
+
+    (fold / "training_log_2026_01_01_10_00_00.txt").write_text("The size prior has no effect: it is switched off.\n")
+    assert _sizes(fold) == ["<p>The size prior had no effect in this training.</p>"]
+
+
+def test_page_escapes_its_title():
+    assert html.page("a < b", html.heading("c & d")).count("a &lt; b") == 2
+    assert html.heading("c & d") == "<h2>c &amp; d</h2>"
+
+
+def test_next_steps_of_the_demo():
+    """Paths with blanks are quoted, and every command of ours and nnU-Net's is one that is installed."""
+    from fsefs_nnunet.demo import DATASET, next_steps
+    from fsefs_nnunet.experiment import Experiment
+
+    lines = [line for block in next_steps(Experiment(Path("/my demo"), DATASET)).values() for line in block]
+    assert "export nnUNet_results='/my demo/nnUNet_results'" in lines
+    assert any("-i '/my demo/nnUNet_raw/Dataset901_FSEFTDemo/imagesTr' -o '/my demo/predictions'" in x for x in lines)
+    assert {line.split()[0] for line in lines} == {"eval", "export", "fseft", "nnUNetv2_train", "nnUNetv2_predict"}
+
+
+# ---- charts ----
+
+
+def test_learning_curves_show_the_value_asked_for():
+    curves = {"probe": LearningCurve([1.0, 2.0], [0.5, 0.1], [0.2, 0.9])}
+    assert plot_learning_curves(curves, "loss", "t") != plot_learning_curves(curves, "pseudo_dice", "t")
+
+
+@pytest.mark.parametrize(("predicted", "labelled"), [(10.0, 20.0), (20.0, 10.0)])
+def test_sizes_lie_at_their_multiple_of_the_prior(predicted, labelled):
+    from matplotlib.image import imread
+
+    png = plot_sizes({"liver": SizePrior(10, 1, 2)}, {"a": {"liver": predicted}}, {"a": {"liver": labelled}}, 0.3)
+    pixels = imread(BytesIO(png))[70:, :, :3]  # below the legend
+    # the column of each colour's mark
+    at = [np.abs(pixels - to_rgb(colour)).max(-1).min(0).argmin() for colour in ("tab:orange", "tab:cyan")]
+    assert (at[0] < at[1]) == (predicted < labelled)

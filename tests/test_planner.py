@@ -36,7 +36,9 @@ def test_configurations(tiny, contract):
     assert plans["plans_name"] == "FSEFTPlans"
     # ten shots are more than there are cases; 2D and cascade are not planned
     children = ["3d_fullres_1shot", "3d_fullres_5shot", "3d_fullres_allshot"]
-    assert list(plans["configurations"]) == ["3d_fullres", *children]
+    scratch = [f"{name}_scratch" for name in children]
+    assert list(plans["configurations"]) == ["3d_fullres", *children, *scratch]
+    assert plans["configurations"]["3d_fullres_5shot_scratch"] == {"inherits_from": "3d_fullres", "fseft_shots": 5}
     for name, shots in zip(children, (1, 5, "all")):
         child = plans["configurations"][name]
         assert child["inherits_from"] == "3d_fullres"
@@ -106,9 +108,19 @@ def test_mr_is_normalised_by_the_image(workspace):
 )
 def test_window(workspace, median, expected):
     planner = FSEFTPlanner(workspace.dataset)
-    assert (planner.contract.divisor, planner.contract.patch_size) == (8, (64, 64, 64))
+    contract = planner.contract
+    assert (contract.smallest_window, contract.patch_size, contract.divisor) == ((40,) * 3, (64,) * 3, (8,) * 3)
     assert planner.window(np.array(median)) == expected
-    assert not any(n % planner.contract.divisor for n in planner.window(np.array(median)))
+
+
+def test_window_of_other_axes(workspace):
+    """Each axis has limits and a divisor of its own."""
+    planner = FSEFTPlanner(workspace.dataset)
+    planner.contract = replace(
+        planner.contract, smallest_window=(4, 32, 16), patch_size=(20, 64, 128), divisor=(2, 16, 32)
+    )
+    assert planner.window(np.array((1, 33, 30))) == [4, 48, 32]
+    assert planner.window(np.array((9, 300, 65))) == [10, 64, 96]
 
 
 def test_memory_target(workspace):
@@ -119,12 +131,15 @@ def test_memory_target(workspace):
 
 
 def test_shots_name_the_configurations(workspace):
-    assert list(plan(workspace, plans_name="Mine", shots=(3,))["configurations"]) == ["3d_fullres", "3d_fullres_3shot"]
+    assert list(plan(workspace, plans_name="Mine", shots=(3,))["configurations"]) == [
+        *("3d_fullres", "3d_fullres_3shot", "3d_fullres_3shot_scratch")
+    ]
 
 
 def test_other_backbone_has_plans_of_its_own(workspace, tiny, tmp_path, monkeypatch, contract):
     monkeypatch.setenv("fseft_backbones", str(tmp_path / "backbones"))
-    fixed = replace(contract, id="other", spacing=(4.0, 5.0, 6.0), patch_size=(48, 48, 48), modalities="CT")
+    ct = {"normalization_schemes": ("CTNormalization",), "use_mask_for_norm": (False,)}
+    fixed = replace(contract, id="other", spacing=(4.0, 5.0, 6.0), patch_size=(48, 48, 48), **ct)
     saved = save_backbone(fixed, load_weights(contract), tmp_path / "backbones")
     plans = plan(workspace, backbone="other")
     assert plans["plans_name"] == "FSEFTPlans_other"
@@ -136,7 +151,7 @@ def test_other_backbone_has_plans_of_its_own(workspace, tiny, tmp_path, monkeypa
     assert child["architecture"]["arch_kwargs"]["backbone"] == "other"
     assert child["architecture"]["arch_kwargs"]["sha256"] == saved.sha256
     edit(workspace.raw / "dataset.json", lambda content: content.update(channel_names={"0": "MRI"}))
-    with pytest.raises(ValueError, match=r"'other' knows CT alone.*\['MRI'\]"):
+    with pytest.raises(ValueError, match=r"Channel 0 of .*dataset\.json is 'MRI', .*'other' was trained with 'CT'"):
         plan(workspace, backbone="other")
 
 

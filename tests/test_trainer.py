@@ -428,7 +428,7 @@ def test_fold_all(work):
 # ---- clear errors ----
 
 
-@pytest.mark.parametrize("cls, configuration", [(FSEFTTrainer, FIVE), (FSEFTTrainer_Scratch, "3d_fullres")])
+@pytest.mark.parametrize("cls, configuration", [(FSEFTTrainer, FIVE), (FSEFTTrainer_Scratch, f"{FIVE}_scratch")])
 def test_fold_beyond_the_file(work, cls, configuration):
     trainer = make_trainer(work, cls, configuration=configuration, fold=5)
     with pytest.raises(ValueError, match="Fold 5 does not exist: there are 5 folds.*fseft splits -d ID --folds N"):
@@ -438,6 +438,9 @@ def test_fold_beyond_the_file(work, cls, configuration):
 def test_configuration_that_is_not_k_shot(work):
     with pytest.raises(InputError, match="'3d_fullres' of plans 'FSEFTPlans' is no K-shot configuration: make plans"):
         make_trainer(work, configuration="3d_fullres")
+    for configuration in ("3d_fullres", FIVE):
+        with pytest.raises(InputError, match=f"'{configuration}' of plans 'FSEFTPlans' is no baseline: make plans"):
+            make_trainer(work, FSEFTTrainer_Scratch, configuration=configuration)
 
 
 def test_missing_splits(work):
@@ -473,9 +476,8 @@ def test_damaged_checkpoint_is_refused(work):
         make_trainer(work).load_checkpoint(str(file))
 
 
-def test_scratch_baseline_takes_our_support(work, monkeypatch):
-    monkeypatch.setenv("fseft_shots", "1")
-    trainer = make_trainer(work, FSEFTTrainer_Scratch, configuration="3d_fullres", fold=1)
+def test_scratch_baseline_takes_our_support(work):
+    trainer = make_trainer(work, FSEFTTrainer_Scratch, configuration="3d_fullres_1shot_scratch", fold=1)
     support, queries = trainer.do_split()
     assert support == splits_of(work)["folds"][1][:1] and queries == splits_of(work)["queries"]
     trainer.dataset_class = infer_dataset_class(trainer.preprocessed_dataset_folder)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.splits import SPLITS_FILE, load_splits, query_cases, support_cases
 from fsefs_nnunet.trainers.time_budget import TimeBudgetTrainer
 
 
 class FSEFTTrainer_Scratch(TimeBudgetTrainer):
-    """nnUNetTrainer on configuration `3d_fullres` with the support of `fseft_shots` (environment variable, default 5).
+    """nnUNetTrainer on the support cases of a configuration `3d_fullres_<K>shot_scratch` of FSEFTPlanner's plans.
 
     Ends its schedule after `fseft_train_minutes` (environment variable). No mirroring, as with the adapters: organs
     have sides. It never looks at queries before the final validation.
@@ -20,16 +20,19 @@ class FSEFTTrainer_Scratch(TimeBudgetTrainer):
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
         super().__init__(plans, configuration, fold, dataset_json, device)
+        settings = self.configuration_manager.configuration
+        if "fseft_shots" not in settings or "fseft_backbone" in settings:
+            raise InputError(
+                f"{configuration!r} of plans {self.plans_manager.plans_name!r} is no baseline: make plans with `fseft "
+                "plan_and_preprocess -d ID` and train one of 3d_fullres_1shot_scratch, _5shot_scratch, ..."
+            )
+        self.shots = settings["fseft_shots"]
         self.num_iterations_per_epoch = 10
         self.num_val_iterations_per_epoch = 1
 
-    def shots(self) -> int | str:
-        value = os.environ.get("fseft_shots", "5")
-        return value if value == "all" else int(value)
-
     def do_split(self) -> tuple[list[str], list[str]]:
         splits = load_splits(Path(self.preprocessed_dataset_folder_base) / SPLITS_FILE)
-        return support_cases(splits, self.shots(), self.fold), query_cases(splits, self.fold)[0]
+        return support_cases(splits, self.shots, self.fold), query_cases(splits, self.fold)[0]
 
     def get_tr_and_val_datasets(self):
         support = self.do_split()[0]

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fsefs_nnunet.errors import InputError
+
 
 def _numpy_types() -> list:
     """What nnU-Net's checkpoints hold beside tensors: numpy scalars in the log, the device in init_args."""
@@ -22,19 +24,19 @@ def read_checkpoint(file: Path) -> dict:
     """Load a PyTorch file as data alone.
 
     Raises:
-        ValueError: if the file is missing, damaged, or wants to run code; names the file and the remedy.
+        InputError: if the file is missing, damaged, or wants to run code; names the file and the remedy.
     """
     file = Path(file)
     if not file.exists():
-        raise ValueError(f"The checkpoint {file} is missing.")
+        raise InputError(f"The checkpoint {file} is missing.")
     try:
         with torch.serialization.safe_globals(_numpy_types()):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise InputError(
             f"{file} was not opened: it holds more than weights, or is no PyTorch file "
             f"({str(error).splitlines()[0][:120]}). "
             "Take it from its publisher again; if it is your own, save its state_dict alone."
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{file} is damaged or incomplete: download or copy it again.") from error
+        raise InputError(f"{file} is damaged or incomplete: download or copy it again.") from error

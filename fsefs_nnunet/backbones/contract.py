@@ -6,23 +6,33 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from fsefs_nnunet.errors import InputError
+
+CT_PROPERTIES = ("percentile_00_5", "percentile_99_5", "mean", "std")  # what nnU-Net's CTNormalization reads
+
 
 @dataclass(frozen=True)
 class BackboneContract:
-    """The JSON beside a backbone's weights.
+    """The JSON beside a backbone's weights. What it wants of an image is said in the words of nnU-Net's plans.
+
+    "Axis" is an axis of the network's input, in this order: what the reader gives (nnU-Net's readers give z, y, x),
+    transposed by `transpose_forward`. Channels count by position, as channel_names in a dataset.json.
 
     id: its name in plans and on the command line.
     architecture: how to build it; "kind" names the class in fsefs_nnunet.backbones.frozen, the rest is its own.
     classes: names of the universal head's rows, in order.
     softmax: the head's rows compete and row 0 is the background; otherwise each is a sigmoid of its own.
-    input_channels: image channels.
-    divisor: voxels per axis that a window must be a multiple of.
+    channel_names: what it was trained on, per channel.
+    image_reader_writer: nnU-Net's reader; only those "WithReorient" turn images to RAS.
+    transpose_forward: which of the reader's axes each axis is; [2, 1, 0] makes x, y, z of z, y, x.
+    spacing: mm per axis, or None: the dataset's own.
+    normalization_schemes, use_mask_for_norm: per channel, or None: what nnU-Net chooses for the dataset's channels.
+    foreground_intensity_properties_per_channel: for the channels of CTNormalization, which clips to percentile_00_5
+        and percentile_99_5, subtracts mean and divides by std.
+    resampling_fn_data, resampling_fn_data_kwargs: how images are resampled.
     patch_size: largest window, voxels per axis.
     smallest_window: smallest window that it was trained on, voxels per axis.
-    spacing: mm per axis in x, y, z, or None: the dataset's own.
-    ct_intensities: how CT is normalised, the values that nnU-Net's CTNormalization reads: clipped to percentile_00_5
-        and percentile_99_5, then shifted by mean and divided by std; None for a model that was not trained on CT.
-    modalities: "CT", or "any" for images of other channel names as well.
+    divisor: what a window must be a multiple of, voxels per axis.
     sha256: of the weights file.
     """
 
@@ -30,28 +40,49 @@ class BackboneContract:
     architecture: dict
     classes: tuple[str, ...]
     softmax: bool
-    input_channels: int
-    divisor: int
-    patch_size: tuple[int, int, int]
-    smallest_window: int
+    channel_names: tuple[str, ...]
+    image_reader_writer: str
+    transpose_forward: tuple[int, int, int]
     spacing: tuple[float, float, float] | None
-    ct_intensities: dict[str, float] | None
-    modalities: str
+    normalization_schemes: tuple[str, ...] | None
+    use_mask_for_norm: tuple[bool, ...] | None
+    foreground_intensity_properties_per_channel: dict[str, dict[str, float]]
+    resampling_fn_data: str
+    resampling_fn_data_kwargs: dict
+    patch_size: tuple[int, int, int]
+    smallest_window: tuple[int, int, int]
+    divisor: tuple[int, int, int]
     sha256: str = ""
     licence: str = ""
     citation: str = ""
     description: str = ""
     training: dict = field(default_factory=dict)
 
+    @property
+    def input_channels(self) -> int:
+        return len(self.channel_names)
+
     @classmethod
     def load(cls, file: Path) -> BackboneContract:
-        """Read a contract. Raises ValueError naming the file if a key is missing or unknown."""
+        """Read a contract. Raises InputError naming the file if a key is missing or unknown."""
         try:
             content = json.loads(Path(file).read_text())
             return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in content.items()})
         except (json.JSONDecodeError, TypeError, AttributeError) as error:
             known = ", ".join(f.name for f in fields(cls))
-            raise ValueError(f"{file} is no backbone contract ({error}); its keys are: {known}.") from error
+            raise InputError(
+                f"{file} is no backbone contract ({error}): import the backbone again, or repair the file, whose keys "
+                f"are {known}."
+            ) from error
+
+    def describe_normalization(self, channel: int, scheme: str, masked: bool) -> str:
+        """E.g. "CTNormalization: clipped to [-175, 250], minus -175, divided by 425"."""
+        text = f"{scheme} inside the nonzero mask" if masked else scheme
+        if scheme != "CTNormalization":
+            return text
+        values = self.foreground_intensity_properties_per_channel[str(channel)]
+        low, high, mean, std = (values[key] for key in CT_PROPERTIES)
+        return f"{text}: clipped to [{low:g}, {high:g}], minus {mean:g}, divided by {std:g}"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

@@ -8,6 +8,7 @@ from torch import nn
 from fsefs_nnunet.backbones.nnunet import NNUNetBackbone
 from fsefs_nnunet.backbones.raw_image import RawImageBackbone
 from fsefs_nnunet.backbones.store import find_backbone, load_weights
+from fsefs_nnunet.errors import InputError
 
 ARCHITECTURES = {"nnunet": NNUNetBackbone, "raw_image": RawImageBackbone}
 
@@ -20,12 +21,12 @@ class FrozenBackbone(nn.Module):
     """
 
     def __init__(self, backbone_id: str, stages: str, sha256: str | None = None):
-        """Raises ValueError for an unknown backbone, damaged weights, or others than `sha256`."""
+        """Raises InputError for an unknown backbone, damaged weights, or others than `sha256`."""
         super().__init__()
         self.contract = find_backbone(backbone_id)
         kind = self.contract.architecture.get("kind")
         if kind not in ARCHITECTURES:
-            raise ValueError(f"Backbone {backbone_id!r} is of kind {kind!r}; known kinds: {', '.join(ARCHITECTURES)}.")
+            raise InputError(f"Backbone {backbone_id!r} is of kind {kind!r}; known kinds: {', '.join(ARCHITECTURES)}.")
         module = ARCHITECTURES[kind](self.contract, stages)
         module.load_backbone_state(load_weights(self.contract, sha256))
         self.__dict__["module"] = module.eval().requires_grad_(False)

@@ -1,104 +1,175 @@
-"""Turns a trained nnU-Net model folder into a backbone."""
+"""Turns a trained nnU-Net model into a backbone."""
 
 from __future__ import annotations
 
-import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from fsefs_nnunet.backbones.checkpoints import read_checkpoint
-from fsefs_nnunet.backbones.contract import BackboneContract
-from fsefs_nnunet.backbones.nnunet import NNUNetBackbone
+from fsefs_nnunet.backbones.contract import CT_PROPERTIES, BackboneContract
+from fsefs_nnunet.backbones.model_files import ModelFiles, read_model
+from fsefs_nnunet.backbones.nnunet import ARCHITECTURES, NNUNetBackbone
+from fsefs_nnunet.backbones.readers import reorients
 from fsefs_nnunet.backbones.store import save_backbone
-
-SUPPORTED = ("PlainConvUNet", "ResidualEncoderUNet")
+from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.labels import foreground_names
 
 
 def import_nnunet_model(
     backbone_id: str,
-    model_folder: Path,
+    path: Path,
     target: Path,
     fold: str = "",
     checkpoint: str = "checkpoint_final.pth",
+    configuration: str = "",
     open_spacing: bool = False,
     **contract_fields,
 ) -> BackboneContract:
-    """Store the network of `model_folder` (the folder with plans.json and fold_X) as backbone `backbone_id`.
+    """Store the network of the model in `path` as backbone `backbone_id` in folder `target`, and print what it is.
 
-    Spacing, normalisation, window and channels are taken from its plans, which must say RAS orientation (a reader that
-    reorients) and axes x, y, z (transpose [2, 1, 0]).
+    Reader, axes, spacing, normalisation, resampling, window and channels are taken from the model's own plans.
 
     Args:
+        path: the folder with plans.json and fold_X, or a zip of nnUNetv2_export_model_to_zip.
         fold: "0", "all", ...; default: the first one that has a checkpoint.
+        configuration: which model of a zip that holds several.
         open_spacing: the model serves images of any spacing and modality; true for the embedded backbone alone.
         contract_fields: licence, citation, description, training.
 
     Raises:
-        ValueError: for a folder without plans, a 2D or cascade model, an unknown architecture, damaged weights.
+        InputError: for a 2D or cascade model, an unknown architecture or preprocessing, damaged or unsafe files.
     """
-    model_folder = Path(model_folder)
-    for name in ("plans.json", "dataset.json"):
-        if not (model_folder / name).exists():
-            raise ValueError(f"{model_folder}/{name} is missing: give the folder that holds plans.json and fold_X.")
-    folds = sorted(model_folder.glob(f"fold_{fold or '*'}/{checkpoint}"))
-    if not folds:
-        raise ValueError(f"{model_folder} has no fold_{fold or 'X'}/{checkpoint}: is the training finished?")
-    content = read_checkpoint(folds[0])
-    plans = json.loads((model_folder / "plans.json").read_text())
-    dataset = json.loads((model_folder / "dataset.json").read_text())
-    contract = _contract(
-        backbone_id, plans, content["init_args"]["configuration"], dataset, open_spacing, contract_fields
-    )
+    if not backbone_id.replace("_", "").replace("-", "").isalnum():
+        raise InputError(f"{backbone_id!r} cannot name a backbone: use letters, digits, '_' and '-'.")
+    files = read_model(path, fold, checkpoint, configuration)
+    contract = _contract(backbone_id, files, contract_fields)
+    if open_spacing:
+        contract = _left_open(contract)
     backbone = NNUNetBackbone(contract, "last")
-    own = backbone.backbone_state().keys()
-    backbone.load_backbone_state({name: t for name, t in content["network_weights"].items() if name in own})
-    return save_backbone(contract, backbone.backbone_state(), target)
+    backbone.load_backbone_state(_own_tensors(backbone, files))
+    contract = save_backbone(contract, backbone.backbone_state(), target)
+    _report(contract, backbone, files)
+    return contract
 
 
-def _contract(
-    backbone_id: str, plans: dict, configuration: str, dataset: dict, open_spacing: bool, contract_fields: dict
-) -> BackboneContract:
+def _contract(backbone_id: str, files: ModelFiles, contract_fields: dict) -> BackboneContract:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    manager = PlansManager(plans)
-    settings = manager.get_configuration(configuration)
-    architecture = settings.configuration["architecture"]
-    name = architecture["network_class_name"].split(".")[-1]
-    if name not in SUPPORTED or len(settings.patch_size) != 3:
-        raise ValueError(
-            f"Configuration {configuration!r} ({name}, {len(settings.patch_size)}D) cannot be a backbone: 3D models of "
-            f"{' or '.join(SUPPORTED)} can."
+    try:
+        manager = PlansManager(files.plans)
+        name = files.checkpoint["init_args"]["configuration"]
+        settings = manager.get_configuration(name)
+        _refuse_unsupported(name, settings, manager)
+        labels = manager.get_label_manager(files.dataset)
+        # nnU-Net reads datasets with the older name of the key, too
+        channels = files.dataset.get("channel_names") or files.dataset["modality"]
+        properties = manager.plans["foreground_intensity_properties_per_channel"]
+        classes = foreground_names(files.dataset["labels"], labels.has_regions)
+        patch_size = tuple(int(n) for n in settings.patch_size)
+        return BackboneContract(
+            id=backbone_id,
+            architecture={"kind": "nnunet", **settings.configuration["architecture"]},
+            classes=tuple(classes if labels.has_regions else ["background", *classes]),
+            softmax=not labels.has_regions,
+            channel_names=tuple(str(name) for name in channels.values()),
+            image_reader_writer=manager.plans["image_reader_writer"],
+            transpose_forward=tuple(int(axis) for axis in manager.transpose_forward),
+            spacing=tuple(float(s) for s in settings.spacing),
+            normalization_schemes=tuple(settings.normalization_schemes),
+            use_mask_for_norm=tuple(bool(use) for use in settings.use_mask_for_norm),
+            foreground_intensity_properties_per_channel={
+                str(channel): {key: float(properties[str(channel)][key]) for key in CT_PROPERTIES}
+                for channel, scheme in enumerate(settings.normalization_schemes)
+                if scheme == "CTNormalization"
+            },
+            resampling_fn_data=settings.configuration["resampling_fn_data"],
+            resampling_fn_data_kwargs=settings.configuration["resampling_fn_data_kwargs"],
+            patch_size=patch_size,
+            smallest_window=patch_size,
+            divisor=tuple(int(n) for n in np.prod(settings.pool_op_kernel_sizes, axis=0)),
+            **contract_fields,
+        )
+    except (KeyError, RuntimeError) as error:
+        raise InputError(
+            f"plans.json, dataset.json and {files.source} are not those of one nnU-Net v2 model ({error}): copy the "
+            "model's folder as nnU-Net wrote it."
+        ) from error
+
+
+def _left_open(contract: BackboneContract) -> BackboneContract:
+    """For a model that was trained on all spacings and contrasts, and on windows from 40 voxels on."""
+    return replace(
+        contract,
+        spacing=None,
+        normalization_schemes=None,
+        use_mask_for_norm=None,
+        # a cubic spline overshoots the [0, 1] that it was trained on
+        resampling_fn_data_kwargs={**contract.resampling_fn_data_kwargs, "order": 1},
+        smallest_window=(40, 40, 40),
+    )
+
+
+def _refuse_unsupported(name: str, settings, manager) -> None:
+    network = settings.network_arch_class_name.split(".")[-1]
+    if network not in ARCHITECTURES or len(settings.patch_size) != 3:
+        raise InputError(
+            f"Configuration {name!r} ({network}, {len(settings.patch_size)}D) cannot be a backbone: 3D models of "
+            f"{' or '.join(ARCHITECTURES)} can."
         )
     if settings.previous_stage_name is not None:
-        raise ValueError(f"Configuration {configuration!r} is the second stage of a cascade; import the first.")
-    reorients = manager.plans["image_reader_writer"] in ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
-    if manager.transpose_forward != [2, 1, 0] or not reorients:
-        raise ValueError(
-            f"The model sees axes {manager.transpose_forward} of {manager.plans['image_reader_writer']}; backbones "
-            "see RAS volumes as x, y, z. Train it with transpose_forward and _backward [2, 1, 0] and "
-            "NibabelIOWithReorient in its plans."
+        raise InputError(f"Configuration {name!r} is the second stage of a cascade; import the first.")
+    wanted = {
+        "imageio": [manager.plans["image_reader_writer"]],
+        "preprocessing.normalization": settings.normalization_schemes,
+        "preprocessing.resampling": [settings.configuration["resampling_fn_data"]],
+    }
+    missing = [cls for package, names in wanted.items() for cls in names if not _in_nnunet(package, cls)]
+    if settings.preprocessor_name != "DefaultPreprocessor":
+        missing.append(settings.preprocessor_name)
+    if missing:
+        raise InputError(
+            f"The plans name {', '.join(missing)}, which stock nnU-Net's preprocessing does not have: models of "
+            "nnU-Net's own readers, normalisation, resampling and DefaultPreprocessor can be backbones."
         )
-    labels = manager.get_label_manager(dataset)
-    names = [n for n in dataset["labels"] if n not in ("background", "ignore")]
-    ct = None
-    if "CTNormalization" in settings.normalization_schemes:
-        channel = str(settings.normalization_schemes.index("CTNormalization"))
-        properties = plans["foreground_intensity_properties_per_channel"][channel]
-        ct = {key: float(properties[key]) for key in ("percentile_00_5", "percentile_99_5", "mean", "std")}
-    divisor = np.prod(settings.pool_op_kernel_sizes, axis=0)
-    return BackboneContract(
-        id=backbone_id,
-        architecture={"kind": "nnunet", **architecture},
-        classes=tuple(names if labels.has_regions else ["background", *names]),
-        softmax=not labels.has_regions,
-        input_channels=len(dataset["channel_names"]),
-        divisor=int(divisor.max()),
-        patch_size=tuple(int(n) for n in settings.patch_size),
-        smallest_window=40 if open_spacing else int(min(settings.patch_size)),
-        # plans are in the order of the transposed axes, a contract is in x, y, z: ours transpose to x, y, z
-        spacing=None if open_spacing else tuple(float(s) for s in settings.spacing),
-        ct_intensities=ct,
-        modalities="any" if open_spacing or ct is None else "CT",
-        **contract_fields,
+
+
+def _in_nnunet(package: str, name: str) -> bool:
+    import nnunetv2
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+    folder = Path(nnunetv2.__path__[0], *package.split("."))
+    return recursive_find_python_class(str(folder), name, f"nnunetv2.{package}") is not None
+
+
+def _own_tensors(backbone: NNUNetBackbone, files: ModelFiles) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors by the network's names, without those that nnU-Net stores under several names."""
+    weights = files.checkpoint.get("network_weights")
+    if not isinstance(weights, dict):
+        raise InputError(f"{files.source} holds no network_weights: give a checkpoint that nnU-Net's training wrote.")
+    # torch.compile and DistributedDataParallel put the network into a module of theirs
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in weights.items()}
+    own, aliases = backbone.backbone_state().keys(), backbone.unet.state_dict().keys()
+    return {name: tensor for name, tensor in weights.items() if name in own or name not in aliases}
+
+
+def _report(contract: BackboneContract, backbone: NNUNetBackbone, files: ModelFiles) -> None:
+    tensors = backbone.backbone_state()
+    turned = "images are turned to RAS" if reorients(contract.image_reader_writer) else "images are seen as stored"
+    print(
+        f"{files.source}, trained by {files.checkpoint.get('trainer_name', 'an unknown trainer')}: all {len(tensors)} "
+        f"tensors matched, {sum(t.numel() for t in tensors.values())} numbers.\n"
+        f"{len(contract.classes)} classes, {'one a voxel' if contract.softmax else 'regions that may overlap'}: "
+        f"{', '.join(contract.classes)}\n"
+        f"Reader {contract.image_reader_writer}, {turned}; axes {list(contract.transpose_forward)} of z, y, x"
+    )
+    schemes = contract.normalization_schemes or ["by its name in the dataset"] * contract.input_channels
+    masks = contract.use_mask_for_norm or [False] * contract.input_channels
+    for channel, (name, scheme, masked) in enumerate(zip(contract.channel_names, schemes, masks)):
+        print(f"Channel {channel} {name}: {contract.describe_normalization(channel, scheme, masked)}")
+    print(
+        f"Spacing {list(contract.spacing) if contract.spacing else 'of the dataset'} mm; window "
+        f"{list(contract.patch_size)}, multiples of {list(contract.divisor)}"
     )

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import pydoc
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fsefs_nnunet.backbones.contract import BackboneContract
+from fsefs_nnunet.errors import InputError
+
+ARCHITECTURES = ("PlainConvUNet", "ResidualEncoderUNet")
+_MODULES = ("torch.nn.", "dynamic_network_architectures.building_blocks.")
 
 
 class NNUNetBackbone(nn.Module):
@@ -17,22 +23,15 @@ class NNUNetBackbone(nn.Module):
     """
 
     def __init__(self, contract: BackboneContract, stages: str):
-        """stages: "last" for the last decoder stage alone, "all" for every decoder stage."""
-        super().__init__()
-        from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+        """stages: "last" for the last decoder stage alone, "all" for every decoder stage.
 
+        Raises:
+            InputError: for another architecture, or layers of it that are no network layers.
+        """
+        super().__init__()
         if stages not in ("last", "all"):
-            raise ValueError(f"stages must be 'last' or 'all' in the plans' arch_kwargs, not {stages!r}.")
-        architecture = contract.architecture
-        self.unet = get_network_from_plans(
-            architecture["network_class_name"],
-            architecture["arch_kwargs"],
-            architecture["_kw_requires_import"],
-            contract.input_channels,
-            len(contract.classes),
-            allow_init=True,
-            deep_supervision=False,
-        )
+            raise InputError(f"stages must be 'last' or 'all' in the plans' arch_kwargs, not {stages!r}.")
+        self.unet = _build_unet(contract)
         self.stages = stages
         skips = self.unet.encoder.output_channels[:-1]
         self.out_channels = sum(skips) if stages == "all" else skips[0]
@@ -57,15 +56,15 @@ class NNUNetBackbone(nn.Module):
 
     def backbone_state(self) -> dict[str, torch.Tensor]:
         """Tensors to store, without the aliases that nnU-Net's state_dict carries."""
-        return {name: p.detach() for name, p in self.unet.named_parameters()} | dict(_named_buffers(self.unet))
+        return {name: p.detach() for name, p in self.unet.named_parameters()} | dict(self.unet.named_buffers())
 
     def load_backbone_state(self, weights: dict[str, torch.Tensor]) -> None:
-        """Load what `backbone_state` gave. Raises ValueError unless every tensor matches in name and shape."""
+        """Load what `backbone_state` gave. Raises InputError unless every tensor matches in name and shape."""
         own = self.backbone_state()
         missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
         wrong = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
         if missing or extra or wrong:
-            raise ValueError(
+            raise InputError(
                 f"The weights do not fit the architecture: {len(missing)} tensors are missing {missing[:2]}, "
                 f"{len(extra)} are unknown {extra[:2]}, {len(wrong)} have another shape {wrong[:2]}: another backbone."
             )
@@ -73,5 +72,30 @@ class NNUNetBackbone(nn.Module):
             tensor.copy_(weights[name])
 
 
-def _named_buffers(module: nn.Module):
-    return ((name, buffer) for name, buffer in module.named_buffers() if buffer is not None)
+def _build_unet(contract: BackboneContract) -> nn.Module:
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    architecture = contract.architecture
+    name = architecture["network_class_name"].split(".")[-1]
+    if name not in ARCHITECTURES:
+        raise InputError(f"Backbone {contract.id!r} is a {name}, only {' and '.join(ARCHITECTURES)} are known.")
+    for key in architecture["_kw_requires_import"]:
+        _refuse_unless_layer(contract.id, key, architecture["arch_kwargs"][key])
+    return get_network_from_plans(
+        f"dynamic_network_architectures.architectures.unet.{name}",  # old plans name a module that is gone
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        contract.input_channels,
+        len(contract.classes),
+        allow_init=True,
+        deep_supervision=False,
+    )
+
+
+def _refuse_unless_layer(backbone_id: str, key: str, name: str | None) -> None:
+    """nnU-Net imports and calls whatever plans name here: a plans.json of a stranger could run any function."""
+    if name is None:
+        return
+    layer = pydoc.locate(name) if name.startswith(_MODULES) else None
+    if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+        raise InputError(f"Backbone {backbone_id!r} names {name!r} as its {key}, which is no layer: do not trust it.")

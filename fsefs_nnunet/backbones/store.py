@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fsefs_nnunet.backbones.contract import BackboneContract
+from fsefs_nnunet.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -30,13 +31,13 @@ def known_backbones() -> dict[str, Path]:
 
 
 def find_backbone(backbone_id: str) -> BackboneContract:
-    """The contract of a backbone. Raises ValueError that lists the known ones."""
+    """The contract of a backbone. Raises InputError that lists the known ones."""
     known = known_backbones()
     if backbone_id not in known:
-        raise ValueError(
+        raise InputError(
             f"Backbone {backbone_id!r} is not here; there are: {', '.join(known) or 'none'}. "
             f"Look in {user_folder()} (environment variable fseft_backbones) or import it: "
-            "fseft backbones import ID FOLDER."
+            "fseft backbones import ID PATH."
         )
     return BackboneContract.load(known[backbone_id])
 
@@ -60,20 +61,20 @@ def load_weights(contract: BackboneContract, expected_sha256: str | None = None)
         expected_sha256: what plans or a checkpoint were made with.
 
     Raises:
-        ValueError: missing or damaged file, or other weights than expected; names the file and the remedy.
+        InputError: missing or damaged file, or other weights than expected; names the file and the remedy.
     """
     from safetensors.torch import load_file
 
     if expected_sha256 and expected_sha256 != contract.sha256:
-        raise ValueError(
+        raise InputError(
             f"These plans were made with backbone {contract.id!r} of SHA-256 {expected_sha256[:12]}, here lies "
             f"{contract.sha256[:12]}: import the former again, or plan and train anew with this one."
         )
     file = weights_file(contract.id)
     if not file.exists():
-        raise ValueError(f"The weights {file} are missing: import the backbone again (fseft backbones import).")
+        raise InputError(f"The weights {file} are missing: import the backbone again (fseft backbones import).")
     if sha256_of(file) != contract.sha256:
-        raise ValueError(f"The weights {file} are damaged (their SHA-256 is not the contract's): import them again.")
+        raise InputError(f"The weights {file} are damaged (their SHA-256 is not the contract's): import them again.")
     return load_file(file)
 
 

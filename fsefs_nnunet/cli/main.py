@@ -85,8 +85,30 @@ def backbones(args: argparse.Namespace) -> None:
     else:
         from fsefs_nnunet.backbones.importing import import_nnunet_model
 
-        contract = import_nnunet_model(args.id, Path(args.path), Path(args.o) if args.o else store.user_folder())
-        print(f"Backbone {contract.id!r}, classes {', '.join(contract.classes)}; use it: fseft plan -b {contract.id}")
+        target = Path(args.o) if args.o else store.user_folder()
+        contract = import_nnunet_model(args.id, Path(args.path), target, args.f, args.chk, args.c)
+        print(f"Use it: fseft plan_and_preprocess -d DATASET -b {contract.id}")
+
+
+def bank(args: argparse.Namespace) -> None:
+    from fsefs_nnunet import bank_disk
+
+    if args.clear is None:
+        bank_disk.show(args.d)
+    else:
+        bank_disk.clear(args.d, args.clear)
+
+
+def link(args: argparse.Namespace) -> None:
+    from fsefs_nnunet import linking
+
+    linking.link(linking.nnunet_folder())
+
+
+def unlink(args: argparse.Namespace) -> None:
+    from fsefs_nnunet import linking
+
+    linking.unlink(linking.nnunet_folder())
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -149,16 +171,26 @@ def parser() -> argparse.ArgumentParser:
     dataset(sub), planning_options(sub)
     sub = verb("splits", splits, "Draw support and query cases; nnU-Net's splits_final.json is not touched.")
     dataset(sub), split_options(sub)
-    sub = verb("backbones", backbones, "List backbones, or import a trained nnU-Net model folder as one.")
+    sub = verb("backbones", backbones, "List backbones, or import a trained nnU-Net model as one.")
     actions = sub.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="what is here")
-    sub = actions.add_parser("import", help="import a nnU-Net model folder (the one with plans.json and fold_X)")
+    sub = actions.add_parser("import", help="import a nnU-Net model: a folder with plans.json and fold_X, or a zip")
     sub.add_argument("id", help="name that the backbone gets")
-    sub.add_argument("path", help="model folder")
+    sub.add_argument("path", help="model folder, or zip of nnUNetv2_export_model_to_zip")
+    sub.add_argument("-f", default="", metavar="FOLD", help="default: the first fold that has the checkpoint")
+    sub.add_argument("-chk", default="checkpoint_final.pth", metavar="FILE", help="default: checkpoint_final.pth")
+    sub.add_argument("-c", default="", metavar="CONFIGURATION", help="which model of a zip that holds several")
     sub.add_argument(
         "-o", metavar="FOLDER", help="default: environment variable fseft_backbones, else your data folder"
     )
-    sub = verb("demo", demo, "Synthetic data, 5 labelled cases, four methods: tables and pictures in minutes.")
+    sub = verb("bank", bank, "List the feature banks of a dataset, or remove them.")
+    sub.add_argument("-d", required=True, metavar="DATASET", help="id or name of a nnU-Net raw dataset")
+    sub.add_argument(
+        "--clear", nargs="*", metavar="KEY", help="remove the banks of these keys, which the list shows; of all without"
+    )
+    verb("link", link, "Let nnU-Net's own commands find our classes: nnUNetv2_plan_and_preprocess -pl FSEFTPlanner.")
+    verb("unlink", unlink, "Remove what `fseft link` wrote into the installed nnU-Net.")
+    sub = verb("demo", demo, "Synthetic data, 5 labelled cases, four methods: tables, pictures, a report in minutes.")
     sub.add_argument("-o", default="fseft_demo", metavar="FOLDER", help="default: ./fseft_demo")
     sub.add_argument("--seconds", type=float, default=None, help="training time of the from-scratch baseline")
     sub.add_argument("-device", default="cpu", choices=["cpu", "cuda", "mps"], help="default: cpu")
@@ -169,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         args.function(args)
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         print(f"fseft: {error}", file=sys.stderr)
         return 2
     return 0

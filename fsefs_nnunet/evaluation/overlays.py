@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -14,7 +15,7 @@ _PANEL_INCHES = 4.0
 def save_overlay(
     image_file: str | Path,
     segmentation_file: str | Path,
-    output_png: str | Path,
+    output_png: str | Path | BinaryIO,
     reference_file: str | Path | None = None,
     labels: dict[str, int] | None = None,
     title: str = "",
@@ -28,7 +29,7 @@ def save_overlay(
 
     Args:
         segmentation_file: drawn with solid lines.
-        output_png: its folder must exist.
+        output_png: its folder must exist; or an open file.
         reference_file: drawn with dashed lines.
         labels: organ names and their values, as in dataset.json; background is skipped. All values found by default.
 
@@ -47,7 +48,7 @@ def save_overlay(
     organs = _organs(masks, labels)
     foreground = next((m > 0 for m in reversed(masks.values()) if (m > 0).any()), None)
     figure = _draw(image, spacing, masks, organs, foreground, title)
-    figure.savefig(output_png, dpi=100, facecolor="black")
+    figure.savefig(output_png, format="png", dpi=100, facecolor="black")
 
 
 def _load(file: str | Path) -> tuple[np.ndarray, np.ndarray]:

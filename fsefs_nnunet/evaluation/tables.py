@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from math import isnan
+from math import isnan, prod
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -13,14 +13,18 @@ def markdown_table(rows: list[dict]) -> str:
 
     What a row lacks stays empty, NaN is shown as "-".
     """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = columns_of(rows)
     if not columns:
         return ""
-    lines = [columns, ["---"] * len(columns), *([_cell(row.get(key)) for key in columns] for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([cell_text(row.get(key)) for key in columns] for row in rows)]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
-def _cell(value) -> str:
+def columns_of(rows: list[dict]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def cell_text(value) -> str:
     if value is None:
         return ""
     if isinstance(value, Real) and not isinstance(value, Integral):
@@ -37,3 +41,41 @@ def mean_dice(summary_json_file: str | Path) -> dict[str, float]:
     summary = json.loads(Path(summary_json_file).read_text())
     dice = {name: float(metrics["Dice"]) for name, metrics in summary["mean"].items()}
     return {**dice, "mean": float(summary["foreground_mean"]["Dice"])}
+
+
+def case_dice(summary_json_file: str | Path) -> dict[str, float]:
+    """Dice of each case by the name of its file, averaged over the classes that are in the reference or predicted.
+
+    A case without any is left out.
+    """
+    cases = json.loads(Path(summary_json_file).read_text())["metric_per_case"]
+    dice = {}
+    for case in cases:
+        values = [m["Dice"] for m in case["metrics"].values() if not isnan(m["Dice"])]
+        if values:
+            dice[Path(case["prediction_file"]).name] = sum(values) / len(values)
+    return dice
+
+
+def best_median_worst(dice: dict[str, float]) -> dict[str, str]:
+    """Names of the cases with the highest, the middle and the lowest Dice; of two middle ones the better."""
+    ranked = sorted(dice, key=dice.get, reverse=True)
+    return {"best": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "worst": ranked[-1]}
+
+
+def reference_sizes(summary_json_file: str | Path, labels: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Size in ml of each label by case, from the voxels that nnU-Net counted in the reference segmentations.
+
+    Args:
+        summary_json_file: with the predictions beside it, whose headers say how large a voxel is.
+        labels: names and values as in dataset.json.
+    """
+    import nibabel as nib
+
+    summary_json_file = Path(summary_json_file)
+    sizes = {}
+    for case in json.loads(summary_json_file.read_text())["metric_per_case"]:
+        prediction = Path(case["prediction_file"]).name
+        voxel_ml = prod(map(float, nib.load(summary_json_file.with_name(prediction)).header.get_zooms()[:3])) / 1000
+        sizes[prediction] = {name: case["metrics"][str(value)]["n_ref"] * voxel_ml for name, value in labels.items()}
+    return sizes

@@ -1,0 +1,120 @@
+"""The files of a trained nnU-Net model, from its folder or from a zip of nnUNetv2_export_model_to_zip."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import zipfile
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from tempfile import TemporaryDirectory
+
+from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.errors import InputError
+
+JSON_FILES = ("plans.json", "dataset.json")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """plans, dataset: the contents of plans.json and dataset.json; checkpoint: what `source` holds."""
+
+    plans: dict
+    dataset: dict
+    checkpoint: dict
+    source: str
+
+
+def read_model(path: Path, fold: str, checkpoint: str, configuration: str) -> ModelFiles:
+    """Read the model in `path`, the folder with plans.json and fold_X, or a zip of such folders.
+
+    Args:
+        fold: "0", "all", ...; "" for the first one that has a checkpoint.
+        checkpoint: file name in fold_X.
+        configuration: which model of a zip, e.g. "3d_fullres"; "" if it holds one.
+
+    Raises:
+        InputError: for missing, damaged or unsafe files; names them and the remedy.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path, fold, checkpoint)
+    if not path.exists():
+        raise InputError(f"{path} is missing: give a nnU-Net model folder or a .zip of one.")
+    if path.suffix.lower() != ".zip":
+        raise InputError(f"{path} is no model folder and no .zip of one: give the folder with plans.json and fold_X.")
+    with TemporaryDirectory() as folder:
+        try:
+            files = _read_folder(_unzip(path, Path(folder), fold, checkpoint, configuration), fold, checkpoint)
+            return replace(files, source=files.source.replace(folder, str(path)))
+        except ValueError as error:
+            raise InputError(str(error).replace(folder, str(path))) from error
+
+
+def _read_folder(folder: Path, fold: str, checkpoint: str) -> ModelFiles:
+    for name in JSON_FILES:
+        if not (folder / name).exists():
+            raise InputError(f"{folder}/{name} is missing: give the folder that holds plans.json and fold_X.")
+    files = sorted(folder.glob(f"fold_{fold or '*'}/{checkpoint}"))
+    if not files:
+        raise InputError(f"{folder} has no fold_{fold or 'X'}/{checkpoint}: is the training finished?")
+    plans, dataset = (_read_json(folder / name) for name in JSON_FILES)
+    return ModelFiles(plans, dataset, read_checkpoint(files[0]), str(files[0]))
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is damaged ({error}): copy the model again.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is not what nnU-Net writes: copy the model again.")
+    return content
+
+
+def _unzip(file: Path, target: Path, fold: str, checkpoint: str, configuration: str) -> Path:
+    """Extract plans, dataset and one checkpoint of one model, nothing else. Returns the model's folder in `target`."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            _refuse_unsafe(file, names)
+            model = _choose_model(file, names, fold, checkpoint, configuration)
+            weights = sorted(str(p) for p in map(PurePosixPath, names) if _is_checkpoint(p, model, fold, checkpoint))
+            for name in [*(str(model / name) for name in JSON_FILES), weights[0]]:
+                if name in names:  # what is missing is named when the folder is read
+                    archive.extract(name, target)
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
+        raise InputError(f"{file} is damaged or no plain zip ({error}): export or download it again.") from error
+    return target / model
+
+
+def _refuse_unsafe(file: Path, names: list[str]) -> None:
+    for name in names:
+        path = PureWindowsPath(name)  # knows both slashes, and drives
+        if path.anchor or ".." in path.parts:
+            raise InputError(
+                f"{file} was not unpacked: its member {name!r} points outside. Take the zip from its publisher again."
+            )
+
+
+def _is_checkpoint(path: PurePosixPath, model: PurePosixPath, fold: str, checkpoint: str) -> bool:
+    return path.parent.parent == model and path.match(f"fold_{fold or '*'}/{checkpoint}")
+
+
+def _choose_model(file: Path, names: list[str], fold: str, checkpoint: str, configuration: str) -> PurePosixPath:
+    paths = [PurePosixPath(name) for name in names]
+    folders = {path.parent.parent for path in paths if _is_checkpoint(path, path.parent.parent, fold, checkpoint)}
+    # nnU-Net's folders are named trainer__plans__configuration
+    models = sorted(m for m in folders if not configuration or m.name.split("__")[-1] == configuration)
+    if not models:
+        raise InputError(
+            f"{file} holds no nnU-Net model{f' of {configuration}' if configuration else ''} with "
+            f"fold_{fold or 'X'}/{checkpoint}: make it with nnUNetv2_export_model_to_zip."
+        )
+    if len(models) > 1:
+        raise InputError(
+            f"{file} holds {len(models)} models, {', '.join(map(str, models))}: choose a configuration (-c), or unpack "
+            "it and give the folder of one."
+        )
+    return models[0]

@@ -1,0 +1,68 @@
+"""nnU-Net's readers: which one gives a backbone its axes and orientation from files of an ending."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fsefs_nnunet.backbones.contract import BackboneContract
+from fsefs_nnunet.errors import InputError
+
+# Both turn images to RAS and give the same array and spacing (tests/test_importing.py), from different file types.
+REORIENTING = ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
+
+
+def find_reader(contract: BackboneContract, file_ending: str) -> type:
+    """nnU-Net's reader class for files of `file_ending`, e.g. ".nii.gz", that sees them as the backbone's did.
+
+    Raises:
+        InputError: if none does, or this SimpleITK turns images to another orientation than nibabel.
+    """
+    from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+
+    wanted = contract.image_reader_writer
+    readers = [recursive_find_reader_writer_by_name(name) for name in (REORIENTING if reorients(wanted) else [wanted])]
+    readers.sort(key=lambda reader: reader.__name__ != wanted)
+    fitting = [reader for reader in readers if file_ending.lower() in reader.supported_file_endings]
+    if not fitting:
+        endings = dict.fromkeys(ending for reader in readers for ending in reader.supported_file_endings)
+        raise InputError(
+            f"Backbone {contract.id!r} was trained with {wanted}, which cannot read {file_ending!r}: convert the "
+            f"dataset to {' or '.join(endings)}."
+        )
+    if fitting[0].__name__ == "SimpleITKIOWithReorient" and not _simpleitk_means_ras():
+        raise InputError(
+            f"This SimpleITK does not turn {file_ending!r} images to RAS: convert the dataset to .nii.gz, or install "
+            "SimpleITK 2.5."
+        )
+    return fitting[0]
+
+
+def reorients(reader_name: str) -> bool:
+    return reader_name in REORIENTING
+
+
+def _simpleitk_means_ras() -> bool:
+    """ITK has named orientations by where axes come from as well as by where they lead: RAS leads right, front, up."""
+    import SimpleITK as sitk
+
+    turned = sitk.DICOMOrient(sitk.Image([1, 1, 1], sitk.sitkUInt8), "RAS")
+    return np.allclose(turned.GetDirection(), np.diag([-1, -1, 1]).ravel())  # ITK's world is left, back, up
+
+
+def reoriented_axes(image_file: str | Path) -> list[int]:
+    """For each axis z, y, x that a reorienting reader gives, the axis of the file as stored; reads the header alone."""
+    import nibabel as nib
+    import SimpleITK as sitk
+
+    if str(image_file).lower().endswith((".nii", ".nii.gz")):
+        affine = nib.load(image_file).affine
+    else:
+        header = sitk.ImageFileReader()
+        header.SetFileName(str(image_file))
+        header.ReadImageInformation()
+        affine = np.eye(4)
+        affine[:3, :3] = np.reshape(header.GetDirection(), (3, 3))
+    stored = np.argsort(nib.io_orientation(affine)[:, 0])  # of x, y, z, counted in i, j, k
+    return [2 - int(axis) for axis in stored[::-1]]

@@ -1,0 +1,109 @@
+"""One HTML file on a comparison of methods, from what the trainings left in their folders."""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from pathlib import Path
+from statistics import mean
+
+from fsefs_nnunet.evaluation import html
+from fsefs_nnunet.evaluation.overlays import save_overlay
+from fsefs_nnunet.evaluation.plots import plot_learning_curves, plot_sizes
+from fsefs_nnunet.evaluation.tables import best_median_worst, case_dice, reference_sizes
+from fsefs_nnunet.evaluation.training_logs import learning_curve, logged_sizes
+
+
+def write_report(
+    file: Path,
+    introduction: str,
+    rows: list[dict],
+    folds: dict[str, Path],
+    adapted: str,
+    raw: Path,
+    next_steps: dict[str, list[str]],
+) -> None:
+    """Write tables, learning curves, overlays, sizes and what to run next as one HTML file that loads nothing.
+
+    Args:
+        rows: the table of results, as for markdown_table.
+        folds: trained and validated fold folder of each method.
+        adapted: the method, one of `folds`, whose overlays and sizes are shown.
+        raw: nnU-Net's raw folder of the dataset.
+        next_steps: shell commands by what they are for.
+
+    Raises:
+        ValueError: if a fold's checkpoint_final.pth is missing or damaged.
+    """
+    fold = folds[adapted]
+    parts = [
+        html.paragraph(introduction),
+        html.table(rows),
+        html.heading("Learning curves"),
+        html.paragraph(
+            "What nnU-Net logs in every epoch, on crops of the labelled support cases. The labels of the queries play "
+            "no part in training, nor in choosing a checkpoint."
+        ),
+        html.charts(_learning_curves(folds)),
+        html.heading(f"Best, median and worst query: {adapted}"),
+        *(html.overlay(png, caption) for caption, png in _ranked_overlays(fold, raw).items()),
+        html.heading(f"Size prior and predicted sizes: {adapted}"),
+        *_sizes(fold),
+        html.heading("What to run next"),
+        *(html.paragraph(purpose) + html.commands(*lines) for purpose, lines in next_steps.items()),
+    ]
+    Path(file).write_text(html.page("fseft: report", *parts), encoding="utf-8")
+
+
+def _learning_curves(folds: dict[str, Path]) -> dict[str, bytes]:
+    curves = {method: learning_curve(fold / "checkpoint_final.pth") for method, fold in folds.items()}
+    return {
+        "Training loss; with the size prior, its penalty is part of it.": plot_learning_curves(
+            curves, "loss", "training loss"
+        ),
+        "Pseudo Dice, the mean over the classes.": plot_learning_curves(
+            curves, "pseudo_dice", "pseudo Dice on the support"
+        ),
+    }
+
+
+def _organs(fold: Path) -> dict[str, int]:
+    labels = json.loads((fold.parent / "dataset.json").read_text())["labels"]
+    return {name: value for name, value in labels.items() if name != "background"}
+
+
+def _ranked_overlays(fold: Path, raw: Path) -> dict[str, bytes]:
+    """PNGs by caption."""
+    ending = json.loads((fold.parent / "dataset.json").read_text())["file_ending"]
+    dice = case_dice(fold / "validation" / "summary.json")
+    overlays = {}
+    for rank, name in best_median_worst(dice).items():
+        case, png = name.removesuffix(ending), BytesIO()
+        caption = f"{rank}: {case}, mean Dice {dice[name]:.3f}"
+        image, reference = raw / "imagesTr" / f"{case}_0000{ending}", raw / "labelsTr" / name
+        save_overlay(image, fold / "validation" / name, png, reference, _organs(fold), caption)
+        overlays[caption] = png.getvalue()
+    return overlays
+
+
+def _sizes(fold: Path) -> list[str]:
+    """Chart and table of the prior, the sizes predicted on the queries, and the sizes of their labels."""
+    priors, predicted = logged_sizes(fold)
+    if not priors:
+        return [html.paragraph("The size prior had no effect in this training.")]
+    labelled = reference_sizes(fold / "validation" / "summary.json", _organs(fold))
+    plans = json.loads((fold.parent / "plans.json").read_text())
+    gamma = plans["configurations"][fold.parent.name.split("__")[-1]]["fseft_gamma"]
+    rows = [
+        {
+            "sizes in ml": name,
+            "prior S": f"{prior.size:.1f}",
+            "spread": f"{prior.spread:.1f}",
+            "support cases": prior.num_cases,
+            "queries, predicted": f"{mean(sizes[name] for sizes in predicted.values()):.1f}",
+            "queries, labels": f"{mean(sizes[name] for sizes in labelled.values()):.1f}",
+        }
+        for name, prior in priors.items()
+    ]
+    caption = "Soft sizes predicted after training, and sizes of the labels, which serve this evaluation alone."
+    return [html.charts({caption: plot_sizes(priors, predicted, labelled, gamma)}), html.table(rows)]
