@@ -32,30 +32,10 @@ def env(args: argparse.Namespace) -> None:
             print(f"{name} is not set: export {name}=FOLDER, as nnU-Net needs it.", file=sys.stderr)
 
 
-def plan(args: argparse.Namespace) -> None:
+def plan(args: argparse.Namespace) -> str:
     from fsefs_nnunet import planning
 
-    planning.plan(
-        args.d,
-        args.b,
-        args.shots,
-        args.np,
-        args.gpu_memory_target,
-        args.overwrite_plans_name,
-        args.overwrite_target_spacing,
-    )
-
-
-def splits(args: argparse.Namespace) -> None:
-    from fsefs_nnunet import planning
-
-    planning.write_splits(args.d, args.shots, args.queries, args.num_queries, args.folds, args.seed)
-
-
-def plan_and_preprocess(args: argparse.Namespace) -> None:
-    from fsefs_nnunet import planning
-
-    name = planning.plan(
+    return planning.plan(
         args.d,
         args.b,
         args.shots,
@@ -65,7 +45,18 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
         args.overwrite_target_spacing,
         args.verify_dataset_integrity,
     )
-    queries = planning.write_splits(args.d, args.shots, args.queries, args.num_queries, args.folds, args.seed)
+
+
+def splits(args: argparse.Namespace) -> dict[str, list[str]]:
+    from fsefs_nnunet import planning
+
+    return planning.write_splits(args.d, args.shots, args.queries, args.num_queries, args.folds, args.seed)
+
+
+def plan_and_preprocess(args: argparse.Namespace) -> None:
+    from fsefs_nnunet import planning
+
+    name, queries = plan(args), splits(args)
     planning.preprocess(args.d, name, args.np, queries)
     configuration = f"3d_fullres_{(args.shots or ['all'])[0]}shot"
     print(
@@ -152,6 +143,7 @@ def parser() -> argparse.ArgumentParser:
             "-overwrite_plans_name", metavar="NAME", help="default: FSEFTPlans, FSEFTPlans_BACKBONE for others"
         )
         sub.add_argument("-overwrite_target_spacing", nargs=3, type=float, metavar="MM", help="as in nnU-Net: z y x")
+        sub.add_argument("--verify_dataset_integrity", action="store_true", help="nnU-Net's check, recommended once")
 
     def split_options(sub):
         sub.add_argument(
@@ -166,7 +158,6 @@ def parser() -> argparse.ArgumentParser:
     verb("env", env, 'Print what the shell needs for nnU-Net to find our trainers: eval "$(fseft env)".')
     sub = verb("plan_and_preprocess", plan_and_preprocess, "Fingerprint, plans, K-shot splits and preprocessing.")
     dataset(sub), planning_options(sub), split_options(sub)
-    sub.add_argument("--verify_dataset_integrity", action="store_true", help="nnU-Net's check, recommended once")
     sub = verb("plan", plan, "Fingerprint and plans with one configuration per number of shots.")
     dataset(sub), planning_options(sub)
     sub = verb("splits", splits, "Draw support and query cases; nnU-Net's splits_final.json is not touched.")
