@@ -97,7 +97,8 @@ def prepare(experiment: Experiment) -> None:
         experiment.run("fseft", "plan_and_preprocess", "-d", DATASET, "--shots", "5", "-np", "2")
         file = experiment.preprocessed / "FSEFTPlans.json"
         plans = json.loads(file.read_text())
-        plans["configurations"][CONFIGURATION].update(fseft_steps_per_epoch=1, fseft_crop_size=[16, 16, 16])
+        short = dict(fseft_steps_per_epoch=1, fseft_views=1, fseft_crop_size=[16, 16, 16])
+        plans["configurations"][CONFIGURATION].update(short)
         file.write_text(json.dumps(plans))
 
 

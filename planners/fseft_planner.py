@@ -24,9 +24,9 @@ DEFAULT_SHOTS = (1, 5, 10, "all")
 # gradients of reduction, two convolutions and head in fp32, with the same again for workspaces.
 CHANNELS = 32
 BYTES_PER_CROP_VOXEL = 2 * 2 * 4 * 5
-# More features a voxel than this, and volumes of patients no longer fit into memory: nnU-Net's own U-Nets have 480
-# and more in all their decoder stages, 32 in the last.
-MOST_FEATURES = 128
+# More features a voxel than this, and volumes of patients no longer fit into memory: nnU-Net's own U-Nets have 960
+# and more in all their stages, 32 in the decoder's last.
+MOST_FEATURES = 256
 
 
 def default_plans_name(backbone_id: str) -> str:
@@ -161,9 +161,9 @@ class FSEFTPlanner(ExperimentPlanner):
         return np.minimum(fitting, largest).astype(int).tolist()
 
     def features(self) -> tuple[str, int]:
-        """Decoder stages that the adapter gets, and its width, at least that of the backbone's head."""
+        """Stages that the adapter gets the features of, and its width, at least that of the backbone's head."""
         *skips, _ = self.contract.architecture.get("arch_kwargs", {}).get("features_per_stage", [0, 0])
-        return "all" if sum(skips) <= MOST_FEATURES else "last", max(CHANNELS, skips[0])
+        return "skips" if 2 * sum(skips) <= MOST_FEATURES else "last", max(CHANNELS, skips[0])
 
     def child(self, shots: int | str, parent: dict) -> dict:
         """The configuration of `shots` labelled cases."""
@@ -195,6 +195,7 @@ class FSEFTPlanner(ExperimentPlanner):
             "fseft_backbone": self.contract.id,
             "fseft_shots": shots,
             "fseft_crop_size": crop,
+            "fseft_views": 8,
             "fseft_steps_per_epoch": 5,
             "fseft_loss": "nnunet",
             "fseft_lambda": 0.1,
@@ -253,7 +254,7 @@ class FSEFTPlanner(ExperimentPlanner):
             f"Spacing {[round(float(s), 3) for s in parent['spacing']]} mm: {spacing}.\n"
             f"Window {child['patch_size']}: median volume {list(parent['median_image_size_in_voxels'])}, "
             f"multiples of {list(contract.divisor)}, at most {list(contract.patch_size)}.\n"
-            f"Features of decoder stages: {child['architecture']['arch_kwargs']['stages']}.\n"
+            f"Features of stages: {child['architecture']['arch_kwargs']['stages']}.\n"
             f"Training: {child['batch_size']} crops of {child['fseft_crop_size']} from the feature bank a step.\n"
             f"Labels that the backbone knows by name: {match_labels(names, contract.classes) or 'none'}.\n"
             f"Configurations: {', '.join(children)}; 3d_fullres is stock nnU-Net on the same data."

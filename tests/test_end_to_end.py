@@ -28,7 +28,8 @@ def run(tiny, tmp_path_factory):
     work = type(tiny)(root)
     file = work.preprocessed / "FSEFTPlans.json"
     # 100 epochs as ever, of one step on small crops
-    file.write_text(json.dumps(work.plans(fseft_steps_per_epoch=1, fseft_crop_size=[8, 8, 8], fseft_pool=4)))
+    short = dict(fseft_steps_per_epoch=1, fseft_views=1, fseft_crop_size=[8, 8, 8], fseft_pool=4)
+    file.write_text(json.dumps(work.plans(**short)))
     variables = {**work.environment(), "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
     # threads that wait sleep: spinning ones make a step 30 times as long when other work has the cores
     variables["OMP_WAIT_POLICY"] = "PASSIVE"

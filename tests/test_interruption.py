@@ -31,7 +31,7 @@ def copy_of(tiny, root: Path):
     """The tiny dataset with plans for a short training; no bank, no results."""
     shutil.copytree(tiny.root, root)
     work = type(tiny)(root)
-    settings = dict(fseft_steps_per_epoch=1, fseft_crop_size=[8, 8, 8], fseft_pool=4)
+    settings = dict(fseft_steps_per_epoch=1, fseft_views=1, fseft_crop_size=[8, 8, 8], fseft_pool=4)
     (work.preprocessed / "FSEFTPlans.json").write_text(json.dumps(work.plans(**settings)))
     return work
 

@@ -65,12 +65,15 @@ def test_backbone_follows_to(image):
 
 
 def test_stages_share_their_leading_channels(image):
-    last, every = FrozenBackbone("phantom", "last"), FrozenBackbone("phantom", "all")
-    assert (last.out_channels, every.out_channels) == (16, 16 + 32 + 64)
-    assert torch.equal(every(image)[:, :16], last(image))
+    last, every, skips = (FrozenBackbone("phantom", stages) for stages in ("last", "all", "skips"))
+    assert [b.out_channels for b in (last, every, skips)] == [16, 16 + 32 + 64, 2 * (16 + 32 + 64)]
+    features = skips(image)
+    assert torch.equal(every(image), features[:, :112]) and torch.equal(last(image), features[:, :16])
+    with torch.no_grad():
+        assert torch.equal(features[:, -16:], skips.module.unet.encoder(image)[0])
 
 
-@pytest.mark.parametrize("stages", ["last", "all"])
+@pytest.mark.parametrize("stages", ["last", "all", "skips"])
 def test_features_and_head_are_the_unet(image, stages):
     backbone = FrozenBackbone("phantom", stages)
     with torch.no_grad():
@@ -79,7 +82,7 @@ def test_features_and_head_are_the_unet(image, stages):
 
 
 def test_unknown_stages():
-    with pytest.raises(ValueError, match="stages must be 'last' or 'all' in the plans' arch_kwargs, not 'first'"):
+    with pytest.raises(ValueError, match="stages must be 'last', 'all' or 'skips' in the plans.* not 'first'"):
         FrozenBackbone("phantom", "first")
 
 

@@ -16,7 +16,7 @@ from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer, FSEFTTrainer_Adapt
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
 
 FIVE = "3d_fullres_5shot"
-TINY = {"fseft_crop_size": [12, 12, 12], "fseft_steps_per_epoch": 2, "fseft_prior_from_epoch": 1}
+TINY = {"fseft_crop_size": [12, 12, 12], "fseft_steps_per_epoch": 2, "fseft_prior_from_epoch": 1, "fseft_views": 1}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -222,7 +222,7 @@ def test_plateau_stop_holds_when_continued(work):
 
 def test_final_checkpoint_of_the_default_plans(work):
     """Small, the adapter alone, and readable as data alone; it goes into a fresh network as nnU-Net loads it."""
-    trainer = trained(work, epochs=1, plans=work.plans(fseft_steps_per_epoch=1))
+    trainer = trained(work, epochs=1, plans=work.plans(fseft_steps_per_epoch=1, fseft_views=1))
     file = Path(trainer.output_folder) / "checkpoint_final.pth"
     assert file.stat().st_size < 1_000_000
     content = read_checkpoint(file)
@@ -290,10 +290,36 @@ def test_adapter_alone_gets_gradients(work):
     assert optimised == {id(p) for p in trainer.network.parameters()}
 
 
+def test_views_of_the_support(work):
+    """Other images with label maps that fit them, the same in every training, drawn beside the originals."""
+    trainers = [make_trainer(work, fseft_views=2, fold=1) for _ in range(2)]
+    loaders = []
+    for seed, trainer in enumerate(trainers):
+        torch.manual_seed(seed), np.random.seed(seed)
+        trainer.on_train_start()
+        loaders.append(trainer.dataloader_train)
+    state = np.random.get_state()[1].copy()
+    case = trainer.support[0]
+    original, views = trainer.load_image(case), [trainer.load_image(f"{case}__view{v}") for v in range(2)]
+    assert np.array_equal(np.random.get_state()[1], state)
+    assert all(view.shape == original.shape for view in views)
+    assert not np.array_equal(views[0], original) and not np.array_equal(*views)
+    assert np.array_equal(views[0], trainers[0].load_image(f"{case}__view0"))
+    assert trainer.load_segmentation(f"{case}__view0").shape == trainer.load_segmentation(case).shape
+    names = {key for _ in range(40) for key in next(loaders[0])["keys"]}
+    assert names == {*trainer.support, *(f"{c}__view{v}" for c in trainer.support for v in range(2))}
+    assert set(trainer.dataloader_val.cases) == set(trainer.support)
+    assert trainer.inference_allowed_mirroring_axes is None
+    # a view's label map turns with its image: the kidney, the brightest organ, stays bright under its label
+    kidney = [trainer.load_segmentation(name)[0] == 3 for name in (case, f"{case}__view0", f"{case}__view1")]
+    for image, mask in zip((original, *views), kidney):
+        assert mask.any() and image[0][mask].mean() > image[0].mean()
+
+
 def test_second_training_fills_no_bank(work):
     bank = work.preprocessed / "fseft_features"
     times = {file: file.stat().st_mtime_ns for file in bank.rglob("*.npy")}
-    assert len(times) == 10
+    assert len(times) == 15  # five support cases, a view of each, five queries
     trainer = trained(work, epochs=1, fold=2)
     assert {file: file.stat().st_mtime_ns for file in bank.rglob("*.npy")} == times
     assert "volumes to go through the frozen backbone" not in text_of(trainer)
@@ -305,7 +331,8 @@ def test_second_training_fills_no_bank(work):
 def test_linear_probe(work):
     trainer = trained(work, FSEFTTrainer_LinearProbe, epochs=2)
     assert {name for name, _ in trainer.network.named_parameters()} == {"head.weight", "head.bias"}
-    assert f"{4 * 112 + 4} parameters are trained" in text_of(trainer)
+    features = trainer.network.backbone.out_channels
+    assert f"{4 * features + 4} parameters are trained" in text_of(trainer)
     assert trainer.query_sizes is None
 
 

@@ -27,6 +27,7 @@ from fsefs_nnunet.size_prior import SizePrior, estimate_size, label_volumes_ml, 
 from fsefs_nnunet.splits import SPLITS_FILE, load_splits, query_cases, support_cases
 from fsefs_nnunet.trainers.time_budget import StoppableTrainer, StopTraining
 from fsefs_nnunet.transduction import QuerySizes
+from fsefs_nnunet.views import augmented_view, view_name
 
 
 class FSEFTTrainer(StoppableTrainer):
@@ -62,7 +63,7 @@ class FSEFTTrainer(StoppableTrainer):
         self.weight_decay = 0.0
         self.enable_deep_supervision = False
         self.save_every = 1
-        self.inference_allowed_mirroring_axes = None  # organs have sides
+        self.inference_allowed_mirroring_axes = None
 
     @classmethod
     def build_network_architecture(
@@ -117,30 +118,59 @@ class FSEFTTrainer(StoppableTrainer):
         raise NotImplementedError(f"{type(self).__name__} reads the feature bank, see get_dataloaders.")
 
     def load_image(self, case: str) -> np.ndarray:
-        """Preprocessed image (channels, X, Y, Z) of a training case or an unlabelled query."""
+        """Preprocessed image (channels, X, Y, Z) of a training case, a view of one, or an unlabelled query."""
         if case in self.unlabelled.cases:
             return self.unlabelled.load(case)
+        if case in self.views:
+            return self.load_view(case)
         return self.dataset_class(self.preprocessed_dataset_folder, [case]).load_case(case)[0][:]
 
     def load_segmentation(self, case: str) -> np.ndarray:
-        """Label map (1, X, Y, Z) of a support case."""
+        """Label map (1, X, Y, Z) of a support case, or of a view that was loaded."""
+        if case in self.views:
+            return self.view_segmentations[case]
         return self.dataset_class(self.preprocessed_dataset_folder, [case]).load_case(case)[1][:]
+
+    def load_view(self, name: str) -> np.ndarray:
+        """Image of an augmented view, a function of the plans' seed; its label map stays for load_segmentation."""
+        case, view = self.views[name]
+        segmentation = self.load_segmentation(case)
+        transforms = self.get_training_transforms(
+            segmentation.shape[1:],
+            self.rotation,
+            None,
+            None,
+            self.dummy_2d,
+            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
+            foreground_labels=self.label_manager.foreground_labels,
+        )
+        seed = (self.settings["fseft_seed"], view, *case.encode())
+        image, turned = augmented_view(transforms, self.load_image(case), segmentation, seed)
+        self.view_segmentations[name] = turned.astype(segmentation.dtype)
+        return image
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
+        rotation, dummy_2d, initial_patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        self.inference_allowed_mirroring_axes = None  # organs have sides
+        return rotation, dummy_2d, initial_patch_size, None
 
     def get_dataloaders(self):
         regions = None
         if self.label_manager.has_regions:
             ignore = [self.label_manager.ignore_label] if self.label_manager.has_ignore_label else []
             regions = ConvertSegmentationToRegionsTransform([*self.label_manager.foreground_regions, *ignore])
-        segmentations = {case: self.load_segmentation(case) for case in self.support}
+        support, views = (
+            {case: self.load_segmentation(case) for case in cases} for cases in (self.support, self.views)
+        )
         fold = 2**16 if self.fold == "all" else self.fold
 
-        def loader(stream: int) -> CropLoader:
+        def loader(stream: int, segmentations: dict[str, np.ndarray]) -> CropLoader:
             seed = (self.settings["fseft_seed"], fold, stream)
             return CropLoader(
                 self.bank, segmentations, self.settings["fseft_crop_size"], self.batch_size, seed, regions
             )
 
-        return loader(0), loader(1)
+        return loader(0, {**support, **views}), loader(1, support)
 
     # ---- before training ----
 
@@ -156,6 +186,11 @@ class FSEFTTrainer(StoppableTrainer):
             f"{len(self.support)} labelled support cases (all the labels that this training uses): {self.support}; "
             f"{len(self.queries)} queries, {len(labelled_queries)} of them with labels for the final validation."
         )
+        self.rotation, self.dummy_2d, _, _ = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        self.view_segmentations: dict[str, np.ndarray] = {}
+        self.views = {
+            view_name(case, v): (case, v) for case in self.support for v in range(self.settings["fseft_views"])
+        }
         self.fill_bank()
         self.estimate_priors()
         self.start_network()
@@ -172,13 +207,13 @@ class FSEFTTrainer(StoppableTrainer):
             self.configuration_manager.patch_size,
             self.device,
         )
-        needed = [*self.support, *(self.queries if self.use_size_prior else [])]
+        needed = [*self.support, *self.views, *(self.queries if self.use_size_prior else [])]
         cap_gb = cap_in_gb(self.settings.get("fseft_bank_gb"))
         self.bank.fill(needed, self.load_image, self.bank_layout, cap_gb, self.print_to_log_file)
 
     def bank_layout(self, case: str, shape: tuple[int, ...]) -> Layout:
         """What the bank keeps of a volume of `shape`; of a query it depends on the image alone."""
-        if case not in self.support:
+        if case not in self.support and case not in self.views:
             return query_layout(shape, self.settings["fseft_pool"])
         foreground = self.load_segmentation(case)[0] > 0
         window = self.configuration_manager.patch_size

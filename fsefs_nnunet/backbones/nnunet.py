@@ -16,25 +16,27 @@ _MODULES = ("torch.nn.", "dynamic_network_architectures.building_blocks.")
 
 
 class NNUNetBackbone(nn.Module):
-    """Decoder features of a U-Net.
+    """Features of a U-Net.
 
-    The channels of the last decoder stage come first, those of the deeper stages follow, each stage upsampled to the
-    input's grid, so that the universal head acts on the leading channels whatever `stages` is.
+    The channels of the last decoder stage come first, those of the deeper stages follow, then those of the encoder's
+    skips, each upsampled to the input's grid, so that the universal head acts on the leading channels whatever
+    `stages` is.
     """
 
     def __init__(self, contract: BackboneContract, stages: str):
-        """stages: "last" for the last decoder stage alone, "all" for every decoder stage.
+        """stages: "last" for the last decoder stage alone, "all" for every decoder stage, "skips" for these and the
+            encoder's skips.
 
         Raises:
             InputError: for another architecture, or layers of it that are no network layers.
         """
         super().__init__()
-        if stages not in ("last", "all"):
-            raise InputError(f"stages must be 'last' or 'all' in the plans' arch_kwargs, not {stages!r}.")
+        if stages not in ("last", "all", "skips"):
+            raise InputError(f"stages must be 'last', 'all' or 'skips' in the plans' arch_kwargs, not {stages!r}.")
         self.unet = _build_unet(contract)
         self.stages = stages
         skips = self.unet.encoder.output_channels[:-1]
-        self.out_channels = sum(skips) if stages == "all" else skips[0]
+        self.out_channels = {"last": skips[0], "all": sum(skips), "skips": 2 * sum(skips)}[stages]
 
     @property
     def head(self) -> nn.Module:
@@ -51,8 +53,9 @@ class NNUNetBackbone(nn.Module):
             features.append(x)
         if self.stages == "last":
             return x
-        upsampled = [F.interpolate(f, size=image.shape[2:], mode="trilinear") for f in features[-2::-1]]
-        return torch.cat([x, *upsampled], 1)
+        coarse = features[-2::-1] + (skips[1:-1] if self.stages == "skips" else [])
+        upsampled = [F.interpolate(f, size=image.shape[2:], mode="trilinear") for f in coarse]
+        return torch.cat([x, *upsampled, *(skips[:1] if self.stages == "skips" else [])], 1)
 
     def backbone_state(self) -> dict[str, torch.Tensor]:
         """Tensors to store, without the aliases that nnU-Net's state_dict carries."""

@@ -1,0 +1,45 @@
+"""Augmented views of support volumes: stored features cannot be augmented as images are, so the images are, before."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+SEPARATOR = "__view"
+
+
+def view_name(case: str, view: int) -> str:
+    """The name of a view in the feature bank."""
+    return f"{case}{SEPARATOR}{view}"
+
+
+def augmented_view(
+    transforms: Callable, image: np.ndarray, segmentation: np.ndarray, seed: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Image (channels, X, Y, Z) and label map (1, X, Y, Z), transformed; the same seed gives the same view.
+
+    Args:
+        transforms: of batchgeneratorsv2, nnU-Net's training transforms for a patch of (X, Y, Z).
+    """
+    with _seeded(seed):
+        result = transforms(
+            image=torch.from_numpy(np.array(image, np.float32)),
+            segmentation=torch.from_numpy(np.array(segmentation, np.int16)),
+        )
+    return result["image"].numpy(), result["segmentation"].numpy()
+
+
+@contextmanager
+def _seeded(seed: Sequence[int]) -> Iterator[None]:
+    """Global random state of `seed` inside, as before outside: the transforms know no generators of their own."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    number = int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
+    random.seed(number), np.random.seed(number), torch.manual_seed(number)
+    try:
+        yield
+    finally:
+        random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
