@@ -180,7 +180,9 @@ def test_nnunet_finds_the_linked_classes_and_plans(workspace, nnunet):
     made = json.loads(plans.read_text())
     assert made["experiment_planner_used"] == "FSEFTPlanner"
     # ten shots are more than the labelled cases
-    assert list(made["configurations"]) == ["3d_fullres", *(f"3d_fullres_{k}shot" for k in (1, 5, "all"))]
+    assert {name for name in made["configurations"] if name.endswith("shot")} == {
+        f"3d_fullres_{k}shot" for k in (1, 5, "all")
+    }
 
 
 def test_backbone_from_the_environment(workspace, tmp_path, monkeypatch, contract):
