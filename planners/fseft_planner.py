@@ -196,7 +196,7 @@ class FSEFTPlanner(ExperimentPlanner):
             "fseft_shots": shots,
             "fseft_crop_size": crop,
             "fseft_views": 8,
-            "fseft_steps_per_epoch": 5,
+            "fseft_steps_per_epoch": 4,
             "fseft_loss": "nnunet",
             "fseft_lambda": 0.1,
             "fseft_gamma": 0.3,
