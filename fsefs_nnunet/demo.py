@@ -21,7 +21,8 @@ METHODS = {
     WITH_PRIOR: ("FSEFTTrainer", CONFIGURATION),
     "from scratch, equal time": ("FSEFTTrainer_Scratch", f"{CONFIGURATION}_scratch"),
 }
-SHORT = {"fseft_steps_per_epoch": 2, "fseft_views": 4}  # the plans' defaults train longer
+# the plans' defaults train longer
+SHORT = {"fseft_steps_per_epoch": 2, "fseft_views": 4, "fseft_crop_size": [24, 24, 24]}
 
 
 def prepare(experiment: Experiment) -> None:
