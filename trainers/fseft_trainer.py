@@ -54,7 +54,7 @@ class FSEFTTrainer(StoppableTrainer):
         if any(argument.startswith("-pretrained") for argument in sys.argv):  # nnU-Net tells its trainers nothing of it
             raise InputError(
                 f"{type(self).__name__} takes no -pretrained_weights: import the model as a backbone, `fseft backbones "
-                "import ID FOLDER`, plan with it, `fseft plan_and_preprocess -d DATASET -b ID`, and train these plans."
+                "import ID PATH`, plan with it, `fseft plan_and_preprocess -d DATASET -b ID`, and train these plans."
             )
         self.num_epochs = 100
         self.num_iterations_per_epoch = self.settings["fseft_steps_per_epoch"]
