@@ -1,0 +1,25 @@
+"""Arguments that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_dataset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-d", required=True, metavar="DATASET", help="id or name of a nnU-Net raw dataset")
+
+
+def add_device(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("-device", default=default, choices=["cpu", "cuda", "mps"], help=f"default: {default}")
+
+
+def shots_argument(text: str) -> int | str:
+    if text == "all":
+        return text
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor 'all'")
+    return value

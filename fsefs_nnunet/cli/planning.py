@@ -1,0 +1,87 @@
+"""`fseft plan_and_preprocess`, `fseft plan` and `fseft splits`."""
+
+from __future__ import annotations
+
+import argparse
+
+from fsefs_nnunet.cli.arguments import add_dataset, shots_argument
+
+
+def register(verb) -> None:
+    parser = verb("plan_and_preprocess", plan_and_preprocess, "Fingerprint, plans, K-shot splits and preprocessing.")
+    add_dataset(parser), _add_shots(parser), _add_planning(parser), _add_splits(parser)
+    parser = verb("plan", plan, "Fingerprint and plans with one configuration per number of shots.")
+    add_dataset(parser), _add_shots(parser), _add_planning(parser)
+    parser = verb("splits", splits, "Draw support and query cases; nnU-Net's splits_final.json is not touched.")
+    add_dataset(parser), _add_shots(parser), _add_splits(parser)
+
+
+def _add_shots(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shots",
+        nargs="+",
+        type=shots_argument,
+        default=[],
+        metavar="K",
+        help="default: 1 5 10 all, as far as they fit",
+    )
+
+
+def _add_planning(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-b", default="phantom", metavar="BACKBONE", help="see `fseft backbones list`; default: phantom"
+    )
+    parser.add_argument("-np", type=int, default=4, metavar="N", help="processes, as in nnU-Net; default: 4")
+    parser.add_argument(
+        "-gpu_memory_target", type=float, default=8, metavar="GB", help="window and crops fit it; default: 8"
+    )
+    parser.add_argument(
+        "-overwrite_plans_name", metavar="NAME", help="default: FSEFTPlans, FSEFTPlans_BACKBONE for others"
+    )
+    parser.add_argument("-overwrite_target_spacing", nargs=3, type=float, metavar="MM", help="as in nnU-Net: z y x")
+    parser.add_argument("--verify_dataset_integrity", action="store_true", help="nnU-Net's check, recommended once")
+
+
+def _add_splits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--queries", metavar="FOLDER", help="unlabelled volumes; default: imagesTs if no labelled case is left over"
+    )
+    parser.add_argument(
+        "--num_queries", type=int, default=20, help="labelled cases kept as queries at most; default: 20"
+    )
+    parser.add_argument("--folds", type=int, default=5, help="seeded draws of the support; default: 5")
+    parser.add_argument("--seed", type=int, default=12345)
+
+
+def plan(args: argparse.Namespace) -> str:
+    from fsefs_nnunet import planning
+
+    return planning.plan(
+        args.d,
+        args.b,
+        args.shots,
+        args.np,
+        args.gpu_memory_target,
+        args.overwrite_plans_name,
+        args.overwrite_target_spacing,
+        args.verify_dataset_integrity,
+    )
+
+
+def splits(args: argparse.Namespace) -> dict[str, list[str]]:
+    from fsefs_nnunet import planning
+
+    return planning.write_splits(args.d, args.shots, args.queries, args.num_queries, args.folds, args.seed)
+
+
+def plan_and_preprocess(args: argparse.Namespace) -> None:
+    from fsefs_nnunet import planning
+
+    name, queries = plan(args), splits(args)
+    planning.preprocess(args.d, name, args.np, queries)
+    configuration = f"3d_fullres_{(args.shots or ['all'])[0]}shot"
+    print(
+        '\nNext:\n  eval "$(fseft env)"\n'
+        f"  nnUNetv2_train {args.d} {configuration} 0 -tr FSEFTTrainer -p {name}\n"
+        "(on a machine without a GPU add -device cpu)"
+    )
