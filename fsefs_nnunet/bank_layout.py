@@ -50,11 +50,15 @@ def whole_layout(shape: Sequence[int]) -> Layout:
     return Layout(shape, (((0, 0, 0), shape),))
 
 
+def pooled_name(case: str) -> str:
+    """The name under which the bank keeps a support case as it keeps queries."""
+    return f"{case}__pooled"
+
+
 def query_layout(shape: Sequence[int], pool: int) -> Layout:
-    """A volume (X, Y, Z) pooled by `pool`, by more where it is large."""
-    factor = pooling_factor(shape, pool)
-    coarse = whole_layout([-(-n // factor) for n in shape])
-    return Layout(tuple(int(n) for n in shape), coarse.boxes, factor)
+    """A volume (X, Y, Z), averaged over blocks of pool^3 voxels."""
+    coarse = whole_layout([-(-n // pool) for n in shape])
+    return Layout(tuple(int(n) for n in shape), coarse.boxes, pool)
 
 
 def support_layout(case: str, foreground: np.ndarray, crop_size: Sequence[int], window: Sequence[int]) -> Layout:
@@ -91,9 +95,9 @@ def _box(start: np.ndarray, stop: np.ndarray) -> Box:
     return tuple(start.tolist()), tuple(stop.tolist())
 
 
-def pooling_factor(shape: Sequence[int], at_least: int) -> int:
-    """The smallest factor from `at_least` on that leaves at most MAX_POOLED_VOXELS of a volume of `shape`."""
-    factor = at_least
+def pooling_factor(shape: Sequence[int]) -> int:
+    """The smallest factor that leaves at most MAX_POOLED_VOXELS of a volume of `shape`."""
+    factor = 1
     while np.prod([-(-n // factor) for n in shape]) > MAX_POOLED_VOXELS:
         factor += 1
     return factor

@@ -49,7 +49,9 @@ def estimate_size(sizes_ml: Sequence[float]) -> SizePrior | None:
     return SizePrior(float(sizes.mean()), float(sizes.std()), len(sizes))
 
 
-def size_penalty(predicted: torch.Tensor, prior: torch.Tensor, gamma: float) -> torch.Tensor:
+def size_penalty(
+    predicted: torch.Tensor, prior: torch.Tensor, gamma: float, seen_whole: torch.Tensor | None = None
+) -> torch.Tensor:
     """Eq. (2) divided by S: how far the predicted size S^ lies outside [(1 - gamma) S, (1 + gamma) S], as a share of S.
 
     Dividing by S alone, not by max(S, S^), keeps the pull on S^ at 1 / S however far it is off.
@@ -58,6 +60,7 @@ def size_penalty(predicted: torch.Tensor, prior: torch.Tensor, gamma: float) -> 
         predicted: S^, the sums of the soft prediction, any shape.
         prior: S, same shape and unit as `predicted`.
         gamma: tolerated relative deviation.
+        seen_whole: bool, shape of `predicted`; where false, a size below the prior costs nothing. Default: all true.
 
     Returns:
         Elementwise penalty, shape of `predicted`.
@@ -70,6 +73,8 @@ def size_penalty(predicted: torch.Tensor, prior: torch.Tensor, gamma: float) -> 
     if not (prior > 0).all():
         raise ValueError(f"Prior sizes must be positive, they are {prior.tolist()}: leave out classes without a prior.")
     below = ((1 - gamma) * prior - predicted).relu()
+    if seen_whole is not None:
+        below = below * seen_whole
     above = (predicted - (1 + gamma) * prior).relu()
     return (below + above) / prior
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -10,6 +11,9 @@ import torch
 from fsefs_nnunet.features import FeatureBank
 from fsefs_nnunet.network import AdaptedNetwork
 
+ABSENT = 0.05  # a class of less than this share of its prior seems to be absent
+MAX_SCALE = 8.0  # a class that a support case all but loses says nothing of how much pooling takes
+
 
 def block_voxels(shape: tuple[int, ...], factor: int) -> torch.Tensor:
     """How many voxels each pooled voxel stands for: blocks at the far borders may be incomplete."""
@@ -17,16 +21,52 @@ def block_voxels(shape: tuple[int, ...], factor: int) -> torch.Tensor:
     return torch.einsum("x,y,z->xyz", *widths)
 
 
-class QuerySizes:
-    """Soft sizes S^ of the classes on the queries, from pooled features."""
+@dataclass(frozen=True)
+class PredictedSizes:
+    """Of the foreground classes on one volume, all (classes,).
 
-    def __init__(self, bank: FeatureBank, queries: list[str], voxel_ml: float, device: torch.device):
-        """voxel_ml: volume of a voxel in ml."""
+    soft: S^ in ml, differentiable.
+    at_border: whether the prediction reaches the volume's outermost voxels, so that the organ may go on beyond them.
+    """
+
+    soft: torch.Tensor
+    at_border: torch.Tensor
+
+    def __getitem__(self, classes: torch.Tensor) -> PredictedSizes:
+        return PredictedSizes(self.soft[classes], self.at_border[classes])
+
+    def seen_whole(self, prior_ml: torch.Tensor) -> torch.Tensor:
+        """Which classes the volume seems to show whole, so that they must not be smaller than their prior says."""
+        return ~self.at_border & (self.soft.detach() >= ABSENT * prior_ml)
+
+
+class QuerySizes:
+    """Soft sizes S^ of the classes on the queries, from the features that the bank keeps of them.
+
+    The adapter sees less in features that were averaged over blocks: its soft sizes come out smaller. How much
+    smaller it finds the support cases, whose sizes are known, is what the queries' sizes are divided by.
+    """
+
+    def __init__(
+        self,
+        bank: FeatureBank,
+        queries: list[str],
+        voxel_ml: float,
+        device: torch.device,
+        support_ml: dict[str, torch.Tensor] | None = None,
+    ):
+        """
+        Args:
+            voxel_ml: volume of a voxel in ml.
+            support_ml: sizes (classes,) in ml of support cases, by the names that the bank keeps them pooled under.
+        """
         self.bank, self.queries, self.voxel_ml, self.device = bank, queries, voxel_ml, device
+        self.support_ml = support_ml or {}
+        self.scale: torch.Tensor | float = 1.0
         self._features = lru_cache(maxsize=64)(self._load)
 
-    def _load(self, query: str) -> tuple[torch.Tensor, torch.Tensor]:
-        entry = self.bank[query]
+    def _load(self, case: str) -> tuple[torch.Tensor, torch.Tensor]:
+        entry = self.bank[case]
         features = torch.from_numpy(np.array(entry.boxes[0]))[None]
         return features, block_voxels(entry.layout.shape, entry.layout.pool) * self.voxel_ml
 
@@ -35,9 +75,26 @@ class QuerySizes:
         order = np.random.default_rng((seed, step // len(self.queries))).permutation(len(self.queries))
         return self.queries[order[step % len(self.queries)]]
 
-    def soft_sizes(self, network: AdaptedNetwork, query: str, has_regions: bool) -> torch.Tensor:
-        """S^ of each foreground class in ml, (classes,), differentiable."""
-        features, volumes = self._features(query)
+    @torch.no_grad()
+    def calibrate(self, network: AdaptedNetwork, has_regions: bool) -> None:
+        """Set `scale` (classes,), what the network's soft sizes of the support cases are of the true ones."""
+        if not self.support_ml:
+            return
+        predicted = torch.stack([self._soft(network, case, has_regions)[0] for case in self.support_ml])
+        true = torch.stack([sizes.to(self.device) for sizes in self.support_ml.values()])
+        scale = torch.where(true > 0, predicted, 0).sum(0) / true.sum(0).clamp_min(1e-6)
+        self.scale = scale.clamp(1 / MAX_SCALE, MAX_SCALE)
+
+    def predict(self, network: AdaptedNetwork, query: str, has_regions: bool) -> PredictedSizes:
+        soft, probabilities = self._soft(network, query, has_regions)
+        present = probabilities.detach() > 0.5
+        shell = torch.ones_like(present[0])
+        shell[tuple(slice(1, -1) for _ in shell.shape)] = False
+        return PredictedSizes(soft / self.scale, (present & shell).flatten(1).any(1))
+
+    def _soft(self, network: AdaptedNetwork, case: str, has_regions: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the probabilities in ml (classes,), and the probabilities (classes, x, y, z)."""
+        features, volumes = self._features(case)
         logits = network.adapt(features.to(self.device).float()).float()
-        probabilities = torch.sigmoid(logits) if has_regions else torch.softmax(logits, 1)[:, 1:]
-        return (probabilities[0] * volumes.to(self.device)).sum((1, 2, 3))
+        probabilities = (torch.sigmoid(logits) if has_regions else torch.softmax(logits, 1)[:, 1:])[0]
+        return (probabilities * volumes.to(self.device)).sum((1, 2, 3)), probabilities

@@ -13,6 +13,7 @@ from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn
 
 from fsefs_nnunet.backbones.readers import find_reader, reoriented_axes, reorients
 from fsefs_nnunet.backbones.store import DEFAULT_BACKBONE, find_backbone, load_weights
+from fsefs_nnunet.bank_layout import pooling_factor
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import match_labels
 from fsefs_nnunet.planning import fitting_shots
@@ -27,6 +28,8 @@ BYTES_PER_CROP_VOXEL = 2 * 2 * 4 * 5
 # More features a voxel than this, and volumes of patients no longer fit into memory: nnU-Net's own U-Nets have 960
 # and more in all their stages, 32 in the decoder's last.
 MOST_FEATURES = 256
+# Calibrated sizes of features pooled by 2 serve the prior as well as those of whole volumes, at an eighth of the cost.
+LEAST_POOLING = 2
 
 
 def default_plans_name(backbone_id: str) -> str:
@@ -201,7 +204,7 @@ class FSEFTPlanner(ExperimentPlanner):
             "fseft_lambda": 0.1,
             "fseft_gamma": 0.3,
             "fseft_prior_from_epoch": 30,
-            "fseft_pool": 2,
+            "fseft_pool": max(LEAST_POOLING, pooling_factor(parent["median_image_size_in_voxels"])),
             "fseft_bank_gb": None,
             "fseft_stop_at_plateau": False,
             "fseft_seed": 12345,

@@ -20,6 +20,7 @@ from fsefs_nnunet.evaluation.report import write_report
 from fsefs_nnunet.evaluation.tables import best_median_worst, case_dice, markdown_table, mean_dice, reference_sizes
 from fsefs_nnunet.evaluation.training_logs import LearningCurve, learning_curve, logged_sizes
 from fsefs_nnunet.size_prior import SizePrior
+from fsefs_nnunet.transduction import PredictedSizes
 
 SPACING = (1.0, 1.5, 3.0)
 LPS = np.diag([-1, -1, 1, 1])
@@ -232,6 +233,7 @@ def test_logged_sizes_are_those_that_the_trainer_writes(tmp_path):
         settings={"fseft_lambda": 0.1},
         use_size_prior=True,
         bank=None,
+        pooled_support={},
         network=None,
         device=torch.device("cpu"),
         local_rank=0,
@@ -239,7 +241,10 @@ def test_logged_sizes_are_those_that_the_trainer_writes(tmp_path):
     )
     trainer.print_to_log_file = lambda *args, **kwargs: FSEFTTrainer.print_to_log_file(trainer, *args, **kwargs)
     FSEFTTrainer.estimate_priors(trainer)
-    trainer.query_sizes = SimpleNamespace(soft_sizes=lambda network, query, regions: torch.tensor([1.5, 60.25, 9.0]))
+    sizes = PredictedSizes(torch.tensor([1.5, 60.25, 9.0]), torch.tensor([False, False, False]))
+    trainer.query_sizes = SimpleNamespace(
+        calibrate=lambda network, regions: None, predict=lambda network, query, regions: sizes
+    )
     FSEFTTrainer.log_query_sizes(trainer, "after training")
     trainer.print_to_log_file("Training done.")
     priors, predicted = logged_sizes(tmp_path)

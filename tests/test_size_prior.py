@@ -83,6 +83,15 @@ def test_penalty_of_an_empty_prediction_and_no_tolerance():
     assert torch.equal(predicted.grad, torch.tensor([-0.25, 0.25]))
 
 
+def test_an_organ_that_is_not_seen_whole_may_be_smaller_but_not_larger():
+    predicted = torch.tensor([1.0, 1.0, 9.0, 9.0], requires_grad=True)
+    whole = torch.tensor([True, False, True, False])
+    penalty = size_penalty(predicted, torch.full((4,), 4.0), 0.25, whole)
+    torch.testing.assert_close(penalty, torch.tensor([0.5, 0.0, 1.0, 1.0]))
+    penalty.sum().backward()
+    assert predicted.grad.tolist() == [-0.25, 0.0, 0.25, 0.25]
+
+
 @pytest.mark.parametrize("gamma", [-0.1, 1.0, 1.5, float("nan")])
 def test_penalty_refuses_gamma(gamma):
     with pytest.raises(ValueError, match="gamma"):

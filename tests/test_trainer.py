@@ -261,7 +261,7 @@ def test_size_prior_pulls_the_queries_sizes_towards_it(work):
         from fsefs_nnunet.size_prior import size_penalty
 
         with torch.no_grad():
-            sizes = [trainer.query_sizes.soft_sizes(trainer.network, q, False) for q in trainer.queries]
+            sizes = [trainer.query_sizes.predict(trainer.network, q, False).soft for q in trainer.queries]
         values = [size_penalty(s[trainer.known], trainer.prior_ml, 0.3).mean().item() for s in sizes]
         penalties.append(np.mean(values))
 

@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
-from torch import autocast, nn
+from torch import nn
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.bank_disk import BANK_FOLDER, cap_in_gb
-from fsefs_nnunet.bank_layout import Layout, query_layout, support_layout
+from fsefs_nnunet.bank_layout import Layout, pooled_name, query_layout, support_layout
 from fsefs_nnunet.crops import CropLoader
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features import FeatureBank
 from fsefs_nnunet.labels import foreground_names
 from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.network import AdaptedNetwork
+from fsefs_nnunet.precision import reduced_precision
 from fsefs_nnunet.queries import UnlabelledQueries
 from fsefs_nnunet.schedules import WarmupCosineScheduler, at_plateau
 from fsefs_nnunet.size_prior import SizePrior, estimate_size, label_volumes_ml, size_penalty
@@ -28,6 +29,8 @@ from fsefs_nnunet.splits import SPLITS_FILE, load_splits, query_cases, support_c
 from fsefs_nnunet.trainers.time_budget import StoppableTrainer, StopTraining
 from fsefs_nnunet.transduction import QuerySizes
 from fsefs_nnunet.views import augmented_view, view_name
+
+CALIBRATION_CASES = 5  # of the support; each costs as much as a query once an epoch
 
 
 class FSEFTTrainer(StoppableTrainer):
@@ -119,6 +122,7 @@ class FSEFTTrainer(StoppableTrainer):
 
     def load_image(self, case: str) -> np.ndarray:
         """Preprocessed image (channels, X, Y, Z) of a training case, a view of one, or an unlabelled query."""
+        case = self.pooled_support.get(case, case)
         if case in self.unlabelled.cases:
             return self.unlabelled.load(case)
         if case in self.views:
@@ -191,6 +195,9 @@ class FSEFTTrainer(StoppableTrainer):
         self.views = {
             view_name(case, v): (case, v) for case in self.support for v in range(self.settings["fseft_views"])
         }
+        self.pooled_support = {}
+        if self.use_size_prior and self.settings["fseft_pool"] > 1:
+            self.pooled_support = {pooled_name(case): case for case in self.support[:CALIBRATION_CASES]}
         self.fill_bank()
         self.estimate_priors()
         self.start_network()
@@ -207,7 +214,7 @@ class FSEFTTrainer(StoppableTrainer):
             self.configuration_manager.patch_size,
             self.device,
         )
-        needed = [*self.support, *self.views, *(self.queries if self.use_size_prior else [])]
+        needed = [*self.support, *self.views, *self.pooled_support, *(self.queries if self.use_size_prior else [])]
         cap_gb = cap_in_gb(self.settings.get("fseft_bank_gb"))
         self.bank.fill(needed, self.load_image, self.bank_layout, cap_gb, self.print_to_log_file)
 
@@ -221,13 +228,13 @@ class FSEFTTrainer(StoppableTrainer):
 
     def estimate_priors(self) -> None:
         """Size prior S of each class in ml, from the support labels alone."""
-        sizes = [
-            label_volumes_ml(seg[0], self.classes, self.configuration_manager.spacing)
-            for seg in map(self.load_segmentation, self.support)
+        sizes = {
+            case: label_volumes_ml(seg[0], self.classes, self.configuration_manager.spacing)
+            for case, seg in zip(self.support, map(self.load_segmentation, self.support))
             # a case with ignored voxels does not show its organs whole
             if not self.label_manager.has_ignore_label or not (seg == self.label_manager.ignore_label).any()
-        ]
-        columns = np.array(sizes).T if sizes else [[]] * len(self.classes)
+        }
+        columns = np.array([*sizes.values()]).T if sizes else [[]] * len(self.classes)
         self.priors: list[SizePrior | None] = [estimate_size(column) for column in columns]
         self.query_sizes = None
         if not self.use_size_prior or not self.queries or self.settings["fseft_lambda"] == 0 or not any(self.priors):
@@ -242,7 +249,12 @@ class FSEFTTrainer(StoppableTrainer):
             text = f"{prior.size:.2f} ml, spread {prior.spread:.2f} ml, {prior.num_cases} cases" if prior else "none"
             self.print_to_log_file(f"Size prior of {name}: {text}")
         voxel_ml = float(np.prod(self.configuration_manager.spacing)) / 1000
-        self.query_sizes = QuerySizes(self.bank, self.queries, voxel_ml, self.device)
+        pooled_support = {
+            name: torch.tensor(sizes[case], dtype=torch.float32)
+            for name, case in self.pooled_support.items()
+            if case in sizes
+        }
+        self.query_sizes = QuerySizes(self.bank, self.queries, voxel_ml, self.device, pooled_support)
         known = [i for i, prior in enumerate(self.priors) if prior]
         self.known = torch.tensor(known, device=self.device)
         self.prior_ml = torch.tensor([self.priors[i].size for i in known], device=self.device)
@@ -267,6 +279,8 @@ class FSEFTTrainer(StoppableTrainer):
         super().on_train_epoch_start()
         self.dataloader_train.start_epoch(self.current_epoch)
         self.dataloader_val.start_epoch(0)  # the same crops each time, so that epochs can be compared
+        if self.query_sizes is not None and self.current_epoch >= self.settings["fseft_prior_from_epoch"]:
+            self.query_sizes.calibrate(self.network, self.label_manager.has_regions)
 
     def query_penalty(self) -> torch.Tensor | None:
         """Eq. (2) on the step's query, averaged over the classes; None while the warm-up lasts or without a prior."""
@@ -274,15 +288,16 @@ class FSEFTTrainer(StoppableTrainer):
             return None
         step = self.current_epoch * self.num_iterations_per_epoch + self.dataloader_train.step - 1
         query = self.query_sizes.rotating(step, self.settings["fseft_seed"])
-        predicted = self.query_sizes.soft_sizes(self.network, query, self.label_manager.has_regions)
-        return size_penalty(predicted[self.known], self.prior_ml, self.settings["fseft_gamma"]).mean()
+        predicted = self.query_sizes.predict(self.network, query, self.label_manager.has_regions)[self.known]
+        whole = predicted.seen_whole(self.prior_ml)
+        return size_penalty(predicted.soft, self.prior_ml, self.settings["fseft_gamma"], whole).mean()
 
     def train_step(self, batch: dict) -> dict:
         features = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device.type, enabled=self.device.type == "cuda"):
-            loss = self.loss(self.network.adapt(features), target)
+        with reduced_precision(self.device):
+            loss = self.loss(self.network.adapt(features).float(), target)
             penalty = self.query_penalty()
         if penalty is not None:
             loss = loss + self.settings["fseft_lambda"] * penalty
@@ -333,15 +348,23 @@ class FSEFTTrainer(StoppableTrainer):
         if self.query_sizes is None:
             return
         self.print_to_log_file(f"Predicted sizes of the queries in ml {when}:")
+        has_regions = self.label_manager.has_regions
+        self.query_sizes.calibrate(self.network, has_regions)
+        names = [self.class_names[i] for i in self.known]
+        cut = {}
         with torch.no_grad():
             for query in self.queries:
-                sizes = self.query_sizes.soft_sizes(self.network, query, self.label_manager.has_regions).tolist()
-                parts = (
-                    f"{name} {size:.2f} (S {prior.size:.2f})"
-                    for name, size, prior in zip(self.class_names, sizes, self.priors)
-                    if prior
-                )
+                predicted = self.query_sizes.predict(self.network, query, has_regions)[self.known]
+                sizes = zip(names, predicted.soft.tolist(), self.prior_ml.tolist())
+                parts = (f"{name} {size:.2f} (S {prior:.2f})" for name, size, prior in sizes)
                 self.print_to_log_file(f"  {query}: {', '.join(parts)}", add_timestamp=False)
+                whole = predicted.seen_whole(self.prior_ml).tolist()
+                cut[query] = [name for name, seen in zip(names, whole) if not seen]
+        for query, missing in cut.items():
+            if missing:
+                self.print_to_log_file(
+                    f"{query} seems to lack {', '.join(missing)}, or to show a part: the prior does not enlarge it."
+                )
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         if isinstance(filename_or_checkpoint, str):
