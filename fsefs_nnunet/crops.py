@@ -73,3 +73,13 @@ class CropLoader:
         if self.transform is not None:
             target = self.transform(**{"segmentation": target})["segmentation"]
         return torch.from_numpy(entry.crop(start, self.crop_size).astype(np.float32)), target
+
+
+def region_transform(label_manager) -> Callable | None:
+    """What makes one channel per region of a label map, and one of ignored voxels; None for plain labels."""
+    from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
+
+    if not label_manager.has_regions:
+        return None
+    ignored = [label_manager.ignore_label] if label_manager.has_ignore_label else []
+    return ConvertSegmentationToRegionsTransform([*label_manager.foreground_regions, *ignored])

@@ -85,3 +85,23 @@ def label_volumes_ml(
     """Volume of each class or region (tuple of labels) in ml: label map (X, Y, Z) of integers -> (len(classes),)."""
     voxels = [np.isin(label_map, labels).sum() for labels in classes]
     return np.array(voxels) * np.prod(spacing_mm) / 1000
+
+
+def support_sizes_ml(
+    segmentations: dict[str, np.ndarray],
+    classes: list[int | tuple[int, ...]],
+    spacing_mm: Sequence[float],
+    ignore_label: int | None,
+) -> dict[str, np.ndarray]:
+    """Sizes (len(classes),) in ml in the label maps of support cases; a case with ignored voxels shows none whole."""
+    return {
+        case: label_volumes_ml(segmentation, classes, spacing_mm)
+        for case, segmentation in segmentations.items()
+        if ignore_label is None or not (segmentation == ignore_label).any()
+    }
+
+
+def estimate_sizes(sizes_ml: dict[str, np.ndarray], num_classes: int) -> list[SizePrior | None]:
+    """The prior of each class from what `support_sizes_ml` gave."""
+    columns = np.array([*sizes_ml.values()]).T if sizes_ml else [[]] * num_classes
+    return [estimate_size(column) for column in columns]

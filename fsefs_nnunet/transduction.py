@@ -1,100 +1,55 @@
-"""Sizes that the network predicts on query volumes, for the size prior."""
+"""Transductive inference: a copy of the trained adapter is adapted to one volume under the size prior."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
-import numpy as np
 import torch
 
-from fsefs_nnunet.features import FeatureBank
+from fsefs_nnunet.memory import SupportMemory
 from fsefs_nnunet.network import AdaptedNetwork
-
-ABSENT = 0.05  # a class of less than this share of its prior seems to be absent
-MAX_SCALE = 8.0  # a class that a support case all but loses says nothing of how much pooling takes
-
-
-def block_voxels(shape: tuple[int, ...], factor: int) -> torch.Tensor:
-    """How many voxels each pooled voxel stands for: blocks at the far borders may be incomplete."""
-    widths = [torch.tensor([min(factor, n - a) for a in range(0, n, factor)], dtype=torch.float32) for n in shape]
-    return torch.einsum("x,y,z->xyz", *widths)
+from fsefs_nnunet.precision import reduced_precision
+from fsefs_nnunet.query_sizes import QueryVolume
+from fsefs_nnunet.size_prior import size_penalty
 
 
 @dataclass(frozen=True)
-class PredictedSizes:
-    """Of the foreground classes on one volume, all (classes,).
+class Transduction:
+    """A few steps of L_SEG(support) + weight * L_TI(query), Eq. (3) of FSEFT (arXiv 2303.17051).
 
-    soft: S^ in ml, differentiable.
-    at_border: whether the prediction reaches the volume's outermost voxels, so that the organ may go on beyond them.
+    They stop as soon as every size lies within its band: a volume whose sizes are as expected stays as it is.
+
+    prior_ml: S of each foreground class in ml (classes,), NaN where there is none.
+    gamma: tolerated relative deviation.
+    loss: L_SEG of logits and targets.
     """
 
-    soft: torch.Tensor
-    at_border: torch.Tensor
+    prior_ml: torch.Tensor
+    gamma: float
+    memory: SupportMemory
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    has_regions: bool
+    weight: float = 1.0
+    learning_rate: float = 1e-3
+    max_steps: int = 30
 
-    def __getitem__(self, classes: torch.Tensor) -> PredictedSizes:
-        return PredictedSizes(self.soft[classes], self.at_border[classes])
-
-    def seen_whole(self, prior_ml: torch.Tensor) -> torch.Tensor:
-        """Which classes the volume seems to show whole, so that they must not be smaller than their prior says."""
-        return ~self.at_border & (self.soft.detach() >= ABSENT * prior_ml)
-
-
-class QuerySizes:
-    """Soft sizes S^ of the classes on the queries, from the features that the bank keeps of them.
-
-    The adapter sees less in features that were averaged over blocks: its soft sizes come out smaller. How much
-    smaller it finds the support cases, whose sizes are known, is what the queries' sizes are divided by.
-    """
-
-    def __init__(
-        self,
-        bank: FeatureBank,
-        queries: list[str],
-        voxel_ml: float,
-        device: torch.device,
-        support_ml: dict[str, torch.Tensor] | None = None,
-    ):
-        """
-        Args:
-            voxel_ml: volume of a voxel in ml.
-            support_ml: sizes (classes,) in ml of support cases, by the names that the bank keeps them pooled under.
-        """
-        self.bank, self.queries, self.voxel_ml, self.device = bank, queries, voxel_ml, device
-        self.support_ml = support_ml or {}
-        self.scale: torch.Tensor | float = 1.0
-        self._features = lru_cache(maxsize=64)(self._load)
-
-    def _load(self, case: str) -> tuple[torch.Tensor, torch.Tensor]:
-        entry = self.bank[case]
-        features = torch.from_numpy(np.array(entry.boxes[0]))[None]
-        return features, block_voxels(entry.layout.shape, entry.layout.pool) * self.voxel_ml
-
-    def rotating(self, step: int, seed: int) -> str:
-        """The query of training step `step`: each once in a round, every round in a new seeded order."""
-        order = np.random.default_rng((seed, step // len(self.queries))).permutation(len(self.queries))
-        return self.queries[order[step % len(self.queries)]]
-
-    @torch.no_grad()
-    def calibrate(self, network: AdaptedNetwork, has_regions: bool) -> None:
-        """Set `scale` (classes,), what the network's soft sizes of the support cases are of the true ones."""
-        if not self.support_ml:
-            return
-        predicted = torch.stack([self._soft(network, case, has_regions)[0] for case in self.support_ml])
-        true = torch.stack([sizes.to(self.device) for sizes in self.support_ml.values()])
-        scale = torch.where(true > 0, predicted, 0).sum(0) / true.sum(0).clamp_min(1e-6)
-        self.scale = scale.clamp(1 / MAX_SCALE, MAX_SCALE)
-
-    def predict(self, network: AdaptedNetwork, query: str, has_regions: bool) -> PredictedSizes:
-        soft, probabilities = self._soft(network, query, has_regions)
-        present = probabilities.detach() > 0.5
-        shell = torch.ones_like(present[0])
-        shell[tuple(slice(1, -1) for _ in shell.shape)] = False
-        return PredictedSizes(soft / self.scale, (present & shell).flatten(1).any(1))
-
-    def _soft(self, network: AdaptedNetwork, case: str, has_regions: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the probabilities in ml (classes,), and the probabilities (classes, x, y, z)."""
-        features, volumes = self._features(case)
-        logits = network.adapt(features.to(self.device).float()).float()
-        probabilities = (torch.sigmoid(logits) if has_regions else torch.softmax(logits, 1)[:, 1:])[0]
-        return (probabilities * volumes.to(self.device)).sum((1, 2, 3)), probabilities
+    def adapt(self, network: AdaptedNetwork, volume: QueryVolume) -> int:
+        """Train `network` in place. Returns the number of steps."""
+        optimizer = torch.optim.AdamW(network.parameters(), self.learning_rate, weight_decay=0.0)
+        device = network.feature_mean.device
+        known = self.prior_ml.isfinite()
+        prior = self.prior_ml[known].to(device)
+        for step in range(self.max_steps):
+            features, target = (tensor.to(device) for tensor in self.memory.batch(step))
+            with reduced_precision(device):
+                predicted = volume.predict(network, self.has_regions)[known]
+                penalty = size_penalty(predicted.soft, prior, self.gamma, predicted.seen_whole(prior)).sum()
+                if not penalty > 0:
+                    return step
+                loss = self.loss(network.adapt(features).float(), target) + self.weight * penalty
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
+            optimizer.step()
+        return self.max_steps

@@ -19,8 +19,8 @@ from fsefs_nnunet.evaluation.plots import plot_learning_curves, plot_sizes
 from fsefs_nnunet.evaluation.report import write_report
 from fsefs_nnunet.evaluation.tables import best_median_worst, case_dice, markdown_table, mean_dice, reference_sizes
 from fsefs_nnunet.evaluation.training_logs import LearningCurve, learning_curve, logged_sizes
+from fsefs_nnunet.query_sizes import PredictedSizes
 from fsefs_nnunet.size_prior import SizePrior
-from fsefs_nnunet.transduction import PredictedSizes
 
 SPACING = (1.0, 1.5, 3.0)
 LPS = np.diag([-1, -1, 1, 1])

@@ -28,7 +28,7 @@ from fsefs_nnunet.bank_layout import (
 from fsefs_nnunet.crops import CropLoader
 from fsefs_nnunet.features import EntryKey, FeatureBank, extract_features
 from fsefs_nnunet.network import AdaptedNetwork
-from fsefs_nnunet.transduction import QuerySizes, block_voxels
+from fsefs_nnunet.query_sizes import QuerySizes, block_voxels
 
 CPU = torch.device("cpu")
 WINDOW = (16, 16, 16)
@@ -644,15 +644,15 @@ def test_query_is_kept_pooled(bank, shape):
     np.testing.assert_allclose(entry.boxes[0], pooled(features, 2)[0], rtol=1e-3, atol=1e-4)
     assert entry.boxes[0].shape[1:] == block_voxels(shape, 2).shape
     assert entry.layout.voxels == np.prod([-(-n // 2) for n in shape])
-    sizes = QuerySizes(bank, ["q"], 0.5, CPU)
-    loaded, volumes = sizes._load("q")
-    assert loaded.shape == (1, *entry.boxes[0].shape) and loaded.dtype == torch.float16
-    assert volumes.sum() == pytest.approx(0.5 * np.prod(shape))
+    sizes = QuerySizes(bank, ["q"], 0.5)
+    volume = sizes._load("q")
+    assert volume.features.shape == (1, *entry.boxes[0].shape) and volume.features.dtype == torch.float16
+    assert volume.voxels_ml.sum() == pytest.approx(0.5 * np.prod(shape))
 
 
 def test_every_query_is_visited_once_a_round(bank):
     queries = [f"q{i}" for i in range(7)]
-    sizes = QuerySizes(bank, queries, 1.0, CPU)
+    sizes = QuerySizes(bank, queries, 1.0)
     rounds = [[sizes.rotating(step, 3) for step in range(7 * r, 7 * r + 7)] for r in range(4)]
     assert all(sorted(visited) == queries for visited in rounds)
     assert len(set(map(tuple, rounds))) > 1
@@ -671,7 +671,7 @@ def test_soft_sizes_by_hand(bank, contract, has_regions):
     share = torch.sigmoid(bias) if has_regions else torch.softmax(bias, 0)[1:]
     for pool in (1, 2, 4):
         store(bank, "q", torch.rand(16, 9, 8, 7), query_layout((9, 8, 7), pool))
-        sizes = QuerySizes(bank, ["q"], 0.25, CPU).predict(network, "q", has_regions).soft
+        sizes = QuerySizes(bank, ["q"], 0.25).predict(network, "q", has_regions).soft
         torch.testing.assert_close(sizes.detach(), share * 9 * 8 * 7 * 0.25, rtol=1e-4, atol=0)
     sizes.sum().backward()
     assert network.head.bias.grad.abs().min() > 0
@@ -701,12 +701,12 @@ def test_sizes_of_pooled_queries_are_calibrated_on_the_support(bank, contract):
     store(bank, "query", ball(4), query_layout((17, 17, 17), 4))
     store(bank, "support", ball(4), query_layout((17, 17, 17), 4))
     voxel_ml = 0.5
-    plain = QuerySizes(bank, ["query"], voxel_ml, CPU)
+    plain = QuerySizes(bank, ["query"], voxel_ml)
     plain.calibrate(network, False)
     raw = plain.predict(network, "query", False).soft[0].item()
     assert abs(raw / (9**3 * voxel_ml) - 1) > 0.1
     true = torch.tensor([9**3 * voxel_ml, 0.0])
-    calibrated = QuerySizes(bank, ["query"], voxel_ml, CPU, {"support": true})
+    calibrated = QuerySizes(bank, ["query"], voxel_ml, {"support": true})
     calibrated.calibrate(network, False)
     assert calibrated.predict(network, "query", False).soft[0].item() == pytest.approx(9**3 * voxel_ml, rel=1e-4)
     # the second class is in no support case: its scale stays within bounds, whatever is predicted of it
@@ -717,7 +717,7 @@ def test_sizes_of_pooled_queries_are_calibrated_on_the_support(bank, contract):
 def test_organs_at_the_border_and_missing_ones_are_not_seen_whole(bank, contract, centre, at_border):
     network = probe_of_the_first_channel(contract)
     store(bank, "query", ball(3, centre), query_layout((17, 17, 17), 1))
-    predicted = QuerySizes(bank, ["query"], 1.0, CPU).predict(network, "query", False)
+    predicted = QuerySizes(bank, ["query"], 1.0).predict(network, "query", False)
     assert predicted.at_border.tolist() == [at_border, False]
     prior = torch.tensor([500.0, 500.0])
     assert predicted.seen_whole(prior).tolist() == [not at_border, False]

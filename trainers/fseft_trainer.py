@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import astuple
 from os.path import join
 from pathlib import Path
 
 import numpy as np
 import torch
-from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
 from torch import nn
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.bank_disk import BANK_FOLDER, cap_in_gb
 from fsefs_nnunet.bank_layout import Layout, pooled_name, query_layout, support_layout
-from fsefs_nnunet.crops import CropLoader
+from fsefs_nnunet.crops import CropLoader, region_transform
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features import FeatureBank
 from fsefs_nnunet.labels import foreground_names
@@ -23,11 +23,12 @@ from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.network import AdaptedNetwork
 from fsefs_nnunet.precision import reduced_precision
 from fsefs_nnunet.queries import UnlabelledQueries
+from fsefs_nnunet.query_sizes import QuerySizes
 from fsefs_nnunet.schedules import WarmupCosineScheduler, at_plateau
-from fsefs_nnunet.size_prior import SizePrior, estimate_size, label_volumes_ml, size_penalty
+from fsefs_nnunet.size_prior import estimate_sizes, size_penalty, support_sizes_ml
 from fsefs_nnunet.splits import SPLITS_FILE, load_splits, query_cases, support_cases
+from fsefs_nnunet.trained_model import PRIOR_KEY
 from fsefs_nnunet.trainers.time_budget import StoppableTrainer, StopTraining
-from fsefs_nnunet.transduction import QuerySizes
 from fsefs_nnunet.views import augmented_view, view_name
 
 CALIBRATION_CASES = 5  # of the support; each costs as much as a query once an epoch
@@ -159,10 +160,7 @@ class FSEFTTrainer(StoppableTrainer):
         return rotation, dummy_2d, initial_patch_size, None
 
     def get_dataloaders(self):
-        regions = None
-        if self.label_manager.has_regions:
-            ignore = [self.label_manager.ignore_label] if self.label_manager.has_ignore_label else []
-            regions = ConvertSegmentationToRegionsTransform([*self.label_manager.foreground_regions, *ignore])
+        regions = region_transform(self.label_manager)
         support, views = (
             {case: self.load_segmentation(case) for case in cases} for cases in (self.support, self.views)
         )
@@ -228,14 +226,10 @@ class FSEFTTrainer(StoppableTrainer):
 
     def estimate_priors(self) -> None:
         """Size prior S of each class in ml, from the support labels alone."""
-        sizes = {
-            case: label_volumes_ml(seg[0], self.classes, self.configuration_manager.spacing)
-            for case, seg in zip(self.support, map(self.load_segmentation, self.support))
-            # a case with ignored voxels does not show its organs whole
-            if not self.label_manager.has_ignore_label or not (seg == self.label_manager.ignore_label).any()
-        }
-        columns = np.array([*sizes.values()]).T if sizes else [[]] * len(self.classes)
-        self.priors: list[SizePrior | None] = [estimate_size(column) for column in columns]
+        segmentations = {case: self.load_segmentation(case) for case in self.support}
+        spacing, ignored = self.configuration_manager.spacing, self.label_manager.ignore_label
+        sizes = support_sizes_ml(segmentations, self.classes, spacing, ignored)
+        self.priors = estimate_sizes(sizes, len(self.classes))
         self.query_sizes = None
         if not self.use_size_prior or not self.queries or self.settings["fseft_lambda"] == 0 or not any(self.priors):
             why = (
@@ -248,13 +242,13 @@ class FSEFTTrainer(StoppableTrainer):
         for name, prior in zip(self.class_names, self.priors):
             text = f"{prior.size:.2f} ml, spread {prior.spread:.2f} ml, {prior.num_cases} cases" if prior else "none"
             self.print_to_log_file(f"Size prior of {name}: {text}")
-        voxel_ml = float(np.prod(self.configuration_manager.spacing)) / 1000
+        voxel_ml = float(np.prod(spacing)) / 1000
         pooled_support = {
             name: torch.tensor(sizes[case], dtype=torch.float32)
             for name, case in self.pooled_support.items()
             if case in sizes
         }
-        self.query_sizes = QuerySizes(self.bank, self.queries, voxel_ml, self.device, pooled_support)
+        self.query_sizes = QuerySizes(self.bank, self.queries, voxel_ml, pooled_support)
         known = [i for i, prior in enumerate(self.priors) if prior]
         self.known = torch.tensor(known, device=self.device)
         self.prior_ml = torch.tensor([self.priors[i].size for i in known], device=self.device)
@@ -375,6 +369,9 @@ class FSEFTTrainer(StoppableTrainer):
         part = f"{filename}.part"
         super().save_checkpoint(part)
         if os.path.exists(part):  # nnU-Net writes none when checkpointing is disabled
+            # `fseft predict` wants the prior of a model that travels alone
+            priors = [prior and astuple(prior) for prior in self.priors]
+            torch.save({**read_checkpoint(part), PRIOR_KEY: priors}, part)
             os.replace(part, filename)
 
     def perform_actual_validation(self, save_probabilities: bool = False):

@@ -1,0 +1,219 @@
+"""What `fseft predict` runs: one backbone pass per volume, transductive adaptation of each fold, nnU-Net's export."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fsefs_nnunet.bank_layout import pooled
+from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.features import extract_features
+from fsefs_nnunet.losses import SoftDiceLoss
+from fsefs_nnunet.memory import SupportMemory
+from fsefs_nnunet.network import AdaptedNetwork
+from fsefs_nnunet.queries import images_in
+from fsefs_nnunet.query_sizes import PredictedSizes, QueryVolume, block_voxels, scale_between, sizes_of
+from fsefs_nnunet.trained_model import TrainedModel
+from fsefs_nnunet.transduction import Transduction
+
+# Voxels of a volume that adaptation looks at, after averaging, and that logits are computed of at a time.
+MAX_ADAPTED_VOXELS = 10_000
+SLAB_VOXELS = 1_000_000
+PART_FOLDER = ".fseft_part"  # nnU-Net takes every file in the output folder for a segmentation, but no folder
+
+
+@torch.no_grad()
+def volume_logits(network: AdaptedNetwork, features: torch.Tensor) -> torch.Tensor:
+    """Features (C, X, Y, Z) -> logits (outputs, X, Y, Z), both on the CPU; in slabs that overlap by what it reaches."""
+    device, margin = network.feature_mean.device, network.adapter.margin
+    size = max(1, SLAB_VOXELS // int(np.prod(features.shape[2:])))
+    slabs = []
+    for start in range(0, features.shape[1], size):
+        first, stop = max(0, start - margin), min(features.shape[1], start + size + margin)
+        logits = network.adapt(features[None, :, first:stop].to(device).float())[0]
+        slabs.append(logits[:, start - first : start - first + size].float().cpu())
+    return torch.cat(slabs, 1)
+
+
+def averaged(features: torch.Tensor, voxel_ml: float) -> QueryVolume:
+    """Features (C, X, Y, Z), averaged over the smallest blocks that leave at most MAX_ADAPTED_VOXELS."""
+    factor, shape = 1, features.shape[1:]
+    while np.prod([-(-n // factor) for n in shape]) > MAX_ADAPTED_VOXELS:
+        factor += 1
+    return QueryVolume(pooled(features.float(), factor), block_voxels(tuple(shape), factor) * voxel_ml)
+
+
+@dataclass
+class Prediction:
+    """Of one fold: logits (outputs, X, Y, Z), and what adaptation did. `after` is `before` where there was none."""
+
+    logits: torch.Tensor
+    before: PredictedSizes
+    after: PredictedSizes
+    steps: int = 0
+
+
+class QueryPredictor:
+    """Segments volumes with the folds of one trained model; the backbone runs once over each volume."""
+
+    def __init__(self, model: TrainedModel, memories: Sequence[SupportMemory] | None, save_probabilities: bool = False):
+        """memories: of the folds' support, in the folds' order; None: no adaptation (inductive)."""
+        self.model = model
+        self.memories = memories
+        self.save_probabilities = save_probabilities
+        manager = model.label_manager
+        self.has_regions = manager.has_regions
+        self.voxel_ml = float(np.prod(model.configuration.spacing)) / 1000
+        self.preprocessor = model.configuration.preprocessor_class(verbose=False)
+        self.loss = SoftDiceLoss(manager.has_regions, manager.ignore_label)
+
+    def predict(self, files: list[str], output: Path, keep_largest: bool = False) -> dict:
+        """Segment the image in `files`, one per channel, write `output`; returns the report of its sizes.
+
+        Raises:
+            InputError: if the image holds NaN or infinite values.
+        """
+        model = self.model
+        data, _, properties = self.preprocessor.run_case(
+            files, None, model.plans_manager, model.configuration, model.dataset_json
+        )
+        if not np.isfinite(data).all():
+            raise InputError(f"{files[0]} holds NaN or infinite values: repair the image.")
+        image = torch.from_numpy(np.asarray(data, np.float32))
+        features = extract_features(
+            model.network.backbone, image, tuple(model.configuration.patch_size), model.device
+        ).half()
+        folds = [self._predict_fold(fold, features) for fold in range(len(model.weights))]
+        # as nnU-Net does: the mean of the logits
+        logits = torch.stack([fold.logits for fold in folds]).mean(0)
+        self._export(logits, properties, output, keep_largest)
+        return self._report(folds)
+
+    def _predict_fold(self, fold: int, features: torch.Tensor) -> Prediction:
+        network = self.model.network
+        network.load_state_dict(self.model.weights[fold])
+        logits = volume_logits(network, features)
+        before = sizes_of(logits, self.voxel_ml, self.has_regions)
+        if self.memories is None:
+            return Prediction(logits, before, before)
+        volume = averaged(features, self.voxel_ml)
+        with torch.no_grad():
+            scale = scale_between(volume.predict(network, self.has_regions).soft.cpu(), before.soft)
+        volume = QueryVolume(volume.features, volume.voxels_ml, scale.to(self.model.device))
+        copy = deepcopy(network)
+        prior = torch.tensor([float("nan") if p is None else p.size for p in self.model.priors[fold]])
+        transduction = Transduction(prior, self.model.gamma, self.memories[fold], self.loss, self.has_regions)
+        steps = transduction.adapt(copy, volume)
+        if not steps:
+            return Prediction(logits, before, before)
+        logits = volume_logits(copy, features)
+        return Prediction(logits, before, sizes_of(logits, self.voxel_ml, self.has_regions), steps)
+
+    def _export(self, logits: torch.Tensor, properties: dict, output: Path, keep_largest: bool) -> None:
+        from nnunetv2.inference.export_prediction import export_prediction_from_logits
+
+        model, ending = self.model, self.model.dataset_json["file_ending"]
+        folder = output.parent / PART_FOLDER
+        folder.mkdir(exist_ok=True)
+        stem = output.name[: -len(ending)]
+        export_prediction_from_logits(
+            logits,
+            properties,
+            model.configuration,
+            model.plans_manager,
+            model.dataset_json,
+            str(folder / stem),
+            self.save_probabilities,
+            torch.get_num_threads(),
+        )
+        if keep_largest:
+            keep_largest_components(folder / output.name, model)
+        for file in sorted(folder.glob(f"{stem}.*"), key=lambda file: file.name == output.name):
+            os.replace(file, output.parent / file.name)  # the segmentation last
+
+    def _report(self, folds: list[Prediction]) -> dict:
+        classes = {}
+        for k, name in enumerate(self.model.class_names):
+            priors = [fold[k] for fold in self.model.priors]
+            known = [prior for prior in priors if prior is not None]
+            entry = {
+                "size_before_ml": round(float(np.mean([fold.before.soft[k] for fold in folds])), 4),
+                "size_after_ml": round(float(np.mean([fold.after.soft[k] for fold in folds])), 4),
+                "prior_ml": round(float(np.mean([prior.size for prior in known])), 4) if known else None,
+                "prior_spread_ml": round(float(np.mean([prior.spread for prior in known])), 4) if known else None,
+            }
+            if known:
+                size = torch.tensor([prior.size if prior else 0.0 for prior in priors])
+                at_border = any(bool(fold.before.at_border[k]) for fold in folds)
+                absent = any(bool(fold.before[[k]].absent(size[i : i + 1])) for i, fold in enumerate(folds))
+                why = ["seems absent"] * absent + ["reaches the border of the volume"] * at_border
+                entry["not_enlarged_because"] = " and ".join(why) or None
+            classes[name] = entry
+        return {"transductive": self.memories is not None, "steps": [fold.steps for fold in folds], "classes": classes}
+
+
+def keep_largest_components(file: Path, model: TrainedModel) -> None:
+    """nnU-Net's postprocessing: of each class, the largest component alone; in place."""
+    from nnunetv2.postprocessing.remove_connected_components import (
+        remove_all_but_largest_component_from_segmentation,
+    )
+
+    reader = model.plans_manager.image_reader_writer_class()
+    segmentation, properties = reader.read_seg(str(file))
+    for label_or_region in model.classes:
+        segmentation = remove_all_but_largest_component_from_segmentation(segmentation, label_or_region)
+    reader.write_seg(segmentation[0], str(file), properties)
+
+
+def predict_folder(
+    predictor: QueryPredictor,
+    images: Path,
+    output: Path,
+    continue_prediction: bool = False,
+    keep_largest: bool = False,
+    num_parts: int = 1,
+    part_id: int = 0,
+) -> list[str]:
+    """Segment every image of a folder in nnU-Net's naming; a volume that fails does not stop the others.
+
+    Beside each segmentation lies `<case>_sizes.json`; it is written last.
+
+    Returns:
+        Why cases failed, one sentence each.
+
+    Raises:
+        InputError: for a folder without such images, or an output folder that cannot be written.
+    """
+    model = predictor.model
+    cases = images_in(images, model.dataset_json)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name in ("plans.json", "dataset.json"):
+            shutil.copy(model.folder / name, output / name)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error.strerror}): choose another output folder.") from error
+    failures = []
+    for case in tqdm(sorted(cases)[part_id::num_parts], desc="predicting"):
+        segmentation = output / f"{case}{model.dataset_json['file_ending']}"
+        sizes = output / f"{case}_sizes.json"
+        if continue_prediction and segmentation.exists() and sizes.exists():
+            continue
+        try:
+            report = predictor.predict(cases[case], segmentation, keep_largest)
+            part = output / PART_FOLDER / sizes.name
+            part.write_text(json.dumps(report, indent=1))
+            os.replace(part, sizes)
+        except (InputError, RuntimeError, OSError, MemoryError, ValueError, AssertionError) as error:
+            failures.append(f"{cases[case][0]} was not segmented: {error}")
+            tqdm.write(failures[-1])
+    shutil.rmtree(output / PART_FOLDER, ignore_errors=True)
+    return failures

@@ -1,0 +1,122 @@
+"""Sizes that the network predicts on query volumes, for the size prior."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from fsefs_nnunet.features import FeatureBank
+from fsefs_nnunet.network import AdaptedNetwork
+
+ABSENT = 0.05  # a class of less than this share of its prior seems to be absent
+MAX_SCALE = 8.0  # a class that is all but lost says nothing of how much pooling takes
+
+
+def block_voxels(shape: tuple[int, ...], factor: int) -> torch.Tensor:
+    """How many voxels each pooled voxel stands for: blocks at the far borders may be incomplete."""
+    widths = [torch.tensor([min(factor, n - a) for a in range(0, n, factor)], dtype=torch.float32) for n in shape]
+    return torch.einsum("x,y,z->xyz", *widths)
+
+
+@dataclass(frozen=True)
+class PredictedSizes:
+    """Of the foreground classes on one volume, all (classes,).
+
+    soft: S^ in ml, differentiable.
+    at_border: whether the prediction reaches the volume's outermost voxels, so that the organ may go on beyond them.
+    """
+
+    soft: torch.Tensor
+    at_border: torch.Tensor
+
+    def __getitem__(self, classes: torch.Tensor) -> PredictedSizes:
+        return PredictedSizes(self.soft[classes], self.at_border[classes])
+
+    def absent(self, prior_ml: torch.Tensor) -> torch.Tensor:
+        return self.soft.detach() < ABSENT * prior_ml
+
+    def seen_whole(self, prior_ml: torch.Tensor) -> torch.Tensor:
+        """Which classes the volume seems to show whole, so that they must not be smaller than their prior says."""
+        return ~self.at_border & ~self.absent(prior_ml)
+
+
+@dataclass(frozen=True)
+class QueryVolume:
+    """Features of a volume, or their averages over blocks.
+
+    features: (1, C, x, y, z).
+    voxels_ml: (x, y, z), what each stands for.
+    scale: (classes,), what soft sizes are divided by: an adapter sees less in averaged features.
+    """
+
+    features: torch.Tensor
+    voxels_ml: torch.Tensor
+    scale: torch.Tensor | float = 1.0
+
+    def predict(self, network: AdaptedNetwork, has_regions: bool) -> PredictedSizes:
+        device = network.feature_mean.device
+        logits = network.adapt(self.features.to(device).float()).float()
+        return sizes_of(logits[0], self.voxels_ml.to(device), has_regions, self.scale)
+
+
+def sizes_of(
+    logits: torch.Tensor, voxels_ml: torch.Tensor | float, has_regions: bool, scale: torch.Tensor | float = 1.0
+) -> PredictedSizes:
+    """Sizes in the logits (outputs, x, y, z) of a volume."""
+    probabilities = torch.sigmoid(logits) if has_regions else torch.softmax(logits, 0)[1:]
+    present = probabilities.detach() > 0.5
+    shell = torch.ones_like(present[0])
+    shell[tuple(slice(1, -1) for _ in shell.shape)] = False
+    soft = (probabilities * voxels_ml).sum((1, 2, 3))
+    return PredictedSizes(soft / scale, (present & shell).flatten(1).any(1))
+
+
+def scale_between(pooled: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    """What soft sizes (classes,) of pooled volumes are of the true ones, within bounds."""
+    return (pooled / true.clamp_min(1e-6)).clamp(1 / MAX_SCALE, MAX_SCALE)
+
+
+class QuerySizes:
+    """Soft sizes S^ of the classes on the queries, from the features that the bank keeps of them.
+
+    The adapter sees less in features that were averaged over blocks: its soft sizes come out smaller. How much
+    smaller it finds the support cases, whose sizes are known, is what the queries' sizes are divided by.
+    """
+
+    def __init__(
+        self, bank: FeatureBank, queries: list[str], voxel_ml: float, support_ml: dict[str, torch.Tensor] | None = None
+    ):
+        """
+        Args:
+            voxel_ml: volume of a voxel in ml.
+            support_ml: sizes (classes,) in ml of support cases, by the names that the bank keeps them pooled under.
+        """
+        self.bank, self.queries, self.voxel_ml = bank, queries, voxel_ml
+        self.support_ml = support_ml or {}
+        self.scale: torch.Tensor | float = 1.0
+        self._volume = lru_cache(maxsize=64)(self._load)
+
+    def _load(self, case: str) -> QueryVolume:
+        entry = self.bank[case]
+        features = torch.from_numpy(np.array(entry.boxes[0]))[None]
+        return QueryVolume(features, block_voxels(entry.layout.shape, entry.layout.pool) * self.voxel_ml)
+
+    def rotating(self, step: int, seed: int) -> str:
+        """The query of training step `step`: each once in a round, every round in a new seeded order."""
+        order = np.random.default_rng((seed, step // len(self.queries))).permutation(len(self.queries))
+        return self.queries[order[step % len(self.queries)]]
+
+    @torch.no_grad()
+    def calibrate(self, network: AdaptedNetwork, has_regions: bool) -> None:
+        """Set `scale` (classes,), what the network's soft sizes of the support cases are of the true ones."""
+        if not self.support_ml:
+            return
+        predicted = torch.stack([self._volume(case).predict(network, has_regions).soft for case in self.support_ml])
+        true = torch.stack(list(self.support_ml.values())).to(predicted)
+        self.scale = scale_between(torch.where(true > 0, predicted, 0).sum(0), true.sum(0))
+
+    def predict(self, network: AdaptedNetwork, query: str, has_regions: bool) -> PredictedSizes:
+        return replace(self._volume(query), scale=self.scale).predict(network, has_regions)

@@ -1,0 +1,79 @@
+"""A model folder of an adapter's training, read without executing anything that it carries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.labels import foreground_names
+from fsefs_nnunet.network import AdaptedNetwork
+from fsefs_nnunet.size_prior import SizePrior
+
+PRIOR_KEY, MEMORY_KEY = "fseft_prior", "fseft_support"  # what our trainers add to nnU-Net's checkpoints
+
+
+class TrainedModel:
+    """The folds of an adapter with their size priors; one network serves all of them.
+
+    weights: state_dicts, one per fold.
+    priors: per fold, of each foreground class or None.
+    """
+
+    def __init__(self, folder: Path, configuration: str, folds: Sequence[str], checkpoint: str, device: torch.device):
+        """folder: `TRAINER__PLANS__CONFIGURATION` in nnUNet_results. Raises InputError naming what is missing."""
+        from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        self.folder, self.device, self.folds = Path(folder), device, list(folds)
+        if not (self.folder / "plans.json").exists():
+            raise InputError(f"{self.folder} is no trained model: train it, or check -d, -tr, -p and -c.")
+        self.files = [self.folder / f"fold_{fold}" / checkpoint for fold in self.folds]
+        missing = [str(file) for file in self.files if not file.exists()]
+        if missing:
+            trained = sorted(f.parent.name[5:] for f in self.folder.glob(f"fold_*/{checkpoint}"))
+            raise InputError(f"{missing[0]} is missing; trained folds: {' '.join(trained) or 'none'}. Choose with -f.")
+        self.plans_manager = PlansManager(json.loads((self.folder / "plans.json").read_text()))
+        self.dataset_json = json.loads((self.folder / "dataset.json").read_text())
+        self.configuration = self.plans_manager.get_configuration(configuration)
+        self.settings = self.configuration.configuration
+        self.label_manager = self.plans_manager.get_label_manager(self.dataset_json)
+        checkpoints = [read_checkpoint(file) for file in self.files]
+        self.weights = [content["network_weights"] for content in checkpoints]
+        if "fseft_backbone" not in self.settings or PRIOR_KEY not in checkpoints[0]:
+            raise InputError(
+                f"{self.files[0]} holds no adapter with size priors: train one with FSEFTTrainer, or use "
+                "nnUNetv2_predict."
+            )
+        self.priors = [[p and SizePrior(*p) for p in content[PRIOR_KEY]] for content in checkpoints]
+        self.memories = [content.get(MEMORY_KEY) for content in checkpoints]
+        trainer = checkpoints[0]["trainer_name"]
+        self.network = self._build(
+            trainer, determine_num_input_channels(self.plans_manager, self.configuration, self.dataset_json)
+        )
+
+    def _build(self, trainer: str, input_channels: int) -> AdaptedNetwork:
+        from fsefs_nnunet.shims import fseft_trainers
+
+        cls = getattr(fseft_trainers, trainer)
+        network = cls.build_network_architecture(
+            self.plans_manager, self.configuration, input_channels, self.label_manager.num_segmentation_heads
+        )
+        return network.to(self.device).eval()
+
+    @property
+    def class_names(self) -> list[str]:
+        return foreground_names(self.dataset_json["labels"], self.label_manager.has_regions)
+
+    @property
+    def classes(self) -> list[int | tuple[int, ...]]:
+        manager = self.label_manager
+        return list(manager.foreground_regions if manager.has_regions else manager.foreground_labels)
+
+    @property
+    def gamma(self) -> float:
+        return self.settings["fseft_gamma"]
