@@ -29,11 +29,12 @@ class SupportMemory:
     def draw(cls, loader: CropLoader) -> SupportMemory:
         """The first crops of `loader`, as many as MAX_BYTES and MAX_CROPS allow, one at least."""
         crops: list[tuple[torch.Tensor, torch.Tensor]] = []
-        size = 0
-        while not crops or (len(crops) < MAX_CROPS and size * (len(crops) + 1) <= MAX_BYTES):
+        limit = 1
+        while len(crops) < limit:
             batch = next(loader)
             crops.extend(zip(batch["data"].half(), batch["target"].to(torch.int16)))
-            size = sum(tensor.nbytes for tensor in crops[0])
+            limit = max(1, min(MAX_CROPS, MAX_BYTES // sum(tensor.nbytes for tensor in crops[0])))
+        crops = crops[:limit]
         features, targets = zip(*crops)
         return cls(torch.stack(features), torch.stack(targets))
 

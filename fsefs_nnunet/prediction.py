@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +99,7 @@ class QueryPredictor:
 
     def _predict_fold(self, fold: int, features: torch.Tensor) -> Prediction:
         network = self.model.network
-        network.load_state_dict(self.model.weights[fold])
+        network.load_state_dict(self.model.weights[fold])  # what the volume before left is overwritten
         logits = volume_logits(network, features)
         before = sizes_of(logits, self.voxel_ml, self.has_regions)
         if self.memories is None:
@@ -109,13 +108,12 @@ class QueryPredictor:
         with torch.no_grad():
             scale = scale_between(volume.predict(network, self.has_regions).soft.cpu(), before.soft)
         volume = QueryVolume(volume.features, volume.voxels_ml, scale.to(self.model.device))
-        copy = deepcopy(network)
         prior = torch.tensor([float("nan") if p is None else p.size for p in self.model.priors[fold]])
         transduction = Transduction(prior, self.model.gamma, self.memories[fold], self.loss, self.has_regions)
-        steps = transduction.adapt(copy, volume)
+        steps = transduction.adapt(network, volume)
         if not steps:
             return Prediction(logits, before, before)
-        logits = volume_logits(copy, features)
+        logits = volume_logits(network, features)
         return Prediction(logits, before, sizes_of(logits, self.voxel_ml, self.has_regions), steps)
 
     def _export(self, logits: torch.Tensor, properties: dict, output: Path, keep_largest: bool) -> None:
@@ -212,7 +210,7 @@ def predict_folder(
             part = output / PART_FOLDER / sizes.name
             part.write_text(json.dumps(report, indent=1))
             os.replace(part, sizes)
-        except (InputError, RuntimeError, OSError, MemoryError, ValueError, AssertionError) as error:
+        except Exception as error:  # readers of broken files raise whatever they like
             failures.append(f"{cases[case][0]} was not segmented: {error}")
             tqdm.write(failures[-1])
     shutil.rmtree(output / PART_FOLDER, ignore_errors=True)

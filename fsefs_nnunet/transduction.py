@@ -1,4 +1,4 @@
-"""Transductive inference: a copy of the trained adapter is adapted to one volume under the size prior."""
+"""Transductive inference: the trained adapter is adapted to one volume under the size prior."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_configurations(tiny, contract):
         assert child["fseft_shots"] == shots and child["fseft_backbone"] == "phantom"
         assert child["architecture"]["network_class_name"] == "fsefs_nnunet.network.AdaptedNetwork"
         assert child["architecture"]["arch_kwargs"]["sha256"] == contract.sha256
-        assert (child["fseft_lambda"], child["fseft_gamma"]) == (0.1, 0.3)
+        assert (child["fseft_lambda"], child["fseft_gamma"]) == (0.1, 0.1)
         flat = {key: value for key, value in child.items() if key.startswith("fseft_")}
         assert not any(isinstance(value, dict) for value in flat.values())  # inherits_from is a shallow merge
 

@@ -1,0 +1,269 @@
+"""`fseft predict` and `fseft remember` on the tiny dataset, with adapters of a few steps."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from scipy.ndimage import label
+
+from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.cli.main import main
+from fsefs_nnunet.prediction import PART_FOLDER, QueryPredictor, volume_logits
+from fsefs_nnunet.size_prior import SizePrior
+from fsefs_nnunet.splits import load_splits
+from fsefs_nnunet.support import memories_of, memory_from_bank
+from fsefs_nnunet.trained_model import MEMORY_KEY, PRIOR_KEY, TrainedModel
+from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
+
+FIVE = "3d_fullres_5shot"
+CPU = torch.device("cpu")
+OTHER_MEMORY = {"features": torch.zeros(1, 3, 4, 4, 4).half(), "targets": torch.zeros(1, 1, 4, 4, 4)}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """Two folds, trained for a few steps each."""
+    work = type(tiny)(tmp_path_factory.mktemp("predict") / "work")
+    shutil.copytree(tiny.root, work.root)
+    settings = {"fseft_crop_size": [16] * 3, "fseft_steps_per_epoch": 10, "fseft_views": 0, "fseft_lambda": 0.0}
+    (work.preprocessed / "FSEFTPlans.json").write_text(json.dumps(work.plans(**settings)))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, folder in work.environment().items():
+            patch.setenv(name, folder)
+        for fold in (0, 1):
+            plans = {**work.plans(), "continue_training": False}
+            trainer = FSEFTTrainer(plans, FIVE, fold, work.dataset_json(), CPU)
+            trainer.num_epochs = 3
+            trainer.run_training()
+    queries = load_splits(work.preprocessed / "splits_fseft.json")["queries"]
+    (work.root / "images").mkdir()
+    for case in queries[:2]:
+        shutil.copy(work.raw / "imagesTr" / f"{case}_0000.nii.gz", work.root / "images")
+    return work
+
+
+@pytest.fixture
+def work(trained, tmp_path, monkeypatch):
+    copy = type(trained)(tmp_path / "work")
+    shutil.copytree(trained.root, copy.root)
+    for name, folder in copy.environment().items():
+        monkeypatch.setenv(name, folder)
+    return copy
+
+
+def model_folder(work) -> Path:
+    return work.results / f"FSEFTTrainer__FSEFTPlans__{FIVE}"
+
+
+def load(work, *folds) -> TrainedModel:
+    return TrainedModel(model_folder(work), FIVE, folds or ["0"], "checkpoint_final.pth", CPU)
+
+
+def edit_checkpoint(work, fold=0, **changes) -> None:
+    file = model_folder(work) / f"fold_{fold}" / "checkpoint_final.pth"
+    torch.save({**read_checkpoint(file), **changes}, file)
+
+
+def predict(work, output, *arguments, folds=("0",)) -> int:
+    options = ["-d", "77", "-c", FIVE, "-device", "cpu", "-f", *folds, *arguments]
+    return main(["predict", "-i", str(work.root / "images"), "-o", str(work.root / output), *options])
+
+
+def segmentations(work, output) -> dict[str, np.ndarray]:
+    files = sorted((work.root / output).glob("*.nii.gz"))
+    return {file.name[:-7]: np.asarray(nib.load(file).dataobj) for file in files}
+
+
+def reports(work, output) -> dict[str, dict]:
+    return {f.name[:-11]: json.loads(f.read_text()) for f in sorted((work.root / output).glob("*_sizes.json"))}
+
+
+def test_inductive_prediction_is_nnunets(work):
+    assert predict(work, "ours", "--inductive", folds=("0", "1")) == 0
+    predictor = nnUNetPredictor(use_mirroring=False, device=CPU, perform_everything_on_device=False)
+    network = load(work).network
+    content = [read_checkpoint(model_folder(work) / f"fold_{f}" / "checkpoint_final.pth") for f in (0, 1)]
+    model = load(work)
+    predictor.manual_initialization(
+        network,
+        model.plans_manager,
+        model.configuration,
+        [c["network_weights"] for c in content],
+        model.dataset_json,
+        "FSEFTTrainer",
+        None,
+    )
+    (work.root / "stock").mkdir()
+    predictor.predict_from_files_sequential(str(work.root / "images"), str(work.root / "stock"))
+    ours, stock = segmentations(work, "ours"), segmentations(work, "stock")
+    assert len(ours) == 2 and ours.keys() == stock.keys()
+    for case, array in ours.items():
+        assert array.any() and (array == stock[case]).mean() > 0.999
+    for name in ("plans.json", "dataset.json"):
+        assert (work.root / "ours" / name).read_bytes() == (model_folder(work) / name).read_bytes()
+
+
+def test_slabs_are_the_whole(work, monkeypatch):
+    model = load(work)
+    model.network.load_state_dict(model.weights[0])
+    torch.nn.init.normal_(model.network.adapter.conv2.weight, std=0.1)
+    features = torch.randn(model.network.backbone.out_channels, 9, 5, 4).half()
+    whole = volume_logits(model.network, features)
+    monkeypatch.setattr("fsefs_nnunet.prediction.SLAB_VOXELS", 2 * 5 * 4)
+    torch.testing.assert_close(volume_logits(model.network, features), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_outside_their_band_are_drawn_towards_it(work):
+    """A prior of twice what is predicted: adaptation enlarges the organ; within the band it takes no step."""
+    assert main(["remember", "-d", "77", "-c", FIVE, "-f", "0", "-device", "cpu"]) == 0
+    assert predict(work, "inductive", "--inductive") == 0
+    before = reports(work, "inductive")
+    case = next(iter(before))
+    sizes = [entry["size_before_ml"] for entry in before[case]["classes"].values()]
+    assert min(sizes) > 0 and not before[case]["transductive"]
+    priors = [(2 * sizes[0], 0.0, 5), *[(size, 0.0, 5) for size in sizes[1:]]]
+    edit_checkpoint(work, **{PRIOR_KEY: priors})
+    assert predict(work, "transductive") == 0
+    after = reports(work, "transductive")[case]
+    first, *others = after["classes"].values()
+    assert after["transductive"] and after["steps"][0] > 0
+    assert first["prior_ml"] == pytest.approx(2 * sizes[0], abs=1e-3)
+    assert first["size_before_ml"] == pytest.approx(sizes[0], abs=1e-3)
+    assert first["size_after_ml"] > 1.2 * sizes[0] and first["not_enlarged_because"] is None
+    voxels = [(segmentations(work, output)[case] == 1).sum() for output in ("inductive", "transductive")]
+    assert voxels[1] > 1.2 * voxels[0]
+    edit_checkpoint(work, **{PRIOR_KEY: [(size, 0.0, 5) for size in sizes]})
+    assert predict(work, "expected") == 0
+    assert reports(work, "expected")[case]["steps"] == [0]
+    assert np.array_equal(segmentations(work, "expected")[case], segmentations(work, "inductive")[case])
+
+
+def test_an_organ_that_seems_absent_is_left_alone(work):
+    main(["remember", "-d", "77", "-c", FIVE, "-f", "0", "-device", "cpu"])
+    edit_checkpoint(work, **{PRIOR_KEY: [None, None, (1e7, 0.0, 5)]})
+    assert predict(work, "output") == 0
+    for report in reports(work, "output").values():
+        assert report["steps"] == [0]
+        assert report["classes"]["kidney_left"]["not_enlarged_because"] == "seems absent"
+        assert report["classes"]["spleen"]["prior_ml"] is None
+
+
+def test_a_model_that_travels_alone_adapts_as_at_home(work, monkeypatch):
+    model = load(work)
+    priors = [[SizePrior(1.5 * p.size, 0.0, p.num_cases) for p in fold] for fold in model.priors]
+    image = [str(next((work.root / "images").iterdir()))]
+
+    def adapted() -> tuple[dict, np.ndarray]:
+        model = load(work)
+        memories = memories_of(model)
+        model.priors = priors
+        report = QueryPredictor(model, memories).predict(image, work.root / "x.nii.gz")
+        return report, np.asarray(nib.load(work.root / "x.nii.gz").dataobj)
+
+    home = adapted()
+    assert home[0]["steps"][0] > 0
+    assert main(["remember", "-d", "77", "-c", FIVE, "-f", "0", "-device", "cpu"]) == 0
+    file = model_folder(work) / "fold_0" / "checkpoint_final.pth"
+    assert file.stat().st_size < 50_000_000 + 1_000_000 and not Path(f"{file}.part").exists()
+    stored = read_checkpoint(file)
+    assert set(stored[MEMORY_KEY]) == {"features", "targets"}  # no names of cases
+    shutil.rmtree(work.preprocessed)
+    away = adapted()
+    assert away[0] == home[0] and np.array_equal(away[1], home[1])
+    nnunets = nnUNetPredictor(device=CPU, perform_everything_on_device=False)
+    monkeypatch.setenv("nnUNet_extTrainer", str(Path(__file__).parent.parent / "fsefs_nnunet" / "shims"))
+    nnunets.initialize_from_trained_model_folder(str(model_folder(work)), ["0"], "checkpoint_final.pth")
+    assert all(torch.equal(t, nnunets.list_of_parameters[0][n]) for n, t in stored["network_weights"].items())
+
+
+def test_folds_share_one_pass_of_the_backbone(work):
+    passes = []
+    for folds in (["0"], ["0", "1"]):
+        model = load(work, *folds)
+        model.network.backbone.module.register_forward_hook(lambda *args: passes.append(len(folds)))  # noqa: B023
+        image = [str(next((work.root / "images").iterdir()))]
+        report = QueryPredictor(model, None).predict(image, work.root / "x.nii.gz")
+        assert len(report["steps"]) == len(folds)
+    assert passes.count(1) == passes.count(2) > 0
+
+
+def test_a_broken_volume_does_not_stop_the_others(work, capsys):
+    images = sorted((work.root / "images").iterdir())
+    volume = nib.load(images[0])
+    broken = np.asarray(volume.dataobj, np.float32)
+    broken[3, 4, 5] = np.nan
+    nib.save(nib.Nifti1Image(broken, volume.affine), images[0])
+    (work.root / "images" / "cut_0000.nii.gz").write_bytes(images[1].read_bytes()[:500])
+    assert predict(work, "output", "--inductive") == 2
+    error = capsys.readouterr().err
+    assert "2 case(s) failed" in error and f"{images[0]} holds NaN" in error and "cut_0000.nii.gz" in error
+    assert list(segmentations(work, "output")) == [images[1].name[:-12]]
+    assert not (work.root / "output" / PART_FOLDER).exists()
+
+
+def test_an_interrupted_prediction_goes_on(work):
+    assert predict(work, "output", "--inductive") == 0
+    first, second = sorted((work.root / "output").glob("*.nii.gz"))
+    untouched = first.stat().st_mtime_ns
+    second.with_name(second.name.replace(".nii.gz", "_sizes.json")).unlink()
+    written = second.stat().st_mtime_ns
+    assert predict(work, "output", "--inductive", "--continue_prediction") == 0
+    assert first.stat().st_mtime_ns == untouched and second.stat().st_mtime_ns > written
+    assert len(reports(work, "output")) == 2
+
+
+def test_parts_share_the_cases(work):
+    for part in ("0", "1"):
+        assert predict(work, f"part_{part}", "--inductive", "-num_parts", "2", "-part_id", part) == 0
+    parts = [list(segmentations(work, f"part_{part}")) for part in (0, 1)]
+    assert [len(part) for part in parts] == [1, 1] and parts[0] != parts[1]
+
+
+def test_largest_component(work):
+    assert predict(work, "output", "--inductive", "--largest_component") == 0
+    for array in segmentations(work, "output").values():
+        assert all(label(array == k)[1] <= 1 for k in (1, 2, 3)) and array.any()
+
+
+def test_support_of_other_draws_is_refused(work):
+    """The prior that was trained with is not that of the labels that lie there now."""
+    model = load(work)
+    memory_from_bank(model, 0)
+    model.priors[0][1] = SizePrior(model.priors[0][1].size * 1.01, 0.0, 5)
+    with pytest.raises(ValueError, match="fold 0 are not those that .* was trained on"):
+        memory_from_bank(model, 0)
+
+
+@pytest.mark.parametrize(
+    "break_it, sentence",
+    [
+        (lambda work: shutil.rmtree(work.preprocessed), "or predict with --inductive"),
+        (lambda work: edit_checkpoint(work, **{MEMORY_KEY: OTHER_MEMORY}), "have 3 channels"),
+        (lambda work: (work.root / "output").write_text("a file"), "choose another output folder"),
+        (lambda work: shutil.rmtree(model_folder(work) / "fold_0"), "trained folds: 1. Choose with -f"),
+        (lambda work: (model_folder(work) / "plans.json").unlink(), "is no trained model"),
+        (lambda work: shutil.rmtree(work.root / "images"), "no images named <case>_0000.nii.gz"),
+        (lambda work: (model_folder(work) / "fold_0" / "checkpoint_final.pth").write_bytes(b"PK cut"), "final.pth"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_in_a_sentence(work, capsys, break_it, sentence):
+    break_it(work)
+    try:
+        code = predict(work, "output")
+        error = capsys.readouterr().err
+    except SystemExit as end:
+        code, error = 2, str(end)
+    assert code == 2 and sentence in error and "Traceback" not in error
+
+
+def test_without_the_results_folder(work, monkeypatch, capsys):
+    monkeypatch.delenv("nnUNet_results")
+    assert os.environ.get("nnUNet_results") is None
+    assert predict(work, "output") == 2
+    assert "nnUNet_results is not set" in capsys.readouterr().err
