@@ -7,6 +7,7 @@ from torch import nn
 
 from fsefs_nnunet.adapters import build_adapter
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.backbones.tuned import TunedBackbone
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import foreground_names, match_labels
 
@@ -14,8 +15,9 @@ from fsefs_nnunet.labels import foreground_names, match_labels
 class AdaptedNetwork(nn.Module):
     """What nnU-Net trains and predicts with in the K-shot configurations.
 
-    Its parameters and its state_dict are those of reduction, adapter and head; the backbone is found by id and
-    verified by SHA-256. The mean and standard deviation of the features over the support cases are buffers.
+    Its parameters and its state_dict are those of reduction, adapter, head and the tuned part of the backbone, if any;
+    the backbone is found by id and verified by SHA-256. The mean and standard deviation of the features over the
+    support cases are buffers.
     """
 
     def __init__(
@@ -28,15 +30,23 @@ class AdaptedNetwork(nn.Module):
         stages: str,
         channels: int | None,
         seed: int,
+        tuned: str = "none",
         deep_supervision: bool | None = None,
     ):
-        """nnU-Net gives input_channels, num_classes and deep_supervision (there is none); the plans give the rest.
+        """nnU-Net gives input_channels, num_classes and deep_supervision (there is none), the trainer gives tuned, the
+        plans give the rest.
 
-        channels: width of the adapter; features of another width are reduced to it by a 1^3 convolution. None: as
-            many as the features have.
+        Args:
+            channels: width of the adapter; features of another width are reduced to it by a 1^3 convolution. None: as
+                many as the features have.
+            tuned: part of the backbone that is trained, too: "none", or one that TunedBackbone knows.
         """
         super().__init__()
-        self.backbone = FrozenBackbone(backbone, stages, sha256)
+        self.backbone = (
+            FrozenBackbone(backbone, stages, sha256)
+            if tuned == "none"
+            else TunedBackbone(backbone, stages, sha256, tuned)
+        )
         if input_channels != self.backbone.contract.input_channels:
             raise InputError(
                 f"Backbone {backbone!r} takes {self.backbone.contract.input_channels} image channel(s), the dataset "

@@ -5,8 +5,11 @@ from torch import nn
 
 from fsefs_nnunet.adapters import ADAPTERS, build_adapter
 from fsefs_nnunet.adapters.spatial import SpatialAdapter
+from fsefs_nnunet.adapters.spatial_in import SpatialINAdapter
 from fsefs_nnunet.losses import soft_dice
 
+WORKSHOP = [f"state/{name}" for name in ("adapter.conv1.conv.weight", "adapter.conv2.conv.weight")]
+WORKSHOP += ["state/head.linear.weight", "state/head.linear.bias"]
 GOLDEN_NAMES = {"conv1.weight": "adapter.0.weight", "conv2.weight": "adapter.2.weight"}
 
 
@@ -19,13 +22,24 @@ def trained(kind: str, channels: int) -> nn.Module:
     return adapter
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+LOCAL = [kind for kind in ADAPTERS if kind != "spatial_in"]
+
+
+@pytest.mark.parametrize("kind", LOCAL)
 def test_starts_as_the_identity(kind):
     x = torch.randn(2, 6, 5, 7, 4)
     assert torch.equal(build_adapter(kind, 6)(x), x)
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+def test_instance_norm_reaches_everything():
+    adapter = trained("spatial_in", 4)
+    assert adapter.margin is None
+    x = torch.randn(1, 4, 11, 11, 11, requires_grad=True)
+    adapter(x)[..., 5, 5, 5].sum().backward()
+    assert (x.grad != 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("kind", LOCAL)
 def test_margin_is_the_reach(kind):
     """An output voxel depends on inputs up to `margin` voxels away and on none beyond."""
     # of many channels, one at least passes the ReLU at every voxel
@@ -37,7 +51,7 @@ def test_margin_is_the_reach(kind):
     assert len(reached) == (2 * adapter.margin + 1) ** 3
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("kind", LOCAL)
 def test_crop_with_margin_equals_whole_volume(kind):
     adapter = trained(kind, 3)
     x, m = torch.randn(1, 3, 12, 11, 10), adapter.margin
@@ -56,11 +70,11 @@ def test_state_round_trip(kind):
 
 def test_number_of_weights():
     count = {kind: sum(p.numel() for p in build_adapter(kind, 48).parameters()) for kind in ADAPTERS}
-    assert count == {"linear_probe": 0, "spatial": 124_416}
+    assert count == {"linear_probe": 0, "spatial": 124_416, "spatial_in": 124_416}
 
 
 def test_unknown_kind_lists_the_kinds():
-    with pytest.raises(ValueError, match=r"'lora'.*\['linear_probe', 'spatial'\]"):
+    with pytest.raises(ValueError, match=r"'lora'.*\['linear_probe', 'spatial', 'spatial_in'\]"):
         build_adapter("lora", 48)
 
 
@@ -89,6 +103,22 @@ def test_spatial_adapter_matches_the_published_code(shared, group):
     for name, gradient in gradients.items():
         expected = golden[f"grad/{name}"]
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max(), err_msg=name)
+
+
+def test_adapter_with_instance_norm_matches_the_published_code(shared):
+    golden = dict(np.load(shared / "golden" / "spatial_adapter_workshop.npz"))
+    adapter, head = SpatialINAdapter(48), nn.Conv3d(48, 1, 1)
+    load(adapter, head, **{key: golden[key] for key in WORKSHOP})
+    adapted = adapter(torch.from_numpy(golden["x"]))
+    logits = head(adapted)
+    loss = soft_dice(torch.sigmoid(logits), torch.from_numpy(golden["y"])).mean()
+    loss.backward()
+    np.testing.assert_allclose(adapted.detach(), golden["adapter_out"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits.detach(), golden["logits"], rtol=1e-5, atol=1e-5)
+    assert loss.item() == pytest.approx(float(golden["loss"]), rel=1e-5)
+    for key, parameter in zip(WORKSHOP, [*adapter.parameters(), *head.parameters()]):
+        expected = golden[key.replace("state/", "grad/")]
+        np.testing.assert_allclose(parameter.grad, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max(), err_msg=key)
 
 
 def test_training_matches_the_published_code(shared):

@@ -2,103 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import astuple
-from os.path import join
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
-from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.bank_disk import BANK_FOLDER, cap_in_gb
 from fsefs_nnunet.bank_layout import Layout, pooled_name, query_layout, support_layout
 from fsefs_nnunet.crops import CropLoader, region_transform
-from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features import FeatureBank
 from fsefs_nnunet.labels import foreground_names
-from fsefs_nnunet.losses import SoftDiceLoss
-from fsefs_nnunet.network import AdaptedNetwork
 from fsefs_nnunet.precision import reduced_precision
 from fsefs_nnunet.queries import UnlabelledQueries
 from fsefs_nnunet.query_sizes import QuerySizes
-from fsefs_nnunet.schedules import WarmupCosineScheduler, at_plateau
 from fsefs_nnunet.size_prior import estimate_sizes, size_penalty, support_sizes_ml
-from fsefs_nnunet.splits import SPLITS_FILE, load_splits, query_cases, support_cases
+from fsefs_nnunet.splits import SPLITS_FILE, load_splits, query_cases
 from fsefs_nnunet.trained_model import PRIOR_KEY
-from fsefs_nnunet.trainers.time_budget import StoppableTrainer, StopTraining
+from fsefs_nnunet.trainers.adapted_trainer import AdaptedTrainer
 from fsefs_nnunet.views import augmented_view, view_name
 
 CALIBRATION_CASES = 5  # of the support; each costs as much as a query once an epoch
 
 
-class FSEFTTrainer(StoppableTrainer):
+class FSEFTTrainer(AdaptedTrainer):
     """Trains reduction, adapter and head on crops of the feature bank: L_SEG(support) + lambda * L_TI(query).
 
     Wants a K-shot configuration of plans made by FSEFTPlanner; everything that it does is a key of these plans.
     """
 
-    adapter: str | None = None  # None: what the plans say
     use_size_prior = True
     initial_lr_of_method = 2e-3
-    progress_png_every = 25  # epochs; drawing takes about a second
-
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.settings = self.configuration_manager.configuration
-        if "fseft_backbone" not in self.settings:
-            raise InputError(
-                f"{configuration!r} of plans {self.plans_manager.plans_name!r} is no K-shot configuration: make plans "
-                "with `fseft plan_and_preprocess -d ID` and train one of 3d_fullres_1shot, _5shot, _10shot or _allshot."
-            )
-        if self.is_ddp:
-            raise InputError(f"{type(self).__name__} trains a small adapter on one device: leave -num_gpus at 1.")
-        if any(argument.startswith("-pretrained") for argument in sys.argv):  # nnU-Net tells its trainers nothing of it
-            raise InputError(
-                f"{type(self).__name__} takes no -pretrained_weights: import the model as a backbone, `fseft backbones "
-                "import ID PATH`, plan with it, `fseft plan_and_preprocess -d DATASET -b ID`, and train these plans."
-            )
-        self.num_epochs = 100
-        self.num_iterations_per_epoch = self.settings["fseft_steps_per_epoch"]
-        self.num_val_iterations_per_epoch = 1
-        self.initial_lr = self.initial_lr_of_method
-        self.weight_decay = 0.0
-        self.enable_deep_supervision = False
-        self.save_every = 1
-        self.inference_allowed_mirroring_axes = None
-
-    @classmethod
-    def build_network_architecture(
-        cls,
-        plans_manager,
-        configuration_manager,
-        num_input_channels,
-        num_output_channels,
-        enable_deep_supervision=False,
-    ) -> nn.Module:
-        kwargs = dict(configuration_manager.network_arch_init_kwargs)
-        if cls.adapter is not None:
-            kwargs["adapter"] = cls.adapter
-        if kwargs["adapter"] == "linear_probe":
-            kwargs["channels"] = None
-        return AdaptedNetwork(num_input_channels, num_output_channels, **kwargs)
-
-    def _do_i_compile(self):
-        return False  # a few small convolutions on crops: compiling takes longer than training
-
-    def set_deep_supervision_enabled(self, enabled: bool):
-        pass
-
-    def _build_loss(self):
-        if self.settings["fseft_loss"] == "soft_dice":
-            return SoftDiceLoss(self.label_manager.has_regions, self.label_manager.ignore_label)
-        return super()._build_loss()
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
-        return optimizer, WarmupCosineScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     # ---- cases ----
 
@@ -111,12 +45,6 @@ class FSEFTTrainer(StoppableTrainer):
     @property
     def class_names(self) -> list[str]:
         return foreground_names(self.dataset_json["labels"], self.label_manager.has_regions)
-
-    def do_split(self) -> tuple[list[str], list[str]]:
-        """Support cases, and the labelled queries that the final validation predicts; nothing else reads the latter."""
-        splits = load_splits(Path(self.preprocessed_dataset_folder_base) / SPLITS_FILE)
-        support = support_cases(splits, self.settings["fseft_shots"], self.fold)
-        return support, query_cases(splits, self.fold)[0]
 
     def get_tr_and_val_datasets(self):
         raise NotImplementedError(f"{type(self).__name__} reads the feature bank, see get_dataloaders.")
@@ -153,11 +81,6 @@ class FSEFTTrainer(StoppableTrainer):
         image, turned = augmented_view(transforms, self.load_image(case), segmentation, seed)
         self.view_segmentations[name] = turned.astype(segmentation.dtype)
         return image
-
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
-        rotation, dummy_2d, initial_patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        self.inference_allowed_mirroring_axes = None  # organs have sides
-        return rotation, dummy_2d, initial_patch_size, None
 
     def get_dataloaders(self):
         regions = region_transform(self.label_manager)
@@ -257,15 +180,7 @@ class FSEFTTrainer(StoppableTrainer):
         """A fresh network takes the support features' statistics and the universal head's rows."""
         if self.network.is_fitted:
             return
-        mean, std = self.bank.statistics(self.support)
-        matches = self.network.fit(mean, std, self.dataset_json["labels"], self.label_manager.has_regions)
-        contract = self.network.backbone.contract
-        trained = sum(p.numel() for p in self.network.parameters())
-        frozen = sum(p.numel() for p in self.network.backbone.module.parameters())
-        self.print_to_log_file(f"Backbone {contract.id}, SHA-256 {contract.sha256}: {frozen} parameters, frozen.")
-        self.print_to_log_file(
-            f"{trained} parameters are trained. Head rows from the universal head: {matches or 'none'}."
-        )
+        self.fit_network(*self.bank.statistics(self.support))
 
     # ---- training ----
 
@@ -316,26 +231,8 @@ class FSEFTTrainer(StoppableTrainer):
         finally:
             self.network = network
 
-    def on_epoch_end(self):
-        last = self.current_epoch == self.num_epochs - 1
-        if not last and (self.current_epoch + 1) % self.progress_png_every:
-            self.logger.plot_progress_png = lambda output_folder: None
-        try:
-            super().on_epoch_end()
-        finally:
-            self.logger.__dict__.pop("plot_progress_png", None)
-        self.stop_at_plateau()
-
-    def stop_at_plateau(self) -> None:
-        """End the training by the published rule, if the plans want it; the losses lie in every checkpoint."""
-        if self.settings["fseft_stop_at_plateau"]:
-            losses = [self.logger.get_value("train_losses", step=epoch) for epoch in range(self.current_epoch)]
-            if at_plateau(losses):
-                raise StopTraining("the training loss no longer falls")
-
     def on_train_end(self):
         self.log_query_sizes("after training")
-        self.optimizer.state.clear()  # the final checkpoint holds the adapter alone
         super().on_train_end()
 
     def log_query_sizes(self, when: str) -> None:
@@ -360,26 +257,9 @@ class FSEFTTrainer(StoppableTrainer):
                     f"{query} seems to lack {', '.join(missing)}, or to show a part: the prior does not enlarge it."
                 )
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        if isinstance(filename_or_checkpoint, str):
-            read_checkpoint(filename_or_checkpoint)  # a damaged file is refused with a remedy
-        super().load_checkpoint(filename_or_checkpoint)
-
-    def save_checkpoint(self, filename: str) -> None:
-        part = f"{filename}.part"
-        super().save_checkpoint(part)
-        if os.path.exists(part):  # nnU-Net writes none when checkpointing is disabled
-            # `fseft predict` wants the prior of a model that travels alone
-            priors = [prior and astuple(prior) for prior in self.priors]
-            torch.save({**read_checkpoint(part), PRIOR_KEY: priors}, part)
-            os.replace(part, filename)
-
-    def perform_actual_validation(self, save_probabilities: bool = False):
-        if not self.do_split()[1]:
-            self.print_to_log_file("No labelled queries: the final validation is skipped.")
-            return
-        super().perform_actual_validation(save_probabilities)
-        self.print_to_log_file(f"Validation results: {join(self.output_folder, 'validation', 'summary.json')}")
+    def added_to_checkpoint(self) -> dict:
+        """What `fseft predict` wants of a model that travels alone."""
+        return {PRIOR_KEY: [prior and astuple(prior) for prior in self.priors]}
 
 
 class FSEFTTrainer_Adapter(FSEFTTrainer):

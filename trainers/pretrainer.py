@@ -17,6 +17,7 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.partial_labels import PartialLabelLoss, annotation_masks
 from fsefs_nnunet.trainers.time_budget import TimeBudgetTrainer
+from fsefs_nnunet.trainers.without_mirroring import WithoutMirroring
 
 
 class RandomAppearanceTransform(ImageOnlyTransform):
@@ -43,7 +44,7 @@ class RandomAppearanceTransform(ImageOnlyTransform):
         return img
 
 
-class FSEFTPretrainer(TimeBudgetTrainer):
+class FSEFTPretrainer(WithoutMirroring, TimeBudgetTrainer):
     """Minimises Eq. (1) of FSEFT over the sources that dataset.json lists under "sources".
 
     Sigmoid outputs need nnU-Net's region-based labels: give at least one label that is a list of several. Sources are
@@ -74,10 +75,9 @@ class FSEFTPretrainer(TimeBudgetTrainer):
         return PartialLabelLoss()
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
-        rotation, dummy_2d, _, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        self.inference_allowed_mirroring_axes = None  # organs have sides
+        rotation, dummy_2d, _, mirror = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         # patches hold whole volumes or most of them, there is nothing to rotate in from outside
-        return rotation, dummy_2d, self.configuration_manager.patch_size, None
+        return rotation, dummy_2d, self.configuration_manager.patch_size, mirror
 
     def configure_optimizers(self):
         # AdamW gets further than nnU-Net's SGD in the few thousand steps of a small backbone

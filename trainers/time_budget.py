@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from time import time
 
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from fsefs_nnunet.errors import InputError
@@ -27,19 +26,18 @@ class StoppableTrainer(nnUNetTrainer):
             self.on_train_end()
 
 
-class TimeScheduler(PolyLRScheduler):
-    """nnU-Net's polynomial schedule over the share of the budget that is used; the epoch plays no part."""
+class OverTheBudget:
+    """A schedule over epochs, run over the share of the budget that is used; the epoch plays no part."""
 
-    def __init__(self, optimizer, initial_lr: float, progress: Callable[[], float]):
-        self.progress = progress
-        super().__init__(optimizer, initial_lr, max_steps=1)
+    def __init__(self, scheduler, num_epochs: int, progress: Callable[[], float]):
+        self.scheduler, self.num_epochs, self.progress = scheduler, num_epochs, progress
 
-    def step(self, current_step=None):
-        super().step(self.progress())
+    def step(self, current_epoch: int | None = None) -> None:
+        self.scheduler.step(self.progress() * self.num_epochs)
 
 
 class TimeBudgetTrainer(StoppableTrainer):
-    """Ends training, and nnU-Net's polynomial schedule with it, after `fseft_train_minutes` (environment variable).
+    """Ends training, and its schedule of learning rates with it, after `fseft_train_minutes` (environment variable).
 
     Without the variable it is the trainer that it derives from. The time counted is that of the epochs in the log, so
     a resumed training goes on where it was.
@@ -77,7 +75,7 @@ class TimeBudgetTrainer(StoppableTrainer):
     def initialize(self):
         super().initialize()
         if self.budget_seconds() is not None:
-            self.lr_scheduler = TimeScheduler(self.optimizer, self.initial_lr, self.progress)
+            self.lr_scheduler = OverTheBudget(self.lr_scheduler, self.num_epochs, self.progress)
             self.num_epochs = 1_000_000
 
     def train_step(self, batch: dict) -> dict:

@@ -1,7 +1,8 @@
 """Adapters: what is trained between the frozen backbone's features and the head.
 
-An adapter maps (B, C, X, Y, Z) to the same shape, starts as the identity, and says in `margin` how many voxels around a
-crop its output depends on.
+An adapter maps (B, C, X, Y, Z) to the same shape, starts as the identity unless its docstring says otherwise, and says
+in `margin` how many voxels around a crop its output depends on (None: on all of it). One file each; a trainer of a few
+lines names its key in ADAPTERS.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from torch import nn
 
 from fsefs_nnunet.adapters.linear_probe import LinearProbe
 from fsefs_nnunet.adapters.spatial import SpatialAdapter
+from fsefs_nnunet.adapters.spatial_in import SpatialINAdapter
 from fsefs_nnunet.errors import InputError
 
-ADAPTERS = {"linear_probe": LinearProbe, "spatial": SpatialAdapter}
+ADAPTERS = {"linear_probe": LinearProbe, "spatial": SpatialAdapter, "spatial_in": SpatialINAdapter}
 
 
 def build_adapter(kind: str, channels: int) -> nn.Module:

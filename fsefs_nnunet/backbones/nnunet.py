@@ -57,6 +57,17 @@ class NNUNetBackbone(nn.Module):
         upsampled = [F.interpolate(f, size=image.shape[2:], mode="trilinear") for f in coarse]
         return torch.cat([x, *upsampled, *(skips[:1] if self.stages == "skips" else [])], 1)
 
+    def tuned_parameters(self, part: str) -> list[str]:
+        """Names of the parameters that fine-tuning of "last_block", "decoder" or "all" trains, without the head's."""
+        last = len(self.unet.decoder.stages) - 1
+        decoder = ("unet.decoder.stages.", "unet.decoder.transpconvs.")
+        prefixes = {
+            "last_block": tuple(f"{block}{last}." for block in decoder),
+            "decoder": decoder,
+            "all": ("unet.encoder.", *decoder),
+        }[part]
+        return [name for name, _ in self.named_parameters() if name.startswith(prefixes)]
+
     def backbone_state(self) -> dict[str, torch.Tensor]:
         """Tensors to store, without the aliases that nnU-Net's state_dict carries."""
         return {name: p.detach() for name, p in self.unet.named_parameters()} | dict(self.unet.named_buffers())

@@ -1,0 +1,363 @@
+"""Every method keeps the same promises."""
+
+import copy
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.backbones.nnunet import NNUNetBackbone
+from fsefs_nnunet.backbones.store import find_backbone, save_backbone
+from fsefs_nnunet.backbones.tuned import TunedBackbone
+from fsefs_nnunet.shims import fseft_trainers
+from fsefs_nnunet.splits import load_splits
+
+CROP = 16
+# short trainings; a window of one fine-tuning step costs most
+SHORT = {
+    "fseft_crop_size": [12, 12, 12],
+    "fseft_steps_per_epoch": 1,
+    "fseft_prior_from_epoch": 1,
+    "fseft_views": 1,
+    "patch_size": [CROP, CROP, CROP],
+    "batch_size": 2,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is promised of one.
+
+    parameters: trained ones for a single organ of its own (one sigmoid) on 48 features, 2 stages.
+    identity: whether step 0 is the universal head's prediction.
+    """
+
+    trainer: str
+    parameters: int
+    identity: bool = True
+    tuned: str | None = None
+    configuration: str = "3d_fullres_5shot"
+
+    @property
+    def cls(self):
+        return getattr(fseft_trainers, self.trainer)
+
+
+HEAD = 48 + 1
+ADAPTER = 54 * 48**2  # 124,416
+# transposed convolution 8 -> 48 of 2^3 with bias, convolutions 96 -> 48 and 48 -> 48 of 3^3 with bias and norm
+BLOCK = 8 * 48 * 8 + 48 + (96 * 48 * 27 + 3 * 48) + (48 * 48 * 27 + 3 * 48)
+ENCODER = (1 * 48 * 27 + 3 * 48) + (48 * 48 * 27 + 3 * 48) + (48 * 8 * 27 + 3 * 8) + (8 * 8 * 27 + 3 * 8)
+METHODS = [
+    Method("FSEFTTrainer_LinearProbe", HEAD),
+    Method("FSEFTTrainer_Adapter", ADAPTER + HEAD),
+    Method("FSEFTTrainer_AdapterIN", ADAPTER + HEAD, identity=False),
+    Method("FSEFTTrainer", ADAPTER + HEAD),
+    Method("FSEFTTrainer_FTLast", BLOCK + HEAD, tuned="last_block"),
+    Method("FSEFTTrainer_Decoder", BLOCK + HEAD, tuned="decoder"),
+    Method("FSEFTTrainer_FT", ENCODER + BLOCK + HEAD, tuned="all"),
+]
+SCRATCH = Method("FSEFTTrainer_Scratch", 0, identity=False, configuration="3d_fullres_5shot_scratch")
+
+
+def of(methods):
+    return pytest.mark.parametrize("method", methods, ids=lambda method: method.trainer)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _same_number_of_threads():
+    """Sums depend on it in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def work(tiny, tmp_path_factory):
+    """One copy for all methods: results lie in folders of their own, the bank is shared."""
+    copied = type(tiny)(tmp_path_factory.mktemp("methods") / "work")
+    shutil.copytree(tiny.root, copied.root)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, folder in copied.environment().items():
+            patch.setenv(name, folder)
+        patch.setenv("nnUNet_n_proc_DA", "0")  # without workers, patches are a function of the epoch
+        yield copied
+
+
+def make_trainer(work, method, epochs=3, cls=None):
+    plans = work.plans(**SHORT)
+    plans["continue_training"] = False
+    trainer = (cls or method.cls)(plans, method.configuration, 0, work.dataset_json(), torch.device("cpu"))
+    trainer.num_epochs = epochs
+    trainer.num_iterations_per_epoch = 1
+    trainer.save_every = 1
+    trainer.logger.plot_progress_png = lambda output_folder: None
+    return trainer
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
+
+
+def identical(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(work):
+    """Uninterrupted trainings of three epochs by method, each once."""
+    done = {}
+
+    def train(method):
+        if method not in done:
+            trainer = make_trainer(work, method)
+            trainer.run_training()
+            folder = work.root / "whole" / method.trainer
+            shutil.copytree(Path(trainer.output_folder_base), folder)
+            done[method] = trainer, folder
+        return done[method]
+
+    return train
+
+
+# ---- the network ----
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A backbone of 48 features."""
+    folder = tmp_path_factory.mktemp("wide")
+    contract = find_backbone("phantom")
+    architecture = copy.deepcopy(contract.architecture)
+    kwargs = architecture["arch_kwargs"]
+    kwargs.update(n_stages=2, features_per_stage=[48, 8], kernel_sizes=[[3] * 3] * 2, strides=[[1] * 3, [2] * 3])
+    kwargs.update(n_conv_per_stage=[2, 2], n_conv_per_stage_decoder=[2])
+    contract = replace(contract, id="wide", architecture=architecture)
+    torch.manual_seed(0)
+    contract = save_backbone(contract, NNUNetBackbone(contract, "last").backbone_state(), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("fseft_backbones", str(folder))
+        yield contract
+
+
+def network_of(method, contract, num_classes=1):
+    kwargs = dict(backbone=contract.id, sha256=contract.sha256, adapter="spatial", stages="last", channels=48, seed=1)
+    configuration = SimpleNamespace(network_arch_init_kwargs=kwargs)
+    return method.cls.build_network_architecture(None, configuration, 1, num_classes, False)
+
+
+@of(METHODS)
+def test_number_of_parameters(method, wide):
+    network = network_of(method, wide)
+    assert sum(p.numel() for p in network.parameters()) == method.parameters
+    buffers = {"feature_mean", "feature_std", "is_fitted"}
+    assert set(network.state_dict()) == {name for name, _ in network.named_parameters()} | buffers
+
+
+@of(METHODS)
+def test_step_0(method, wide, image):
+    network = network_of(method, wide)
+    features = FrozenBackbone("wide", "last")
+    labels = {"background": 0, "liver": [1, 2]}
+    name = wide.classes.index("liver")
+    network.fit(torch.full((48,), 0.5), torch.full((48,), 2.0), labels, True)
+    with torch.no_grad():
+        universal = features.head(features(image))[:, name]
+        same = torch.allclose(network(image)[:, 0], universal, rtol=0, atol=1e-4)
+    assert same == method.identity
+
+
+@of(METHODS)
+def test_only_the_methods_parameters_get_gradients(method, wide, image):
+    network = network_of(method, wide).train()
+    backbone = network.backbone.module
+    named = dict(backbone.named_parameters())
+    tuned = set(backbone.tuned_parameters(method.tuned)) if method.tuned else set()
+    before = {name: p.clone() for name, p in named.items()}
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-2)
+    for _ in range(2):  # what lies before a layer that starts at zero gets its first gradient in the second step
+        optimizer.zero_grad()
+        network(image).square().mean().backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    assert {name for name, p in named.items() if p.grad is not None} == tuned
+    assert {name for name, p in named.items() if not torch.equal(p, before[name])} == tuned
+    assert not any(module.training for module in backbone.modules())
+    assert {name.removeprefix("backbone.tuned.") for name, _ in network.named_parameters() if "tuned" in name} == tuned
+
+
+def test_parts_lie_in_each_other(wide):
+    module = FrozenBackbone("phantom", "last").module
+    last, decoder, everything = (set(module.tuned_parameters(part)) for part in ("last_block", "decoder", "all"))
+    assert last < decoder < everything
+    rest = {name for name, _ in module.named_parameters()} - everything
+    assert rest and all("seg_layers" in name for name in rest)
+
+
+def test_nothing_is_kept_of_the_frozen_layers(image):
+    """What autograd stores for a step grows with what is trained."""
+
+    def stored(part: str) -> int:
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            TunedBackbone("phantom", "last", None, part)(image)
+        return sum(kept)
+
+    last, decoder, everything = map(stored, ("last_block", "decoder", "all"))
+    assert 0 < last < decoder < everything
+    assert last < 0.5 * everything
+
+
+def test_tuned_backbone_follows_to(image):
+    backbone = TunedBackbone("phantom", "last", None, "decoder").to(torch.float64)
+    module = dict(backbone.module.named_parameters())
+    assert {p.dtype for p in module.values()} == {torch.float64}
+    assert all(module[name.removeprefix("tuned.")] is p for name, p in backbone.named_parameters())
+    copied = copy.deepcopy(backbone)
+    module = dict(copied.module.named_parameters())
+    assert all(module[name.removeprefix("tuned.")] is p for name, p in copied.named_parameters())
+
+
+def test_parts_that_are_none():
+    with pytest.raises(ValueError, match=r"'head' is no part .* one of \['last_block', 'decoder', 'all'\]"):
+        TunedBackbone("phantom", "last", None, "head")
+
+
+def test_backbone_without_weights(contract, tmp_path, monkeypatch):
+    monkeypatch.setenv("fseft_backbones", str(tmp_path))
+    raw = replace(contract, id="raw", architecture={"kind": "raw_image"}, classes=())
+    save_backbone(raw, {"none": torch.zeros(1)}, tmp_path)
+    with pytest.raises(ValueError, match="'raw' has no weights to fine-tune: choose another backbone"):
+        TunedBackbone("raw", "last", None, "all")
+
+
+# ---- trainings ----
+
+
+@of(METHODS)
+def test_checkpoint_holds_the_trained_weights_alone(method, whole, work):
+    trainer, folder = whole(method)
+    content = read_checkpoint(folder / "fold_0" / "checkpoint_final.pth")
+    own = {name for name, _ in trainer.network.named_parameters()}
+    assert set(content["network_weights"]) == own | {"feature_mean", "feature_std", "is_fitted"}
+    assert content["optimizer_state"]["state"] == {}
+    assert content["trainer_name"] == method.trainer
+    fresh = make_trainer(work, method)
+    fresh.load_checkpoint(str(folder / "fold_0" / "checkpoint_final.pth"))
+    assert identical(weights(fresh), weights(trainer))
+    assert identical(content["network_weights"], weights(trainer))
+
+
+class Interruption(Exception):
+    pass
+
+
+@of([*METHODS, SCRATCH])
+def test_continued_training_is_exact(method, whole, work):
+    class Interrupted(method.cls):
+        def on_epoch_end(self):
+            super().on_epoch_end()
+            if self.current_epoch == 2:
+                raise Interruption
+
+    if method is SCRATCH:  # stock nnU-Net draws its first weights from the global generator
+        torch.manual_seed(5)
+    expected, _ = whole(method)
+    if method is SCRATCH:
+        torch.manual_seed(5)
+    broken = make_trainer(work, method, cls=Interrupted)
+    with pytest.raises(Interruption):
+        broken.run_training()
+    torch.manual_seed(999)
+    np.random.seed(999)
+    continued = make_trainer(work, method)
+    continued.load_checkpoint(str(Path(broken.output_folder) / "checkpoint_latest.pth"))
+    assert continued.current_epoch == 2
+    continued.run_training()
+    assert identical(weights(continued), weights(expected))
+    losses = [t.logger.get_value("train_losses", step=None) for t in (continued, expected)]
+    np.testing.assert_array_equal(*losses)
+
+
+@of([*METHODS, SCRATCH])
+def test_nnunet_predicts(method, whole, work):
+    """nnU-Net's predictor, as nnUNetv2_predict calls it, gives the trained network's segmentation of a query."""
+    trainer, folder = whole(method)
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_extTrainer", str(Path(fseft_trainers.__file__).parent))
+        predictor.initialize_from_trained_model_folder(str(folder), (0,), "checkpoint_final.pth")
+    assert predictor.allowed_mirroring_axes is None
+    case = load_splits(work.preprocessed / "splits_fseft.json")["queries"][0]
+    data = trainer.dataset_class(trainer.preprocessed_dataset_folder, [case]).load_case(case)[0][:]
+    logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
+    manual = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    manager = PlansManager(work.plans(**SHORT))
+    trainer.set_deep_supervision_enabled(False)
+    manual.manual_initialization(
+        trainer.network.eval(),
+        manager,
+        manager.get_configuration(method.configuration),
+        None,
+        work.dataset_json(),
+        method.trainer,
+        None,
+    )
+    expected = manual.predict_sliding_window_return_logits(torch.from_numpy(data))
+    assert torch.equal(logits, expected.cpu()) and logits.std() > 0
+
+
+@of([m for m in METHODS if m.tuned])
+def test_patches_are_the_supports(method, whole):
+    trainer, _ = whole(method)
+    support = set(load_splits(Path(trainer.preprocessed_dataset_folder_base) / "splits_fseft.json")["folds"][0])
+    for dataset in trainer.get_tr_and_val_datasets():
+        assert set(dataset.identifiers) == support
+    log = Path(trainer.log_file).read_text()
+    assert "5 labelled support cases (all the labels that this training uses)" in log
+    assert f"{sum(p.numel() for p in trainer.network.parameters())} parameters are trained" in log
+    assert "{'spleen': 'spleen', 'kidney_left': 'kidney_left'}" in log
+
+
+RECIPES = {
+    "FSEFTTrainer_LinearProbe": (1e-2, 0.0, 100),
+    "FSEFTTrainer_AdapterIN": (1e-2, 1e-5, 100),
+    "FSEFTTrainer_FTLast": (1e-2, 1e-5, 100),
+    "FSEFTTrainer_Decoder": (1e-4, 0.0, 200),
+    "FSEFTTrainer_FT": (1e-4, 1e-5, 150),
+}
+
+
+@of([m for m in METHODS if m.trainer in RECIPES])
+def test_published_recipes(method, work):
+    plans = work.plans()
+    plans["continue_training"] = False
+    trainer = method.cls(plans, method.configuration, 0, work.dataset_json(), torch.device("cpu"))
+    trainer.initialize()
+    group = trainer.optimizer.param_groups[0]
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    assert (group["lr"], group["weight_decay"], trainer.num_epochs) == RECIPES[method.trainer]
+    trainer.lr_scheduler.step(trainer.num_epochs // 2 + 0.5)
+    assert group["lr"] == pytest.approx(RECIPES[method.trainer][0] / 2)
+
+
+def test_fine_tuning_for_a_time(work, monkeypatch):
+    """The schedule runs over the budget instead of the epochs, and the training ends with it."""
+    monkeypatch.setenv("fseft_train_minutes", "0.02")
+    trainer = make_trainer(work, METHODS[4])
+    trainer.num_epochs = 100
+    trainer.run_training()
+    rates = trainer.logger.get_value("lrs", step=None)
+    assert rates[0] == 1e-2 and rates[-1] < rates[0]
+    assert trainer.seconds_trained() >= 1.2
+    assert os.path.exists(os.path.join(trainer.output_folder, "checkpoint_final.pth"))

@@ -1,0 +1,51 @@
+"""What every trainer of a K-shot configuration shares: its cases and its checkpoints."""
+
+from __future__ import annotations
+
+import os
+from os.path import join
+from pathlib import Path
+
+import torch
+
+from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.splits import SPLITS_FILE, load_splits, query_cases, support_cases
+from fsefs_nnunet.trainers.without_mirroring import WithoutMirroring
+
+
+class KShotTrainer(WithoutMirroring):
+    """Trains on the support cases of `splits_fseft.json`; its final validation predicts the labelled queries."""
+
+    @property
+    def settings(self) -> dict:
+        """The configuration as the plans give it."""
+        return self.configuration_manager.configuration
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """Support cases, and the labelled queries that the final validation predicts; nothing else reads the latter."""
+        splits = load_splits(Path(self.preprocessed_dataset_folder_base) / SPLITS_FILE)
+        return support_cases(splits, self.settings["fseft_shots"], self.fold), query_cases(splits, self.fold)[0]
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        if isinstance(filename_or_checkpoint, str):
+            read_checkpoint(filename_or_checkpoint)  # a damaged file is refused with a remedy
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def save_checkpoint(self, filename: str) -> None:
+        part = f"{filename}.part"
+        super().save_checkpoint(part)
+        if os.path.exists(part):  # nnU-Net writes none when checkpointing is disabled
+            if added := self.added_to_checkpoint():
+                torch.save({**read_checkpoint(part), **added}, part)
+            os.replace(part, filename)
+
+    def added_to_checkpoint(self) -> dict:
+        """Data beside what nnU-Net keeps; its loaders do not look at it."""
+        return {}
+
+    def perform_actual_validation(self, save_probabilities: bool = False):
+        if not self.do_split()[1]:
+            self.print_to_log_file("No labelled queries: the final validation is skipped.")
+            return
+        super().perform_actual_validation(save_probabilities)
+        self.print_to_log_file(f"Validation results: {join(self.output_folder, 'validation', 'summary.json')}")
