@@ -76,4 +76,4 @@ class TrainedModel:
 
     @property
     def gamma(self) -> float:
-        return self.settings["fseft_gamma"]
+        return self.settings["fseft_predict_gamma"]
