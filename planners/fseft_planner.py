@@ -203,7 +203,7 @@ class FSEFTPlanner(ExperimentPlanner):
             "fseft_loss": "nnunet",
             "fseft_lambda": 0.1,
             "fseft_gamma": 0.1,
-            "fseft_predict_gamma": 0.3,
+            "fseft_predict_gamma": 0.15,
             "fseft_prior_from_epoch": 30,
             "fseft_pool": max(LEAST_POOLING, pooling_factor(parent["median_image_size_in_voxels"])),
             "fseft_bank_gb": None,
