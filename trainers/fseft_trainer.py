@@ -13,6 +13,8 @@ from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentatio
 from torch import autocast, nn
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.backbones.decoder_tuning import refuse_untrained_decoder
+from fsefs_nnunet.backbones.store import find_backbone
 from fsefs_nnunet.bank_disk import BANK_FOLDER, cap_in_gb
 from fsefs_nnunet.bank_layout import Layout, query_layout, support_layout
 from fsefs_nnunet.crops import CropLoader
@@ -38,6 +40,7 @@ class FSEFTTrainer(StoppableTrainer):
 
     adapter: str | None = None  # None: what the plans say
     use_size_prior = True
+    tunes_decoder = False  # an adapter sees the frozen decoder's features; a trained encoder alone gives it none
     initial_lr_of_method = 2e-3
     progress_png_every = 25  # epochs; drawing takes about a second
 
@@ -49,6 +52,8 @@ class FSEFTTrainer(StoppableTrainer):
                 f"{configuration!r} of plans {self.plans_manager.plans_name!r} is no K-shot configuration: make plans "
                 "with `fseft plan_and_preprocess -d ID` and train one of 3d_fullres_1shot, _5shot, _10shot or _allshot."
             )
+        if not self.tunes_decoder:
+            refuse_untrained_decoder(find_backbone(self.settings["fseft_backbone"]))
         if self.is_ddp:
             raise InputError(f"{type(self).__name__} trains a small adapter on one device: leave -num_gpus at 1.")
         if any(argument.startswith("-pretrained") for argument in sys.argv):  # nnU-Net tells its trainers nothing of it

@@ -29,6 +29,7 @@ def read_checkpoint(file: Path) -> dict:
     file = Path(file)
     if not file.exists():
         raise InputError(f"The checkpoint {file} is missing.")
+    refuse_web_page(file)
     try:
         with torch.serialization.safe_globals(_numpy_types()):
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -40,3 +41,14 @@ def read_checkpoint(file: Path) -> dict:
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise InputError(f"{file} is damaged or incomplete: download or copy it again.") from error
+
+
+def refuse_web_page(file: Path) -> None:
+    """Raises InputError if `file` is what a browser, or git without LFS, leaves in place of a checkpoint."""
+    with open(file, "rb") as f:
+        start = f.read(64).lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"version https://git-lfs")):
+        raise InputError(
+            f"{file} was not opened: it is a web page or a pointer to the checkpoint, not the checkpoint. Download the "
+            "file itself."
+        )

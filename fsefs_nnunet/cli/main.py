@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from fsefs_nnunet import __version__
-from fsefs_nnunet.cli import backbones, bank, demo, env, link, planning
+from fsefs_nnunet.cli import backbones, bank, demo, env, link, planning, zero_shot
 
-VERBS = (env, planning, backbones, bank, link, demo)
+VERBS = (env, planning, backbones, zero_shot, bank, link, demo)
 
 
 def parser() -> argparse.ArgumentParser:
