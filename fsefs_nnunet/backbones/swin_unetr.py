@@ -17,7 +17,7 @@ class SwinUNETRBackbone(nn.Module):
     """Features of the last decoder stage, those that the published heads act on.
 
     Sides of the input must be multiples of 32. Attention is computed by PyTorch's fused kernel where no gradient is
-    asked for, which is the same within 1e-5 of the features.
+    asked for: the same within 1e-5 of the largest feature.
     """
 
     def __init__(self, contract: BackboneContract, stages: str):
