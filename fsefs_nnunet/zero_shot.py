@@ -134,7 +134,7 @@ def predict_zero_shot(dataset_id: int | str, backbone_id: str, images_folder: Pa
     print(f"Labels of {name} by the head of {backbone_id}: {network.matches}")
     absent = [label for label in network.names if label not in network.matches]
     if absent:
-        print(f"The backbone's head does not know {', '.join(absent)}: they stay background.")
+        print(f"The backbone's head does not know {', '.join(absent)}: it leaves background there.")
     predictor = nnUNetPredictor(
         use_mirroring=False,  # organs have sides
         perform_everything_on_device=device == "cuda",
