@@ -124,6 +124,8 @@ def predict_zero_shot(dataset_id: int | str, backbone_id: str, images_folder: Pa
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("There is no GPU here that PyTorch can use: add -device cpu.")
     name, raw, _ = dataset_folders(dataset_id)
     dataset_json = json.loads((raw / "dataset.json").read_text())
     images = images_in(images_folder, dataset_json)

@@ -155,7 +155,7 @@ def test_published_architecture(workspace, tmp_path, monkeypatch):
     assert (np.asarray(made.dataobj) != expected).mean() < 1e-3
 
 
-def test_bad_input(workspace, tmp_path, capsys):
+def test_bad_input(workspace, tmp_path, capsys, monkeypatch):
     def refused(*argv: str) -> str:
         assert main(["zero_shot", "-d", "77", "-o", str(tmp_path / "out"), "-device", "cpu", *argv]) == 2
         err = capsys.readouterr().err
@@ -171,4 +171,6 @@ def test_bad_input(workspace, tmp_path, capsys):
     assert "'phantom' knows none of the labels stomach; its head knows " in refused("-i", images)
     file.write_text(json.dumps({**content, "channel_names": {"0": "CT", "1": "CT"}}))
     assert "scan_0_0001.nii.gz is missing" in refused("-i", str(workspace.queries))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU here that PyTorch can use: add -device cpu" in refused("-i", images, "-device", "cuda")
     assert not (tmp_path / "out").exists()

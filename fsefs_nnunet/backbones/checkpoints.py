@@ -12,12 +12,12 @@ from fsefs_nnunet.errors import InputError
 
 
 def _numpy_types() -> list:
-    """What nnU-Net's checkpoints hold beside tensors: numpy scalars in the log, the device in init_args."""
-    # numpy pickles its scalars under the name of its private module
+    """What checkpoints hold beside tensors: numpy scalars in the log."""
+    # numpy pickles its scalars under the name of its private module, which was another one before version 2
     from numpy._core import multiarray
 
     dtypes = {type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")}
-    return [multiarray.scalar, np.dtype, *dtypes]
+    return [multiarray.scalar, (multiarray.scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]
 
 
 def read_checkpoint(file: Path) -> dict:
