@@ -6,10 +6,12 @@ import re
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 
 import pytest
 import torch
+from filelock import FileLock
 from published_files import LAYOUTS, layout, meta_content, random_tensors, wrapped, write_published
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
@@ -301,11 +303,17 @@ def test_full_disk(store, tmp_path):
 
 
 def test_two_imports_at_once(store, tmp_path):
+    """One waits for the other: while the lock of the id is held, none writes."""
     write_published(tmp_path / "x.pth", "suprem_unet", width=8)
-    commands = [subprocess.Popen([sys.executable, "-c", IMPORT, tmp_path / "x.pth"]) for _ in range(2)]
-    assert [command.wait() for command in commands] == [0, 0]
+    store.mkdir()
+    with ThreadPoolExecutor() as pool:
+        with FileLock(store / "own.lock"):
+            imports = [pool.submit(import_published, "own", tmp_path / "x.pth", store) for _ in range(2)]
+            assert not wait(imports, timeout=1).done
+            assert [file.name for file in store.iterdir()] == ["own.lock"]
+        assert imports[0].result() == imports[1].result() == find_backbone("own")
     FrozenBackbone("own", "last")  # verifies the weights
-    assert sorted(file.suffix for file in store.iterdir() if file.suffix != ".lock") == [".json", ".safetensors"]
+    assert sorted(file.suffix for file in store.iterdir()) == [".json", ".lock", ".safetensors"]
 
 
 def test_folder_that_cannot_be_written(tmp_path):
