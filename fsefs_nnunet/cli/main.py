@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from fsefs_nnunet import __version__
-from fsefs_nnunet.cli import backbones, bank, demo, env, link, planning
+from fsefs_nnunet.cli import backbones, bank, convert, demo, env, link, planning
 
-VERBS = (env, planning, backbones, bank, link, demo)
+VERBS = (env, planning, backbones, bank, convert, link, demo)
 
 
 def parser() -> argparse.ArgumentParser:
