@@ -20,6 +20,8 @@ VERBS = [
     ["backbones", "--help"],
     ["backbones", "list", "--help"],
     *(["backbones", action, "--help"] for action in ("info", "import", "download", "verify", "remove")),
+    ["predict", "--help"],
+    ["remember", "--help"],
     ["zero_shot", "--help"],
     ["bank", "--help"],
     ["link", "--help"],
