@@ -124,6 +124,7 @@ def test_unet_values(store, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "a 3D U-Net of SuPreM, 64 features. All 62 tensors of the backbone matched, 19073600 numbers." in out
     assert f"Left out, {TEXT_HEAD}: 13 (module.organ_embedding, ...)" in out and f"Left out, {STATISTICS}: 42" in out
+    assert "The file is not the known supervised_suprem_unet_2100.pth: its SHA-256 differs." in out
     assert "Licence: Apache-2.0" in out and "Citation: Li, Yuille, Zhou" in out
     contract = find_backbone("suprem_unet")
     assert contract.source == {"file": "any_name.bin", "sha256": sha256_of(tmp_path / "any_name.bin")}

@@ -13,7 +13,7 @@ from fsefs_nnunet.backbones.decoder_tuning import untrained_decoder
 from fsefs_nnunet.backbones.frozen import ARCHITECTURES
 from fsefs_nnunet.backbones.published import ARCHITECTURE_NAMES, PublishedContent, recognise
 from fsefs_nnunet.backbones.store import check_id, save_backbone, sha256_of
-from fsefs_nnunet.backbones.zoo import ZOO, PublishedBackbone
+from fsefs_nnunet.backbones.zoo import SWIN_UNETR, ZOO, PublishedBackbone
 from fsefs_nnunet.errors import InputError
 
 DECODER_SEED = 12345
@@ -109,4 +109,12 @@ def _report(file: Path, contract: BackboneContract, content: PublishedContent, o
         print("No row of a linear head: labels start fresh, and there is no zero-shot prediction.")
     if contract.encoder_only:
         print(untrained_decoder(contract))
+    known = ZOO.get(contract.id)
+    if known is None and contract.architecture["kind"] == SWIN_UNETR:
+        print(
+            "Patch merging in the order of the public checkpoints: a network that you trained with a recent MONAI has "
+            "another one, and its features would be wrong here."
+        )
+    if known and known.sha256 not in ("", contract.source["sha256"]):
+        print(f"The file is not the known {known.file}: its SHA-256 differs.")
     print(f"Licence: {contract.licence}\nCitation: {contract.citation}")
