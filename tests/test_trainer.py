@@ -523,6 +523,17 @@ def test_pretrained_weights_are_refused(work, monkeypatch, argument):
         make_trainer(work)
 
 
+@pytest.mark.parametrize("cls", [FSEFTTrainer, FSEFTTrainer_LinearProbe])
+def test_several_gpus_are_refused(work, cls):
+    """nnU-Net's -num_gpus starts a process group, which is how its trainers know."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(InputError, match=f"^{cls.__name__} trains on one device: leave -num_gpus at 1.$"):
+            make_trainer(work, cls)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_damaged_checkpoint_is_refused(work):
     trainer = trained(work, epochs=1)
     file = Path(trainer.output_folder) / "checkpoint_final.pth"
