@@ -17,5 +17,9 @@ setup(
         "fsefs_nnunet.planners": "planners",
         "fsefs_nnunet.trainers": "trainers",
     },
-    package_data={"fsefs_nnunet": ["shims/*.py"], "fsefs_nnunet.backbones": ["weights/*"]},
+    package_data={
+        "fsefs_nnunet": ["shims/*.py"],
+        "fsefs_nnunet.backbones": ["weights/*"],
+        "fsefs_nnunet.datasets": ["*.json"],
+    },
 )

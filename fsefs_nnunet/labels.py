@@ -1,4 +1,4 @@
-"""Matching of the dataset's label names with the backbone's classes."""
+"""Names of anatomical structures: one table of spellings, the public templates, matching of a dataset's labels."""
 
 from __future__ import annotations
 
@@ -6,18 +6,70 @@ import re
 
 from fsefs_nnunet.errors import InputError
 
-# Spellings of one structure; names are compared in the form that `normalised` gives.
-_ALIASES = {
-    "kidney_right": ["right_kidney", "rkidney", "kidney_r"],
-    "kidney_left": ["left_kidney", "lkidney", "kidney_l"],
-    "kidneys": ["kidney"],
-    "inferior_vena_cava": ["postcava", "ivc", "cava", "postcava_ivc"],
-    "gallbladder": ["gall_bladder"],
-    "esophagus": ["oesophagus"],
+# Structure -> its other spellings in public datasets (BTCV, AMOS, FLARE, TotalSegmentator, ...) and backbones, in the
+# form that `normalised` gives. A part is not its whole: no alias joins a lobe with its organ. BTCV's "rad" and "lad"
+# are left out: elsewhere the latter is a coronary artery.
+STRUCTURES = {
     "spleen": ["spl"],
+    "kidney_right": ["right_kidney", "rkidney", "kidney_r", "rkid", "r_kidney"],
+    "kidney_left": ["left_kidney", "lkidney", "kidney_l", "lkid", "l_kidney"],
+    "kidneys": ["kidney"],
+    "gallbladder": ["gall_bladder", "gall", "gbd"],
+    "esophagus": ["oesophagus", "eso"],
+    "liver": [],
+    "stomach": ["sto"],
+    "aorta": ["aor", "arota"],  # AMOS's dataset.json spells it so
+    "inferior_vena_cava": ["postcava", "ivc", "cava", "postcava_ivc"],
+    "portal_vein_and_splenic_vein": ["psv", "portal_and_splenic_veins", "portal_vein_splenic_vein"],
+    "pancreas": [],
+    "adrenal_gland_right": ["right_adrenal_gland", "right_adrenal", "radrenal", "adrenal_right", "rag"],
+    "adrenal_gland_left": ["left_adrenal_gland", "left_adrenal", "ladrenal", "adrenal_left", "lag"],
+    "duodenum": ["duo"],
+    "urinary_bladder": ["bladder"],
+    "prostate": [],
+    "prostate_uterus": ["prost_ut", "prostate_or_uterus"],
+    "celiac_trunk": ["celiac_truck", "celiac_artery", "celiac_aa"],
+    "lung_right": ["right_lung", "rlung"],
+    "lung_left": ["left_lung", "llung"],
+    "bone": ["bones"],
+    "brain": [],
+    "colon": [],
+    "intestine": ["intestines"],
+    "rectum": [],
+    "femur_head_left": ["left_head_of_femur", "head_of_femur_left", "head_of_femur_l", "left_femoral_head"],
+    "femur_head_right": ["right_head_of_femur", "head_of_femur_right", "head_of_femur_r", "right_femoral_head"],
+    "hepatic_vessel": ["hv", "hepatic_vessels"],
+    "hepatic_vessel_tumor": ["hvt", "hepatic_vessel_tumour"],
+    "liver_tumor": ["liver_tumour"],
+    "kidney_tumor": ["kidney_tumour"],
+    "kidney_cyst": [],
+    "lung_tumor": ["lung_tumour"],
+    "pancreas_tumor": ["pancreas_tumour"],
+    "colon_tumor": ["colon_tumour"],
     "vertebrae": ["spine", "vertebral_column"],
 }
-_CANONICAL = {alias: name for name, aliases in _ALIASES.items() for alias in aliases}
+_CANONICAL = {alias: name for name, aliases in STRUCTURES.items() for alias in aliases}
+
+# Rows of FSEFT's universal head, in its order (UNIVERSAL_TEMPLATE of its public code).
+TEMPLATE_29 = (
+    "spleen", "kidney_right", "kidney_left", "gallbladder", "esophagus", "liver", "stomach", "aorta",
+    "inferior_vena_cava", "portal_vein_and_splenic_vein", "pancreas", "adrenal_gland_right", "adrenal_gland_left",
+    "duodenum", "urinary_bladder", "prostate_uterus", "liver_tumor", "kidney_tumor", "kidney_cyst", "celiac_trunk",
+    "lung_right", "lung_left", "bone", "brain", "lung_tumor", "pancreas_tumor", "hepatic_vessel",
+    "hepatic_vessel_tumor", "colon_tumor",
+)  # fmt: skip
+
+# What the CLIP-Driven Universal Model and SuPreM were trained on, in their order (ORGAN_NAME of their public code).
+TEMPLATE_32 = (
+    "spleen", "kidney_right", "kidney_left", "gallbladder", "esophagus", "liver", "stomach", "aorta",
+    "inferior_vena_cava", "portal_vein_and_splenic_vein", "pancreas", "adrenal_gland_right", "adrenal_gland_left",
+    "duodenum", "hepatic_vessel", "lung_right", "lung_left", "colon", "intestine", "rectum", "urinary_bladder",
+    "prostate", "femur_head_left", "femur_head_right", "celiac_trunk", "kidney_tumor", "liver_tumor",
+    "pancreas_tumor", "hepatic_vessel_tumor", "lung_tumor", "colon_tumor", "kidney_cyst",
+)  # fmt: skip
+
+# Labels of BTCV (Multi-Atlas Labeling Beyond the Cranial Vault) by value: FSEFT's and CLIP-Driven's lists start so.
+BTCV_14 = ("background", *TEMPLATE_29[:13])
 
 
 def normalised(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -120,7 +121,13 @@ def plan(
         backbone=backbone,
         shots=shots,
     )
-    planner.plan_experiment()
+    # nnU-Net's planner takes the number of training's workers for that of its threads, and 0 is right for the former
+    workers = os.environ.pop("nnUNet_n_proc_DA", None)
+    try:
+        planner.plan_experiment()
+    finally:
+        if workers is not None:
+            os.environ["nnUNet_n_proc_DA"] = workers
     return planner.plans_identifier
 
 

@@ -11,6 +11,7 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn_by_name
 
+from fsefs_nnunet.backbones.decoder_tuning import untrained_decoder
 from fsefs_nnunet.backbones.readers import find_reader, reoriented_axes, reorients
 from fsefs_nnunet.backbones.store import DEFAULT_BACKBONE, find_backbone, load_weights
 from fsefs_nnunet.bank_layout import pooling_factor
@@ -78,29 +79,10 @@ class FSEFTPlanner(ExperimentPlanner):
         load_weights(self.contract)
         self.shots = fitting_shots(shots, len(self.dataset))
         self._check_dataset()
-        self._check_channels()
+        file = join(self.raw_dataset_folder, "dataset.json")
+        self.contract.check_channels(list(self.dataset_json["channel_names"].values()), file)
         self.reader = find_reader(self.contract, self.dataset_json["file_ending"])
         self._reorient_fingerprint()
-
-    def _check_channels(self) -> None:
-        contract, names = self.contract, list(self.dataset_json["channel_names"].values())
-        file = join(self.raw_dataset_folder, "dataset.json")
-        if len(names) != contract.input_channels:
-            raise InputError(
-                f"{file} has {len(names)} channel(s), backbone {contract.id!r} takes {contract.input_channels}: "
-                "choose another backbone or convert the dataset."
-            )
-        for channel, (name, known) in enumerate(zip(names, contract.channel_names)):
-            if contract.normalization_schemes is None:
-                if _is_ct(name) and str(channel) not in contract.foreground_intensity_properties_per_channel:
-                    raise InputError(
-                        f"Backbone {contract.id!r} was not trained on CT, {file} names CT: choose another."
-                    )
-            elif _is_ct(name) != _is_ct(known):  # Hounsfield units are absolute, other intensities are not
-                raise InputError(
-                    f"Channel {channel} of {file} is {name!r}, backbone {contract.id!r} was trained with {known!r} "
-                    f"there: choose another backbone, or name the channel {known!r} if it holds the same."
-                )
 
     def _check_dataset(self) -> None:
         spacings = np.array(self.dataset_fingerprint["spacings"])
@@ -157,16 +139,13 @@ class FSEFTPlanner(ExperimentPlanner):
 
     def window(self, median_shape: np.ndarray) -> list[int]:
         """Patch size: covers the median volume as far as the backbone's smallest and largest window allow it."""
-        smallest, largest, divisor = (
-            np.array(getattr(self.contract, key)) for key in ("smallest_window", "patch_size", "divisor")
-        )
-        fitting = np.ceil(np.maximum(median_shape, smallest) / divisor) * divisor
-        return np.minimum(fitting, largest).astype(int).tolist()
+        return self.contract.window(median_shape)
 
     def features(self) -> tuple[str, int]:
-        """Stages that the adapter gets the features of, and its width, at least that of the backbone's head."""
-        *skips, _ = self.contract.architecture.get("arch_kwargs", {}).get("features_per_stage", [0, 0])
-        return "skips" if 2 * sum(skips) <= MOST_FEATURES else "last", max(CHANNELS, skips[0])
+        """Stages that the adapter gets the features of, and its width, at least that of the decoder's last stage."""
+        choices = self.contract.stage_features
+        stages = "skips" if choices.get("skips", MOST_FEATURES + 1) <= MOST_FEATURES else "last"
+        return stages, max(CHANNELS, choices["last"])
 
     def child(self, shots: int | str, parent: dict) -> dict:
         """The configuration of `shots` labelled cases."""
@@ -203,7 +182,7 @@ class FSEFTPlanner(ExperimentPlanner):
             "fseft_loss": "nnunet",
             "fseft_lambda": 0.1,
             "fseft_gamma": 0.1,
-            "fseft_predict_gamma": 0.3,
+            "fseft_predict_gamma": 0.15,
             "fseft_prior_from_epoch": 30,
             "fseft_pool": max(LEAST_POOLING, pooling_factor(parent["median_image_size_in_voxels"])),
             "fseft_bank_gb": None,
@@ -260,10 +239,8 @@ class FSEFTPlanner(ExperimentPlanner):
             f"multiples of {list(contract.divisor)}, at most {list(contract.patch_size)}.\n"
             f"Features of stages: {child['architecture']['arch_kwargs']['stages']}.\n"
             f"Training: {child['batch_size']} crops of {child['fseft_crop_size']} from the feature bank a step.\n"
-            f"Labels that the backbone knows by name: {match_labels(names, contract.classes) or 'none'}.\n"
+            f"Labels that the backbone knows by name: {match_labels(names, contract.head_classes) or 'none'}.\n"
             f"Configurations: {', '.join(children)}; 3d_fullres is stock nnU-Net on the same data."
         )
-
-
-def _is_ct(channel_name: str) -> bool:
-    return channel_name.casefold() == "ct"  # as nnU-Net compares
+        if contract.encoder_only:
+            print(untrained_decoder(contract))

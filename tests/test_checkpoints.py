@@ -46,6 +46,16 @@ def test_reads_what_nnunet_writes(tmp_path):
     assert content.keys() == nnunet_like().keys()
 
 
+def test_reads_what_older_numpy_pickled(tmp_path):
+    """Before version 2 numpy's scalars were in numpy.core, in files of that time they still are."""
+    file = tmp_path / "old.pth"
+    torch.save({"best_acc": np.float64(0.5), "net": {"a": torch.ones(2)}}, file, _use_new_zipfile_serialization=False)
+    content = file.read_bytes()
+    assert b"numpy._core.multiarray" in content
+    file.write_bytes(content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert read_checkpoint(file)["best_acc"] == 0.5
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, zipped):
     witness, file = tmp_path / "ran", tmp_path / "evil.pth"

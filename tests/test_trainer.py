@@ -88,12 +88,25 @@ def edit_labels(workspace, cases, change) -> None:
     cls = infer_dataset_class(folder)
     for case in cases:
         data, segmentation, _, properties = cls(folder, [case]).load_case(case)
-        data, segmentation = np.array(data[:]), change(np.array(segmentation[:]))
-        for file in Path(folder).glob(f"{case}*"):
-            file.unlink()
-        blocks, chunks = comp_blosc2_params(data.shape, (16, 16, 16))
-        layout = dict(chunks=chunks, blocks=blocks, chunks_seg=chunks, blocks_seg=blocks)
-        cls.save_case(data, segmentation.astype(np.int8), properties, str(Path(folder) / case), **layout)
+        save_case(workspace, cls, case, np.array(data[:]), change(np.array(segmentation[:])), properties)
+
+
+def edit_images(workspace, case, change) -> None:
+    """Replace the preprocessed image (channels, X, Y, Z) of `case` by what `change` makes of it."""
+    folder = str(workspace.preprocessed / "FSEFTPlans_3d_fullres")
+    cls = infer_dataset_class(folder)
+    data, segmentation, _, properties = cls(folder, [case]).load_case(case)
+    data, segmentation = change(np.array(data[:])), np.array(segmentation[:])
+    save_case(workspace, cls, case, data, segmentation, properties)
+
+
+def save_case(workspace, cls, case, data, segmentation, properties) -> None:
+    folder = workspace.preprocessed / "FSEFTPlans_3d_fullres"
+    for file in folder.glob(f"{case}*"):
+        file.unlink()
+    blocks, chunks = comp_blosc2_params(data.shape, (16, 16, 16))
+    layout = dict(chunks=chunks, blocks=blocks, chunks_seg=chunks, blocks_seg=blocks)
+    cls.save_case(data, segmentation.astype(np.int8), properties, str(folder / case), **layout)
 
 
 def labels_of(workspace, case) -> np.ndarray:
@@ -319,7 +332,7 @@ def test_views_of_the_support(work):
 def test_second_training_fills_no_bank(work):
     bank = work.preprocessed / "fseft_features"
     times = {file: file.stat().st_mtime_ns for file in bank.rglob("*.npy")}
-    assert len(times) == 15  # five support cases, a view of each, five queries
+    assert len(times) == 20  # five support cases, a view of each, once more pooled, five queries
     trainer = trained(work, epochs=1, fold=2)
     assert {file: file.stat().st_mtime_ns for file in bank.rglob("*.npy")} == times
     assert "volumes to go through the frozen backbone" not in text_of(trainer)
@@ -362,6 +375,21 @@ def test_class_missing_in_the_support(work):
     assert trainer.known.tolist() == [0, 2]
     assert "Size prior of stomach: none" in text_of(trainer)
     assert all(torch.isfinite(tensor).all() for tensor in weights(trainer).values())
+
+
+def test_constant_images(work):
+    """One of the support and a query: nothing to see, nothing that breaks."""
+    splits = splits_of(work)
+    query = splits["queries"][0]
+    folder = str(work.preprocessed / "FSEFTPlans_3d_fullres")
+    for case in (splits["folds"][0][0], query):
+        edit_images(work, case, np.zeros_like)
+        assert not np.asarray(infer_dataset_class(folder)(folder, [case]).load_case(case)[0][:]).any()
+    trainer = trained(work)
+    assert np.isfinite(trainer.logger.get_value("train_losses", step=None)).all()
+    assert all(torch.isfinite(tensor).all() for tensor in trainer.network.state_dict().values())
+    log = text_of(trainer)
+    assert f"{query} seems to lack spleen" in log.split("after training")[1]
 
 
 def test_regions_with_ignore_label(work):
@@ -493,6 +521,17 @@ def test_pretrained_weights_are_refused(work, monkeypatch, argument):
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "77", FIVE, "0", argument, "model.pth"])
     with pytest.raises(InputError, match="takes no -pretrained_weights: import the model as a backbone"):
         make_trainer(work)
+
+
+@pytest.mark.parametrize("cls", [FSEFTTrainer, FSEFTTrainer_LinearProbe])
+def test_several_gpus_are_refused(work, cls):
+    """nnU-Net's -num_gpus starts a process group, which is how its trainers know."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(InputError, match=f"^{cls.__name__} trains on one device: leave -num_gpus at 1.$"):
+            make_trainer(work, cls)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_damaged_checkpoint_is_refused(work):

@@ -7,6 +7,8 @@ import sys
 import torch
 from torch import nn
 
+from fsefs_nnunet.backbones.decoder_tuning import refuse_untrained_decoder
+from fsefs_nnunet.backbones.store import find_backbone
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.network import AdaptedNetwork
@@ -36,6 +38,8 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
                 f"{configuration!r} of plans {self.plans_manager.plans_name!r} is no K-shot configuration: make plans "
                 "with `fseft plan_and_preprocess -d ID` and train one of 3d_fullres_1shot, _5shot, _10shot or _allshot."
             )
+        if self.tuned not in ("decoder", "all"):
+            refuse_untrained_decoder(find_backbone(self.settings["fseft_backbone"]))
         if self.is_ddp:
             raise InputError(f"{type(self).__name__} trains on one device: leave -num_gpus at 1.")
         if any(argument.startswith("-pretrained") for argument in sys.argv):  # nnU-Net tells its trainers nothing of it

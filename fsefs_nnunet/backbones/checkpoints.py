@@ -12,12 +12,12 @@ from fsefs_nnunet.errors import InputError
 
 
 def _numpy_types() -> list:
-    """What nnU-Net's checkpoints hold beside tensors: numpy scalars in the log, the device in init_args."""
-    # numpy pickles its scalars under the name of its private module
+    """What checkpoints hold beside tensors: numpy scalars in the log."""
+    # numpy pickles its scalars under the name of its private module, which was another one before version 2
     from numpy._core import multiarray
 
     dtypes = {type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")}
-    return [multiarray.scalar, np.dtype, *dtypes]
+    return [multiarray.scalar, (multiarray.scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]
 
 
 def read_checkpoint(file: Path) -> dict:
@@ -29,6 +29,7 @@ def read_checkpoint(file: Path) -> dict:
     file = Path(file)
     if not file.exists():
         raise InputError(f"The checkpoint {file} is missing.")
+    refuse_web_page(file)
     try:
         with torch.serialization.safe_globals(_numpy_types()):
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -40,3 +41,14 @@ def read_checkpoint(file: Path) -> dict:
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise InputError(f"{file} is damaged or incomplete: download or copy it again.") from error
+
+
+def refuse_web_page(file: Path) -> None:
+    """Raises InputError if `file` is what a browser, or git without LFS, leaves in place of a checkpoint."""
+    with open(file, "rb") as f:
+        start = f.read(64).lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"version https://git-lfs")):
+        raise InputError(
+            f"{file} was not opened: it is a web page or a pointer to the checkpoint, not the checkpoint. Download the "
+            "file itself."
+        )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
+import numpy as np
 
 from fsefs_nnunet.errors import InputError
 
@@ -20,7 +23,7 @@ class BackboneContract:
 
     id: its name in plans and on the command line.
     architecture: how to build it; "kind" names the class in fsefs_nnunet.backbones.frozen, the rest is its own.
-    classes: names of the universal head's rows, in order.
+    classes: names of the universal head's rows, in order; of what it was trained on, where it has no linear head.
     softmax: the head's rows compete and row 0 is the background; otherwise each is a sigmoid of its own.
     channel_names: what it was trained on, per channel.
     image_reader_writer: nnU-Net's reader; only those "WithReorient" turn images to RAS.
@@ -34,6 +37,7 @@ class BackboneContract:
     smallest_window: smallest window that it was trained on, voxels per axis.
     divisor: what a window must be a multiple of, voxels per axis.
     sha256: of the weights file.
+    source: name and sha256 of the file that was imported, where it was one.
     """
 
     id: str
@@ -57,10 +61,34 @@ class BackboneContract:
     citation: str = ""
     description: str = ""
     training: dict = field(default_factory=dict)
+    source: dict = field(default_factory=dict)
 
     @property
     def input_channels(self) -> int:
         return len(self.channel_names)
+
+    @property
+    def head_classes(self) -> tuple[str, ...]:
+        """The classes that have a row in a linear head."""
+        return self.classes if self.architecture.get("head", True) else ()
+
+    @property
+    def encoder_only(self) -> bool:
+        """Whether its decoder has never been trained, so that its features mean nothing until it is."""
+        return self.architecture.get("encoder_only", False)
+
+    @property
+    def stage_features(self) -> dict[str, int]:
+        """Features that an adapter gets for each choice of `stages`; "last" comes first in all of them."""
+        *skips, _ = self.architecture.get("arch_kwargs", {}).get("features_per_stage", [None])
+        if skips:
+            return {"last": skips[0], "all": sum(skips), "skips": 2 * sum(skips)}
+        return {"last": self.architecture.get("features", self.input_channels)}
+
+    def window(self, median_shape: Sequence[float]) -> list[int]:
+        """Patch size: covers a volume of `median_shape` as far as the smallest and largest window allow it."""
+        fitting = np.ceil(np.maximum(median_shape, self.smallest_window) / self.divisor) * self.divisor
+        return np.minimum(fitting, self.patch_size).astype(int).tolist()
 
     @classmethod
     def load(cls, file: Path) -> BackboneContract:
@@ -75,6 +103,27 @@ class BackboneContract:
                 f"are {known}."
             ) from error
 
+    def check_channels(self, names: Sequence[str], file: str) -> None:
+        """Compare the channel names of a dataset, whose dataset.json is `file`, with what the backbone was trained on.
+
+        Raises:
+            InputError: for another number of channels, and where one of the two is CT and the other is not.
+        """
+        if len(names) != self.input_channels:
+            raise InputError(
+                f"{file} has {len(names)} channel(s), backbone {self.id!r} takes {self.input_channels}: "
+                "choose another backbone or convert the dataset."
+            )
+        for channel, (name, known) in enumerate(zip(names, self.channel_names)):
+            if self.normalization_schemes is None:
+                if _is_ct(name) and str(channel) not in self.foreground_intensity_properties_per_channel:
+                    raise InputError(f"Backbone {self.id!r} was not trained on CT, {file} names CT: choose another.")
+            elif _is_ct(name) != _is_ct(known):  # Hounsfield units are absolute, other intensities are not
+                raise InputError(
+                    f"Channel {channel} of {file} is {name!r}, backbone {self.id!r} was trained with {known!r} "
+                    f"there: choose another backbone, or name the channel {known!r} if it holds the same."
+                )
+
     def describe_normalization(self, channel: int, scheme: str, masked: bool) -> str:
         """E.g. "CTNormalization: clipped to [-175, 250], minus -175, divided by 425"."""
         text = f"{scheme} inside the nonzero mask" if masked else scheme
@@ -86,3 +135,7 @@ class BackboneContract:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
+
+
+def _is_ct(channel_name: str) -> bool:
+    return channel_name.casefold() == "ct"  # as nnU-Net compares

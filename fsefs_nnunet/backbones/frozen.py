@@ -8,9 +8,16 @@ from torch import nn
 from fsefs_nnunet.backbones.nnunet import NNUNetBackbone
 from fsefs_nnunet.backbones.raw_image import RawImageBackbone
 from fsefs_nnunet.backbones.store import find_backbone, load_weights
+from fsefs_nnunet.backbones.suprem_unet import SuPreMUNetBackbone
+from fsefs_nnunet.backbones.swin_unetr import SwinUNETRBackbone
 from fsefs_nnunet.errors import InputError
 
-ARCHITECTURES = {"nnunet": NNUNetBackbone, "raw_image": RawImageBackbone}
+ARCHITECTURES = {
+    "nnunet": NNUNetBackbone,
+    "raw_image": RawImageBackbone,
+    "swin_unetr": SwinUNETRBackbone,
+    "suprem_unet": SuPreMUNetBackbone,
+}
 
 
 class FrozenBackbone(nn.Module):

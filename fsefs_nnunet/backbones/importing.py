@@ -13,7 +13,7 @@ from fsefs_nnunet.backbones.contract import CT_PROPERTIES, BackboneContract
 from fsefs_nnunet.backbones.model_files import ModelFiles, read_model
 from fsefs_nnunet.backbones.nnunet import ARCHITECTURES, NNUNetBackbone
 from fsefs_nnunet.backbones.readers import reorients
-from fsefs_nnunet.backbones.store import save_backbone
+from fsefs_nnunet.backbones.store import check_id, save_backbone
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import foreground_names
 
@@ -42,8 +42,7 @@ def import_nnunet_model(
     Raises:
         InputError: for a 2D or cascade model, an unknown architecture or preprocessing, damaged or unsafe files.
     """
-    if not backbone_id.replace("_", "").replace("-", "").isalnum():
-        raise InputError(f"{backbone_id!r} cannot name a backbone: use letters, digits, '_' and '-'.")
+    check_id(backbone_id)
     files = read_model(path, fold, checkpoint, configuration)
     contract = _contract(backbone_id, files, contract_fields)
     if open_spacing:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fsefs_nnunet.backbones.contract import BackboneContract
+from fsefs_nnunet.backbones.state import copy_exactly
 from fsefs_nnunet.errors import InputError
 
 ARCHITECTURES = ("PlainConvUNet", "ResidualEncoderUNet")
@@ -74,16 +75,7 @@ class NNUNetBackbone(nn.Module):
 
     def load_backbone_state(self, weights: dict[str, torch.Tensor]) -> None:
         """Load what `backbone_state` gave. Raises InputError unless every tensor matches in name and shape."""
-        own = self.backbone_state()
-        missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-        wrong = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
-        if missing or extra or wrong:
-            raise InputError(
-                f"The weights do not fit the architecture: {len(missing)} tensors are missing {missing[:2]}, "
-                f"{len(extra)} are unknown {extra[:2]}, {len(wrong)} have another shape {wrong[:2]}: another backbone."
-            )
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
+        copy_exactly(self.backbone_state(), weights)
 
 
 def _build_unet(contract: BackboneContract) -> nn.Module:

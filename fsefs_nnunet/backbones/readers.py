@@ -54,15 +54,30 @@ def _simpleitk_means_ras() -> bool:
 def reoriented_axes(image_file: str | Path) -> list[int]:
     """For each axis z, y, x that a reorienting reader gives, the axis of the file as stored; reads the header alone."""
     import nibabel as nib
+
+    affine, _, _ = _header(image_file)
+    stored = np.argsort(nib.io_orientation(affine)[:, 0])  # of x, y, z, counted in i, j, k
+    return [2 - int(axis) for axis in stored[::-1]]
+
+
+def image_geometry(image_file: str | Path, reader_name: str) -> tuple[list[int], list[float]]:
+    """Shape in voxels and spacing in mm of the array that a reader gives, per axis z, y, x; reads the header alone."""
+    _, shape, spacing = _header(image_file)
+    axes = reoriented_axes(image_file) if reorients(reader_name) else [0, 1, 2]
+    return [int(shape[axis]) for axis in axes], [float(spacing[axis]) for axis in axes]
+
+
+def _header(image_file: str | Path) -> tuple[np.ndarray, list[int], list[float]]:
+    """Affine (where nibabel cannot read the file, its directions); shape and spacing as stored, in order k, j, i."""
+    import nibabel as nib
     import SimpleITK as sitk
 
     if str(image_file).lower().endswith((".nii", ".nii.gz")):
-        affine = nib.load(image_file).affine
-    else:
-        header = sitk.ImageFileReader()
-        header.SetFileName(str(image_file))
-        header.ReadImageInformation()
-        affine = np.eye(4)
-        affine[:3, :3] = np.reshape(header.GetDirection(), (3, 3))
-    stored = np.argsort(nib.io_orientation(affine)[:, 0])  # of x, y, z, counted in i, j, k
-    return [2 - int(axis) for axis in stored[::-1]]
+        image = nib.load(image_file)
+        return image.affine, list(image.shape[2::-1]), list(image.header.get_zooms()[2::-1])
+    header = sitk.ImageFileReader()
+    header.SetFileName(str(image_file))
+    header.ReadImageInformation()
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(header.GetDirection(), (3, 3))
+    return affine, list(header.GetSize()[::-1]), list(header.GetSpacing()[::-1])

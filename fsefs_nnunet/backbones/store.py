@@ -78,21 +78,61 @@ def load_weights(contract: BackboneContract, expected_sha256: str | None = None)
     return load_file(file)
 
 
+def check_id(backbone_id: str) -> None:
+    """Raises InputError unless `backbone_id` can name files and plans."""
+    if not backbone_id.replace("_", "").replace("-", "").isalnum():
+        raise InputError(f"{backbone_id!r} cannot name a backbone: use letters, digits, '_' and '-'.")
+
+
 def save_backbone(contract: BackboneContract, weights: dict[str, torch.Tensor], folder: Path) -> BackboneContract:
-    """Write weights and contract, the contract last and atomically, so that a backbone is listed only when whole."""
+    """Write weights and contract, the contract last and atomically, so that a backbone is listed only when whole.
+
+    Two that write the same id take turns.
+
+    Raises:
+        InputError: if the folder cannot be written or is full; nothing half-written stays.
+    """
+    from filelock import FileLock
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file, part = folder / f"{contract.id}.safetensors", folder / f"{contract.id}.safetensors.part"
+    file, card = folder / f"{contract.id}.safetensors", folder / f"{contract.id}.json"
+    parts = [Path(f"{path}.part") for path in (file, card)]
     try:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, part)
-        contract = replace(contract, sha256=sha256_of(part))
-        part.chmod(0o644)  # safetensors makes files that only their owner reads
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
-    part = folder / f"{contract.id}.json.part"
-    part.write_text(contract.to_json())
-    os.replace(part, folder / f"{contract.id}.json")
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{contract.id}.lock"):
+            try:
+                save_file({name: tensor.contiguous() for name, tensor in weights.items()}, parts[0])
+                contract = replace(contract, sha256=sha256_of(parts[0]))
+                parts[0].chmod(0o644)  # safetensors makes files that only their owner reads
+                parts[1].write_text(contract.to_json())
+                # in between, readers find weights that are not the old contract's: refused, not mixed up
+                os.replace(parts[0], file)
+                os.replace(parts[1], card)
+            finally:
+                for part in parts:
+                    part.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"Backbone {contract.id!r} was not stored in {folder} ({error}): make room there, or choose another folder "
+            "with the environment variable fseft_backbones."
+        ) from error
     return contract
+
+
+def remove_backbone(backbone_id: str) -> list[Path]:
+    """Delete a backbone of the user's folder; returns the files that are gone.
+
+    Raises:
+        InputError: if it is not there.
+    """
+    folder = user_folder()
+    files = [folder / f"{backbone_id}.{ending}" for ending in ("json", "safetensors")]
+    if not files[0].exists():
+        own = [file.stem for file in sorted(folder.glob("*.json"))]
+        raise InputError(f"{folder} holds no backbone {backbone_id!r}; of yours there are: {', '.join(own) or 'none'}.")
+    gone = [file for file in (*files, folder / f"{backbone_id}.lock") if file.exists()]
+    for file in gone:
+        file.unlink()
+    return gone

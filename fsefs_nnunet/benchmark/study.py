@@ -59,7 +59,7 @@ class Study:
         from fsefs_nnunet.backbones.store import find_backbone
 
         labels = self.target.dataset_json["labels"]
-        return match_labels(foreground_names(labels, True), find_backbone(self.backbone["backbone"]).classes)
+        return match_labels(foreground_names(labels, True), find_backbone(self.backbone["backbone"]).head_classes)
 
 
 def open_study(dataset_id: str, plans_name: str, test: tuple[Path, Path] | None, output: Path, device: str) -> Study:

@@ -7,30 +7,51 @@ from pathlib import Path
 
 
 def register(verb) -> None:
-    parser = verb("backbones", backbones, "List backbones, or import a trained nnU-Net model as one.")
+    parser = verb("backbones", backbones, "List, import, download, verify and remove backbones.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("list", help="what is here")
-    parser = actions.add_parser("import", help="import a nnU-Net model: a folder with plans.json and fold_X, or a zip")
-    parser.add_argument("id", help="name that the backbone gets")
-    parser.add_argument("path", help="model folder, or zip of nnUNetv2_export_model_to_zip")
-    parser.add_argument("-f", default="", metavar="FOLD", help="default: the first fold that has the checkpoint")
+    actions.add_parser("list", help="what is here, and the public ones that can be had")
+    parser = actions.add_parser("info", help="everything that is known of one")
+    parser.add_argument("id")
+    parser = actions.add_parser("import", help="a public checkpoint, or a nnU-Net model as folder or zip")
+    parser.add_argument("id", help="name that the backbone gets; that of a public one says what the file must hold")
+    parser.add_argument("path", help="checkpoint file, model folder, or zip of nnUNetv2_export_model_to_zip")
+    parser.add_argument("-f", default="", metavar="FOLD", help="of a nnU-Net model; default: the first one")
     parser.add_argument("-chk", default="checkpoint_final.pth", metavar="FILE", help="default: checkpoint_final.pth")
     parser.add_argument("-c", default="", metavar="CONFIGURATION", help="which model of a zip that holds several")
+    _add_folder(parser)
+    parser = actions.add_parser("download", help="fetch a public checkpoint, resuming, and import it")
+    parser.add_argument("id")
+    _add_folder(parser)
+    parser = actions.add_parser("verify", help="compare weights with the SHA-256 that was recorded")
+    parser.add_argument("id", nargs="*", help="default: all that are here")
+    parser = actions.add_parser("remove", help="delete a backbone that you imported")
+    parser.add_argument("id")
+
+
+def _add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", metavar="FOLDER", help="default: environment variable fseft_backbones, else your data folder"
     )
 
 
 def backbones(args: argparse.Namespace) -> None:
-    from fsefs_nnunet.backbones import store
+    from fsefs_nnunet.backbones import shelf, store
 
     if args.action == "list":
-        for name, file in store.known_backbones().items():
-            contract = store.find_backbone(name)
-            print(f"{name}: {len(contract.classes)} classes, SHA-256 {contract.sha256[:12]}, {file.parent}")
+        shelf.show_list()
+    elif args.action == "info":
+        shelf.show_info(args.id)
+    elif args.action == "verify":
+        shelf.verify(args.id)
+    elif args.action == "remove":
+        for file in store.remove_backbone(args.id):
+            print(f"{file} is deleted.")
     else:
-        from fsefs_nnunet.backbones.importing import import_nnunet_model
+        from fsefs_nnunet.backbones import obtaining
 
         target = Path(args.o) if args.o else store.user_folder()
-        contract = import_nnunet_model(args.id, Path(args.path), target, args.f, args.chk, args.c)
+        if args.action == "download":
+            contract = obtaining.download_backbone(args.id, target)
+        else:
+            contract = obtaining.import_backbone(args.id, Path(args.path), target, args.f, args.chk, args.c)
         print(f"Use it: fseft plan_and_preprocess -d DATASET -b {contract.id}")

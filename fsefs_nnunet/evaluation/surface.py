@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
 
 import numpy as np
@@ -41,5 +42,8 @@ def surface_metrics(prediction: np.ndarray, reference: np.ndarray, spacing: tupl
     # MONAI pads what it crops to the masks, but not where they touch the volume's border
     masks = [torch.from_numpy(np.pad(mask, 1))[None, None] for mask in (prediction, reference)]
     options = {"include_background": True, "spacing": list(map(float, spacing))}
-    surface_dice = compute_surface_dice(*masks, [TOLERANCE_MM], use_subvoxels=True, **options)
-    return float(surface_dice), float(compute_hausdorff_distance(*masks, percentile=95, **options))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI warns of an argument that it gives itself
+        surface_dice = compute_surface_dice(*masks, [TOLERANCE_MM], use_subvoxels=True, **options)
+        distance = compute_hausdorff_distance(*masks, percentile=95, **options)
+    return float(surface_dice), float(distance)

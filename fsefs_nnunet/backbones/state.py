@@ -1,0 +1,30 @@
+"""Tensors of a backbone by name: loading them whole or not at all."""
+
+from __future__ import annotations
+
+import torch
+
+from fsefs_nnunet.backbones.contract import BackboneContract
+from fsefs_nnunet.errors import InputError
+
+
+def copy_exactly(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
+    """Copy `weights` into the tensors of `own`. Raises InputError unless every one matches in name and shape."""
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    wrong = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    if missing or extra or wrong:
+        raise InputError(
+            f"The weights do not fit the architecture: {len(missing)} tensors are missing {missing[:2]}, "
+            f"{len(extra)} are unknown {extra[:2]}, {len(wrong)} have another shape {wrong[:2]}: another backbone."
+        )
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])
+
+
+def require_last_stage(contract: BackboneContract, stages: str) -> None:
+    """For architectures that give one stage. Raises InputError."""
+    if stages != "last":
+        raise InputError(
+            f"Backbone {contract.id!r} gives the features of its decoder's last stage alone: stages must be 'last' in "
+            f"the plans' arch_kwargs, not {stages!r}."
+        )

@@ -1,0 +1,34 @@
+"""`fseft convert`."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def register(verb) -> None:
+    parser = verb("convert", convert, "A public dataset, as it is downloaded, to a nnU-Net raw dataset.")
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        help="TotalSegmentator, FLARE22, AMOS22, BTCV, MSD, LiTS, KiTS, CHAOS, CT-ORG or AbdomenCT-1K",
+    )
+    parser.add_argument("-i", required=True, metavar="FOLDER", help="the unpacked download")
+    parser.add_argument("-d", required=True, type=int, metavar="ID", help="dataset id, not yet taken")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        default=[],
+        metavar="CLASS",
+        help="names or groups, in the order of their numbers; default: all",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="say what would be converted, write nothing")
+    parser.add_argument("-np", type=int, default=4, metavar="N", help="processes; default: 4")
+    parser.add_argument(
+        "--resample_labels", action="store_true", help="bring labels on another grid to their image's (nearest)"
+    )
+
+
+def convert(args: argparse.Namespace) -> None:
+    from fsefs_nnunet.datasets.conversion import convert
+
+    convert(args.name, args.i, args.d, args.classes, args.dry_run, args.np, args.resample_labels)

@@ -1,0 +1,23 @@
+"""`fseft zero_shot`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fsefs_nnunet.cli.arguments import add_dataset, add_device
+
+
+def register(verb) -> None:
+    parser = verb("zero_shot", zero_shot, "Segment the dataset's labels that a backbone's own head knows by name.")
+    add_dataset(parser)
+    parser.add_argument("-b", default="phantom", metavar="BACKBONE", help="see `fseft backbones list`")
+    parser.add_argument("-i", required=True, metavar="FOLDER", help="images in nnU-Net's naming")
+    parser.add_argument("-o", required=True, metavar="FOLDER", help="segmentations")
+    add_device(parser, "cuda")
+
+
+def zero_shot(args: argparse.Namespace) -> None:
+    from fsefs_nnunet.zero_shot import predict_zero_shot
+
+    predict_zero_shot(args.d, args.b, Path(args.i), Path(args.o), args.device)

@@ -1,0 +1,122 @@
+"""A raw dataset under construction: hidden beside the others until it is whole, resumed where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterable
+from multiprocessing import get_context
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fsefs_nnunet.errors import InputError
+
+READER = "NibabelIOWithReorient"  # the public datasets mix orientations
+
+
+def new_dataset(dataset_id: int, name: str) -> Path:
+    """Folder of a raw dataset to be. Raises InputError for an id that is taken, in any of nnU-Net's folders."""
+    from nnunetv2.paths import nnUNet_raw
+    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
+    if not nnUNet_raw.is_set():
+        raise InputError(
+            "The environment variable nnUNet_raw is not set: export nnUNet_raw=FOLDER, as nnU-Net needs it."
+        )
+    if not 0 < dataset_id < 1000:
+        raise InputError(f"-d {dataset_id}: nnU-Net's dataset ids go from 1 to 999.")
+    taken = sorted(find_candidate_datasets(dataset_id))
+    if taken:
+        raise InputError(f"Dataset id {dataset_id} is taken by {', '.join(taken)}: choose another.")
+    return Path(str(nnUNet_raw)) / f"Dataset{dataset_id:03d}_{name}"
+
+
+class Building:
+    """The hidden folder `.DatasetXXX_Name.part`, which becomes `target` when all is written.
+
+    nnU-Net does not see it before. `options` say what it is made of: an interrupted construction goes on with the
+    same ones alone.
+    """
+
+    def __init__(self, target: Path, options: dict):
+        self.target = target
+        self.folder = target.parent / f".{target.name}.part"
+        file = self.folder / "options.json"
+        if file.exists() and json.loads(file.read_text()) != options:
+            raise InputError(f"{self.folder} is unfinished and was begun with other options: delete it first.")
+        for name in ("imagesTr", "labelsTr", "records"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(options))
+
+    def finish(self, summary: dict, **dataset_json) -> None:
+        """Write dataset.json with nnU-Net's function and the summary, and take the final name."""
+        from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
+
+        generate_dataset_json(
+            str(self.folder),
+            dataset_name=self.target.name,
+            converted_by="fseft",
+            overwrite_image_reader_writer=READER,
+            **dataset_json,
+        )
+        (self.folder / "conversion.json").write_text(json.dumps(summary, indent=1))
+        shutil.rmtree(self.folder / "records")
+        (self.folder / "options.json").unlink()
+        os.replace(self.folder, self.target)
+
+    def discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _quiet_worker() -> None:
+    # the parent tells the user
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _returning(job: tuple[Callable, tuple]) -> object:
+    function, arguments = job
+    try:
+        return function(*arguments)
+    except InputError as error:  # a SystemExit would end the worker without a word
+        return error
+
+
+def run_jobs(function: Callable, jobs: Iterable[tuple], num_processes: int, text: str) -> list:
+    """Results of `function(*job)`, in parallel, with a progress bar.
+
+    Raises:
+        InputError: the first one of a worker, and for an interrupt.
+    """
+    todo = [(function, job) for job in jobs]
+    if not todo:
+        return []
+    results = []
+    try:
+        if num_processes == 1:
+            iterator = map(_returning, todo)
+            results = _collected(iterator, len(todo), text)
+        else:
+            with get_context("spawn").Pool(min(num_processes, len(todo)), _quiet_worker) as pool:
+                results = _collected(pool.imap_unordered(_returning, todo), len(todo), text)
+    except KeyboardInterrupt:
+        raise InputError("Interrupted: the same command goes on where it stopped.") from None
+    return results
+
+
+def _collected(iterator: Iterable, total: int, text: str) -> list:
+    results = []
+    for result in tqdm(iterator, total=total, desc=text):
+        if isinstance(result, InputError):
+            raise result
+        results.append(result)
+    return results
+
+
+def archives_in(folder: Path) -> list[str]:
+    return sorted(
+        f.name for f in folder.iterdir() if re.search(r"\.(zip|tar|tgz|tar\.gz|rar|7z|part|crdownload)$", f.name)
+    )

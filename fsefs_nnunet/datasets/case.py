@@ -1,0 +1,138 @@
+"""Conversion of one case: links, label map, and a record of what was found."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from fsefs_nnunet.datasets.sides import split_sides
+from fsefs_nnunet.datasets.source import Case, Labels, Source
+from fsefs_nnunet.datasets.tables import Selection
+from fsefs_nnunet.datasets.volumes import distance_of_grids, link_or_copy, read_volume, write_label
+from fsefs_nnunet.errors import InputError
+
+RECORDS = "records"
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs; `folder` is the dataset under construction."""
+
+    source: Source
+    table: dict[str, int]
+    selection: Selection
+    channels: int
+    folder: Path
+    ending: str
+    resample: bool
+
+    def record(self, case: Case, test: bool) -> Path:
+        return self.folder / RECORDS / f"{case.name}{'_test' if test else ''}.json"
+
+
+class NoSpace(InputError):
+    """The disk is full: the whole conversion stops."""
+
+
+def convert_case(job: Job, case: Case, test: bool = False) -> dict:
+    """Write one case and, last, its record, whose presence says that the case is whole. Returns the record.
+
+    A case that cannot be converted gets a record too, with the reason under "skipped", and leaves no file behind.
+    """
+    folder = job.folder / ("imagesTs" if test else "imagesTr")
+    label_file = job.folder / "labelsTr" / f"{case.name}{job.ending}"
+    try:
+        record = _write(job, case, folder, None if test else label_file)
+    except InputError as error:
+        record = {"skipped": str(error)}
+        for file in (*folder.glob(f"{case.name}_????{job.ending}"), label_file):
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"No space left in {job.folder}: free some, then the same command goes on.") from error
+        raise
+    record = {"case": case.name, "test": test, **record}
+    file = job.record(case, test)
+    file.with_suffix(".part").write_text(json.dumps(record))
+    os.replace(file.with_suffix(".part"), file)
+    return record
+
+
+def _write(job: Job, case: Case, folder: Path, label_file: Path | None) -> dict:
+    if case.image is None:
+        raise InputError(f"No image for {case.label}.")
+    if label_file and case.label is None:
+        raise InputError(f"No label for {case.image}.")
+    with tempfile.TemporaryDirectory(dir=job.folder / RECORDS) as scratch:
+        files = job.source.image_files(case.image, Path(scratch))
+        if len(files) != job.channels:
+            raise InputError(f"{case.image} has {len(files)} channels instead of {job.channels}.")
+        image, *_ = [read_volume(file) for file in files]
+        if len(image.shape) != 3:
+            raise InputError(f"{case.image} has {len(image.shape)} axes: a volume is wanted.")
+        record = {"spacing": [round(float(x), 4) for x in image.header.get_zooms()[:3]]}
+        if label_file:
+            record |= _write_label(job, case, image, label_file)
+        linked = [_place(file, folder / f"{case.name}_{i:04d}{job.ending}", scratch) for i, file in enumerate(files)]
+    return {**record, "linked": all(linked)}
+
+
+def _place(file: Path, target: Path, scratch: str) -> bool:
+    if file.parent == Path(scratch) and file.name.endswith(".gz") == target.name.endswith(".gz"):
+        os.replace(file, target)
+        return False
+    return link_or_copy(file, target)
+
+
+def _write_label(job: Job, case: Case, image: nib.Nifti1Image, file: Path) -> dict:
+    wanted = {name: job.table[name] for name in job.selection.names if name in job.table}
+    labels = job.source.label(case, image, wanted, job.resample)
+    unknown = sorted(set(np.unique(labels.data).tolist()) - {0, *job.table.values()})
+    if unknown:
+        raise InputError(f"{case.label} has values {unknown[:5]} that the table does not know: {job.table}.")
+    data = renumbered(job.selection, labels, image.affine, case)
+    counts = np.bincount(data.ravel(), minlength=len(job.selection.names) + 1)[1:].tolist()
+    if not any(counts):
+        raise InputError(f"{case.label} shows none of the classes.")
+    if _reusable(job, labels, case, image):
+        link_or_copy(case.label, file)
+    else:
+        write_label(data, image, file)
+    return {"voxels": counts, "overlap": labels.overlap, "resampled": labels.resampled}
+
+
+def _reusable(job: Job, labels: Labels, case: Case, image: nib.Nifti1Image) -> bool:
+    """The source's label file is what we would write."""
+    return (
+        case.label.is_file()
+        and case.label.name.endswith(job.ending)
+        and job.selection.unchanged
+        and not labels.resampled
+        and distance_of_grids(labels.volume, image) < 1e-3
+    )
+
+
+def renumbered(selection: Selection, labels: Labels, affine: np.ndarray, case: Case) -> np.ndarray:
+    """Label map in the dataset's numbers, sides told apart."""
+    lookup = np.zeros(max(selection.numbers) + 1, np.uint8)
+    lookup[list(selection.numbers)] = list(selection.numbers.values())
+    data = lookup[labels.data]
+    for pair in selection.pairs:
+        mask = np.isin(labels.data, pair.values)
+        if not mask.any():
+            continue
+        side = split_sides(mask, affine)
+        if side is None:
+            raise InputError(
+                f"{case.label}: right and left of {pair.whole} cannot be told apart (one component, or two on one "
+                f"side); --classes with {pair.whole} keeps them together."
+            )
+        data[side == 1], data[side == 2] = pair.right, pair.left
+    return data

@@ -1,0 +1,134 @@
+"""`fseft convert`: a public dataset as it is downloaded -> a nnU-Net raw dataset."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from fsefs_nnunet.datasets.building import Building, archives_in, new_dataset, run_jobs
+from fsefs_nnunet.datasets.case import Job, convert_case
+from fsefs_nnunet.datasets.source import Case, Source
+from fsefs_nnunet.datasets.sources import find_source
+from fsefs_nnunet.datasets.tables import Selection, select, tables
+from fsefs_nnunet.errors import InputError
+
+
+def convert(
+    name: str,
+    folder: Path,
+    dataset_id: int,
+    classes: list[str],
+    dry_run: bool = False,
+    num_processes: int = 4,
+    resample_labels: bool = False,
+) -> Path:
+    """Write the raw dataset of `folder`, which holds the public dataset `name`; returns its folder.
+
+    classes: names or groups of the source's labels, empty for all.
+
+    Raises:
+        InputError: for a folder that does not hold the dataset, unknown classes, an id that is taken, no space, an
+            interrupt, and where no case could be converted.
+    """
+    source = find_source(name)
+    folder = Path(folder).resolve()
+    cases, tests = published(source, folder)
+    table = source.table(folder)
+    content = tables()["sources"][source.name]
+    selection = select(table, classes, content.get("split", []), content.get("groups", {}))
+    short = folder.name.split("_", 1)[-1] if source.name == "MSD" else source.name
+    target = new_dataset(dataset_id, short)
+    images = [case.image for case in (*cases, *tests) if case.image is not None]
+    ending = ".nii" if all(image.name.endswith(".nii") for image in images) else ".nii.gz"
+    print(f"{source.name} in {folder}: {len(cases)} cases with labels, {len(tests)} images without -> {target}")
+    print(f"labels: {', '.join(f'{i} {name}' for name, i in selection.labels.items())}")
+    if dry_run:
+        return target
+    channels = source.channels(folder)
+    options = {"source": source.name, "folder": str(folder), "labels": selection.labels, "resample": resample_labels}
+    building = Building(target, options)
+    if tests:
+        (building.folder / "imagesTs").mkdir(exist_ok=True)
+    job = Job(source, table, selection, len(channels), building.folder, ending, resample_labels)
+    jobs = [(case, False) for case in cases] + [(case, True) for case in tests]
+    todo = [one for one in jobs if not job.record(*one).exists()]
+    run_jobs(partial(convert_case, job), todo, num_processes, source.name)
+    records = [json.loads(job.record(*one).read_text()) for one in jobs]
+    whole = [r for r in records if "skipped" not in r and not r["test"]]
+    if not whole:
+        building.discard()
+        raise InputError(f"None of the {len(cases)} cases can be converted. The first: {records[0]['skipped']}")
+    building.finish(
+        summary := summarised(records, selection),
+        channel_names=channels,
+        labels=selection.labels,
+        num_training_cases=len(whole),
+        file_ending=ending,
+        reference=content["reference"],
+        license="see reference",
+    )
+    print("\n".join(told(summary)))
+    return target
+
+
+def published(source: Source, folder: Path) -> tuple[list[Case], list[Case]]:
+    """Cases with labels and images without. Raises InputError where the folder does not hold the dataset."""
+    if not folder.is_dir():
+        raise InputError(f"-i {folder} is no folder: give the one with {source.layout}.")
+    cases = source.cases(folder)
+    if any(case.image and case.label for case in cases):
+        tests = [Case(name, image, None) for name, image in source.test_images(folder).items()]
+        return cases, tests
+    packed = archives_in(folder)
+    found = f"unpack {', '.join(packed[:3])} first" if packed else f"found {_listing(folder)}"
+    raise InputError(f"{folder} does not hold {source.name} as published: expected {source.layout}; {found}.")
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
+
+
+def summarised(records: list[dict], selection: Selection) -> dict:
+    """What was converted and what was not, as it is printed and kept in conversion.json."""
+    whole = [r for r in records if "skipped" not in r]
+    labelled = [r for r in whole if not r["test"]]
+    spacings = np.array([r["spacing"] for r in whole])
+    return {
+        "cases": len(labelled),
+        "images without labels": len(whole) - len(labelled),
+        "cases that show the class": {
+            name: sum(r["voxels"][i] > 0 for r in labelled) for i, name in enumerate(selection.names)
+        },
+        "spacing in mm": {
+            name: [round(float(x), 3) for x in f(spacings, axis=0)]
+            for name, f in (("smallest", np.min), ("median", np.median), ("largest", np.max))
+        },
+        "images linked": sum(r["linked"] for r in whole),
+        "images written": sum(not r["linked"] for r in whole),
+        "labels resampled": sorted(r["case"] for r in labelled if r["resampled"]),
+        "voxels in several masks (the later class has them)": {
+            r["case"]: r["overlap"] for r in labelled if r["overlap"]
+        },
+        "left out": {r["case"]: r["skipped"] for r in records if "skipped" in r},
+    }
+
+
+def told(summary: dict) -> list[str]:
+    """Lines of the summary, without what is empty."""
+    lines = []
+    for key, value in summary.items():
+        if isinstance(value, dict) and value:
+            separator = "\n  " if key == "left out" else ", "
+            head = f"{key} ({len(value)}):\n  " if key == "left out" else f"{key}: "
+            lines.append(head + separator.join(f"{name} {_plain(v)}" for name, v in value.items()))
+        elif value or value == 0:
+            lines.append(f"{key}: {_plain(value)}")
+    return lines
+
+
+def _plain(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,90 @@
+"""What a converter knows of its dataset: where the files lie and what the labels are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+
+from fsefs_nnunet.datasets.tables import tables
+from fsefs_nnunet.datasets.volumes import integers, on_grid, read_volume
+from fsefs_nnunet.errors import InputError
+
+
+@dataclass(frozen=True)
+class Case:
+    """image, label: a file, or a folder of slices or masks; None where the download lacks it."""
+
+    name: str
+    image: Path | None
+    label: Path | None
+
+
+class Source:
+    """Base of the converters. A subclass says how files pair up, and how to read what is no plain NIfTI."""
+
+    name: str  # as in labels.json
+    layout: str  # what the folder holds, for messages
+
+    def channels(self, folder: Path) -> dict[int, str]:
+        return {0: "CT"}
+
+    def table(self, folder: Path) -> dict[str, int]:
+        """The source's labels: name -> value."""
+        return tables()["sources"][self.name]["labels"]
+
+    def cases(self, folder: Path) -> list[Case]:
+        """Cases with labels; an image or a label without its counterpart is listed too."""
+        raise NotImplementedError
+
+    def test_images(self, folder: Path) -> dict[str, Path]:
+        """Images that are published without labels, by case name."""
+        return {}
+
+    def image_files(self, image: Path, scratch: Path) -> list[Path]:
+        """NIfTI files of a case's channels; those that have to be made first are made in the folder `scratch`."""
+        return [image]
+
+    def label(self, case: Case, image: nib.Nifti1Image, wanted: dict[str, int], resample: bool) -> Labels:
+        """Label map in the source's values on the grid of `image`. `wanted`: the classes to write, with these values."""
+        volume = read_volume(case.label)
+        placed = on_grid(volume, image, case.label, resample)
+        return Labels(placed, integers(placed, case.label), placed is not volume)
+
+
+@dataclass(frozen=True)
+class Labels:
+    volume: nib.Nifti1Image
+    data: object  # integers (X, Y, Z)
+    resampled: bool = False
+    overlap: int = 0  # voxels that several masks claimed
+
+
+def numbered(files: Iterable[Path], pattern: str) -> dict[str, Path]:
+    """Files by what the one group of `pattern` finds in their names; others, and macOS's '._' twins, are left out.
+
+    Raises:
+        InputError: for two files of one number.
+    """
+    found: dict[str, Path] = {}
+    for file in sorted(files):
+        match = re.fullmatch(pattern, file.name)
+        if match is None or file.name.startswith("."):
+            continue
+        if match[1] in found:
+            raise InputError(f"{found[match[1]]} and {file} are the same case twice: leave one of them in the folder.")
+        found[match[1]] = file
+    return found
+
+
+def paired(images: dict[str, Path], labels: dict[str, Path], name: str = "{}") -> list[Case]:
+    """Cases `name` of all numbers that an image or a label has."""
+    return [Case(name.format(n), images.get(n), labels.get(n)) for n in sorted({*images, *labels}, key=natural)]
+
+
+def natural(text: str) -> list:
+    """Sorting key: 2 before 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]

@@ -1,0 +1,54 @@
+"""Checkpoints in the layouts of the public backbones, with random values; no published weights are needed."""
+
+import json
+from pathlib import Path
+
+import torch
+
+LAYOUTS = json.loads((Path(__file__).parent / "data" / "published_layouts.json").read_text())
+
+
+def layout(name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of each tensor in the file `name`, in its order."""
+    content = LAYOUTS["files"][name]
+    tensors = {}
+    for prefix, part in content["parts"]:
+        for key, shape in LAYOUTS["parts"][part].items():
+            for ours, theirs in content["spelling"].items():
+                key = key.replace(ours, theirs)
+            dtype, shape = (shape[0], shape[1:]) if shape and isinstance(shape[0], str) else ("float32", shape)
+            tensors[prefix + key] = (tuple(shape), getattr(torch, dtype))
+    return tensors
+
+
+def wrapped(name: str, tensors: dict[str, torch.Tensor]) -> dict:
+    """`tensors` under the wrapper of the file `name`, beside what training scripts save with them."""
+    wrapper = LAYOUTS["files"][name]["wrapper"]
+    if wrapper is None:
+        return tensors
+    moments = {"exp_avg": torch.zeros(2), "step": torch.tensor(3.0)}
+    return {"epoch": 3, wrapper: tensors, "optimizer": {"state": {0: moments}, "param_groups": [{"lr": 1e-4}]}}
+
+
+def meta_content(name: str) -> dict:
+    """What reading the file gives, without values."""
+    return wrapped(name, {k: torch.empty(s, dtype=t, device="meta") for k, (s, t) in layout(name).items()})
+
+
+def random_tensors(name: str, width: int = 1) -> dict[str, torch.Tensor]:
+    """width: divides the numbers of channels of a U-Net's tensors, so that a test is fast."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for key, (shape, dtype) in layout(name).items():
+        shape = [n // width if n >= 32 else n for n in shape]
+        tensors[key] = (
+            0.1 * torch.randn(shape, generator=generator) if dtype.is_floating_point else torch.ones(shape, dtype=dtype)
+        )
+    return tensors
+
+
+def write_published(file: Path, name: str, width: int = 1) -> dict[str, torch.Tensor]:
+    """Write the file `name`; returns its tensors."""
+    tensors = random_tensors(name, width)
+    torch.save(wrapped(name, tensors), file)
+    return tensors

@@ -1,0 +1,168 @@
+"""Downloads from a server on this machine that can break off, ignore ranges or send a page."""
+
+import hashlib
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from fsefs_nnunet.backbones.downloading import download
+from fsefs_nnunet.backbones.zoo import ZOO
+from fsefs_nnunet.cli.main import main
+
+CONTENT = bytes(range(256)) * 4000  # about 1 MB
+CUT = 300_000
+
+
+class Server(ThreadingHTTPServer):
+    """What it does is in `mode`; the Range headers that came are in `ranges`."""
+
+    mode = "plain"
+    content = CONTENT
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.ranges: list[str | None] = []
+
+    @property
+    def link(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/file.pth"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self):
+        asked = self.headers["Range"]
+        self.server.ranges.append(asked)
+        content = self.server.content
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        if self.server.mode == "no ranges":
+            asked, start = None, 0
+        if self.server.mode == "missing":
+            return self.send_error(404)
+        if start >= len(content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(content)}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start : CUT if self.server.mode == "breaks off" else None])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def entry(server: Server, **changes):
+    known = {"size": len(CONTENT), "sha256": hashlib.sha256(CONTENT).hexdigest()}
+    return replace(ZOO["suprem_unet"], link=server.link, file="file.pth", **{**known, **changes})
+
+
+def test_whole_file(server, tmp_path):
+    file = download(entry(server), tmp_path / "new")
+    assert file == tmp_path / "new" / "file.pth" and file.read_bytes() == CONTENT
+    assert [f.name for f in file.parent.iterdir()] == ["file.pth"]
+
+
+def test_resumes_where_it_broke_off(server, tmp_path):
+    server.mode = "breaks off"
+    with pytest.raises(
+        ValueError, match=rf"ended after {CUT} of {len(CONTENT)} bytes: run .* download suprem_unet again"
+    ):
+        download(entry(server), tmp_path)
+    assert (tmp_path / "file.pth.part").read_bytes() == CONTENT[:CUT]
+    server.mode = "plain"
+    assert download(entry(server), tmp_path).read_bytes() == CONTENT
+    assert server.ranges == [None, f"bytes={CUT}-"]
+
+
+@pytest.mark.parametrize("known", [{}, {"size": 0, "sha256": ""}])
+def test_server_that_ignores_ranges(server, tmp_path, known):
+    server.mode = "no ranges"
+    (tmp_path / "file.pth.part").write_bytes(b"x" * 1000)
+    assert download(entry(server, **known), tmp_path).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("size", [0, len(CONTENT)])
+def test_a_part_that_is_whole_already(server, tmp_path, size):
+    (tmp_path / "file.pth.part").write_bytes(CONTENT)
+    assert download(entry(server, size=size), tmp_path).read_bytes() == CONTENT
+    assert server.ranges == ([] if size else [f"bytes={len(CONTENT)}-"])
+
+
+def test_a_part_of_a_longer_file_starts_again(server, tmp_path):
+    (tmp_path / "file.pth.part").write_bytes(CONTENT + b"more")
+    assert download(entry(server), tmp_path).read_bytes() == CONTENT
+
+
+def test_another_file_than_the_known_one(server, tmp_path):
+    with pytest.raises(ValueError, match=r"gave another file than the known one .*download it again, or ask"):
+        download(entry(server, sha256="0" * 64), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_page_instead_of_a_file(server, tmp_path):
+    server.content = b"<!DOCTYPE html><html>Too many downloads</html>"
+    with pytest.raises(ValueError, match=r"file\.pth was not opened: it is a web page"):
+        download(entry(server, size=0, sha256=""), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_that_is_gone(server, tmp_path):
+    server.mode = "missing"
+    with pytest.raises(
+        ValueError, match=r"was refused \(404 Not Found\)\. Get file\.pth from http.* import suprem_unet"
+    ):
+        download(entry(server), tmp_path)
+
+
+def test_offline(server, tmp_path):
+    """Nobody listens at the port: refused at once, with the link and what to do."""
+    gone = entry(server)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(ValueError) as error:
+        download(gone, tmp_path)
+    assert f"No connection to {gone.link} (" in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).endswith("save it anywhere, and run: fseft backbones import suprem_unet FILE")
+
+
+def test_command_downloads_and_imports(server, tmp_path, monkeypatch, capsys):
+    from published_files import write_published
+
+    write_published(tmp_path / "made.pth", "suprem_unet")
+    server.content = (tmp_path / "made.pth").read_bytes()
+    monkeypatch.setitem(ZOO, "suprem_unet", entry(server, size=len(server.content), sha256=""))
+    store = tmp_path / "store"
+    monkeypatch.setenv("fseft_backbones", str(store))
+    assert main(["backbones", "download", "suprem_unet"]) == 0
+    assert "All 62 tensors of the backbone matched" in capsys.readouterr().out
+    assert sorted(f.name for f in store.iterdir() if f.suffix != ".lock") == [
+        "suprem_unet.json",
+        "suprem_unet.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    "backbone_id, said", [("fseft", "no direct link to 'fseft'. Get fseft.pth from"), ("x", "'x' is no")]
+)
+def test_what_cannot_be_downloaded(capsys, backbone_id, said):
+    assert main(["backbones", "download", backbone_id]) == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,176 @@
+"""Prediction by the backbone's own head: nnU-Net's predictor against plain computations."""
+
+import json
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fsefs_nnunet.backbones.frozen import ARCHITECTURES, FrozenBackbone
+from fsefs_nnunet.backbones.store import save_backbone
+from fsefs_nnunet.backbones.zoo import ZOO
+from fsefs_nnunet.cli.main import main
+from fsefs_nnunet.zero_shot import ABSENT, ZeroShotNetwork
+
+
+class Stand(nn.Module):
+    """A backbone that passes the image on to its head, with `classes` from row 0 on."""
+
+    def __init__(self, classes: tuple[str, ...], softmax: bool, contract):
+        super().__init__()
+        self.contract = replace(contract, classes=classes, softmax=softmax)
+        self.head = nn.Conv3d(len(classes), len(classes), 1)
+        nn.init.dirac_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, image):
+        return image
+
+
+CLASSES = ("background", "liver", "spleen", "aorta", "pancreas")
+LABELS = {"background": 0, "Aorta": 2, "heart": 3, "Spleen": 1}
+REGIONS = {"background": 0, "trunk": [1, 2], "liver": 1, "spleen": 2}
+
+
+@pytest.fixture
+def universal() -> torch.Tensor:
+    """Logits of the five classes, (1, 5, 6, 7, 8)."""
+    return torch.randn((1, 5, 6, 7, 8), generator=torch.Generator().manual_seed(0))
+
+
+def test_softmax_head_with_labels(contract, universal):
+    """The backbone's own segmentation; where another class of its wins, it is background."""
+    network = ZeroShotNetwork(Stand(CLASSES, True, contract), LABELS, False)
+    assert network.matches == {"Spleen": "spleen", "Aorta": "aorta"}
+    expected = torch.tensor([0, 0, 1, 2, 0])[universal.argmax(1)]
+    assert torch.equal(network(universal).argmax(1), expected)
+    assert {0, 1, 2} == set(expected.unique().tolist())
+
+
+def test_sigmoid_head_with_labels(contract, universal):
+    """The largest positive logit among the dataset's labels."""
+    logits = ZeroShotNetwork(Stand(CLASSES, False, contract), LABELS, False)(universal)
+    spleen, aorta = universal[:, 2], universal[:, 3]
+    expected = torch.where(torch.maximum(spleen, aorta) > 0, torch.where(spleen > aorta, 1, 2), 0)
+    assert torch.equal(logits.argmax(1), expected)
+    assert (logits[:, 0] == 0).all() and (logits[:, 3] == ABSENT).all()
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_regions(contract, universal, softmax):
+    logits = ZeroShotNetwork(Stand(CLASSES, softmax, contract), REGIONS, True)(universal)
+    probabilities = universal.softmax(1) if softmax else universal.sigmoid()
+    torch.testing.assert_close(logits.sigmoid()[:, 1:], probabilities[:, 1:3])
+    assert (logits[:, 0].sigmoid() < 1e-20).all()
+
+
+def test_a_head_without_rows(contract):
+    stand = Stand(CLASSES, False, contract)
+    stand.contract = replace(stand.contract, architecture={"kind": "suprem_unet", "head": False})
+    with pytest.raises(
+        ValueError, match="knows none of the labels Spleen, Aorta, heart; its head knows no class: choose"
+    ):
+        ZeroShotNetwork(stand, LABELS, False)
+
+
+# ---- the command ----
+
+
+def predict(workspace, backbone: str, output, *cases: str) -> dict[str, nib.Nifti1Image]:
+    images = workspace.root / "some_images"
+    images.mkdir(exist_ok=True)
+    for case in cases:
+        source = workspace.raw / "imagesTr" / f"{case}_0000.nii.gz"
+        (images / source.name).write_bytes(source.read_bytes())
+    argv = ["zero_shot", "-d", "77", "-b", backbone, "-i", str(images), "-o", str(output), "-device", "cpu"]
+    assert main(argv) == 0
+    return {case: nib.load(output / f"{case}.nii.gz") for case in cases}
+
+
+def window_logits(workspace, backbone: FrozenBackbone, case: str, size: int) -> torch.Tensor:
+    """The head's logits of an image that fits one window of size^3, padded symmetrically. (classes, X, Y, Z)."""
+    image = nib.load(workspace.raw / "imagesTr" / f"{case}_0000.nii.gz").get_fdata()
+    image = (np.clip(image, -175, 250) + 175) / 425
+    room = [size - n for n in image.shape]
+    padded = np.pad(image, [(r // 2, r - r // 2) for r in room])
+    with torch.no_grad():
+        logits = backbone.head(backbone(torch.tensor(padded, dtype=torch.float32)[None, None]))[0]
+    return logits[(slice(None), *(slice(r // 2, r // 2 + n) for r, n in zip(room, image.shape)))]
+
+
+def expected_segmentation(logits: torch.Tensor, rows: dict[int, int]) -> np.ndarray:
+    """rows: label -> row of the head."""
+    stack = torch.stack([torch.zeros_like(logits[0]), *(logits[k] for k in rows.values())])
+    return np.array([0, *rows])[stack.argmax(0).numpy()]
+
+
+def test_embedded_backbone(workspace, tmp_path, capsys):
+    made = predict(workspace, "phantom", tmp_path / "out", "case_0", "case_1")
+    out = capsys.readouterr().out
+    assert "by the head of phantom: {'spleen': 'spleen', 'kidney_left': 'kidney_left'}" in out
+    assert "The backbone's head does not know stomach: it leaves background there." in out
+    backbone = FrozenBackbone("phantom", "last")
+    rows = {1: backbone.contract.classes.index("spleen"), 3: backbone.contract.classes.index("kidney_left")}
+    for case, image in made.items():
+        expected = expected_segmentation(window_logits(workspace, backbone, case, 40), rows)
+        segmentation = np.asarray(image.dataobj)
+        assert (segmentation != expected).mean() < 1e-4 and set(np.unique(segmentation)) == {0, 1, 3}
+        np.testing.assert_array_equal(image.affine, nib.load(workspace.raw / "labelsTr" / f"{case}.nii.gz").affine)
+        truth = np.asarray(nib.load(workspace.raw / "labelsTr" / f"{case}.nii.gz").dataobj)
+        for label in (1, 3):
+            assert 2 * ((segmentation == label) & (truth == label)).sum() > 0.6 * (
+                (segmentation == label).sum() + (truth == label).sum()
+            )
+    plans = json.loads((tmp_path / "out" / "plans.json").read_text())
+    own = workspace.plans()["configurations"]["3d_fullres_1shot"]
+    assert plans["configurations"]["3d_fullres"]["patch_size"] == own["patch_size"]
+
+
+def test_published_architecture(workspace, tmp_path, monkeypatch):
+    """fseft's 29 sigmoid rows on a narrow Swin UNETR with random weights, at the spacing of the tiny dataset."""
+    pytest.importorskip("monai", reason="Swin UNETR needs MONAI: pip install fsefs_nnunet[monai]")
+    monkeypatch.setenv("fseft_backbones", str(tmp_path / "store"))
+    contract = ZOO["fseft"].contract({})
+    window = (64, 64, 64)
+    contract = replace(
+        contract,
+        architecture={**contract.architecture, "features": 12},
+        spacing=(10.0, 10.0, 10.0),
+        patch_size=window,
+        smallest_window=window,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = ARCHITECTURES["swin_unetr"](contract, "last").backbone_state()
+    state["head.bias"] = torch.zeros(29)
+    save_backbone(contract, state, tmp_path / "store")
+    made = predict(workspace, "fseft", tmp_path / "out", "case_0")["case_0"]
+    logits = window_logits(workspace, FrozenBackbone("fseft", "last"), "case_0", 64)
+    # rows of the universal template: spleen, kidney_left and stomach
+    expected = expected_segmentation(logits, {1: 0, 3: 2, 2: 6})
+    assert set(np.unique(expected)) == {0, 1, 2, 3}
+    assert (np.asarray(made.dataobj) != expected).mean() < 1e-3
+
+
+def test_bad_input(workspace, tmp_path, capsys, monkeypatch):
+    def refused(*argv: str) -> str:
+        assert main(["zero_shot", "-d", "77", "-o", str(tmp_path / "out"), "-device", "cpu", *argv]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("fseft: ") and err.count("\n") == 1
+        return err
+
+    images = str(workspace.raw / "imagesTr")
+    assert "has no images named <case>_0000.nii.gz" in refused("-i", str(tmp_path))
+    assert "Backbone 'fseft' is not here" in refused("-i", images, "-b", "fseft")
+    file = workspace.raw / "dataset.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "labels": {"background": 0, "stomach": 1}}))
+    assert "'phantom' knows none of the labels stomach; its head knows " in refused("-i", images)
+    file.write_text(json.dumps({**content, "channel_names": {"0": "CT", "1": "CT"}}))
+    assert "scan_0_0001.nii.gz is missing" in refused("-i", str(workspace.queries))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU here that PyTorch can use: add -device cpu" in refused("-i", images, "-device", "cuda")
+    assert not (tmp_path / "out").exists()
