@@ -15,7 +15,7 @@ from fsefs_nnunet.benchmark.methods import METHODS, Method
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.study import Study
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.evaluation.training_logs import learning_curve, peak_memory
+from fsefs_nnunet.evaluation.training_logs import peak_memory
 from fsefs_nnunet.experiment import trained_parameters, training_seconds
 from fsefs_nnunet.splits import support_cases
 
@@ -140,7 +140,7 @@ class Cell:
             self.support,
             self.weights,
             trained_parameters(self.checkpoint) if trained else 0,
-            learning_curve(self.checkpoint).seconds[-1] if trained else 0.0,
+            training_seconds(self.folder) if trained else 0.0,
             peak_memory(self.folder) if trained else float("nan"),
             time() - start,
             cases,

@@ -18,7 +18,7 @@ class Result:
     """
     support: the labelled cases that it was trained on.
     weights: SHA-256 of what predicted.
-    seconds: of the training's epochs; the feature bank, which all cells share, is not counted.
+    seconds: wall time of the training; the first that needs the feature bank fills it.
     peak_memory_gb: of the training process; NaN where no log tells.
     wall_seconds: what the benchmark spent on it.
     """

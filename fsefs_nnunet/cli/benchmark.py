@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from fsefs_nnunet.cli.arguments import add_dataset, add_device, shots_argument
@@ -37,6 +36,15 @@ def benchmark(args: argparse.Namespace) -> None:
 
     if (args.i is None) != (args.l is None):
         raise InputError("-i IMAGES and -l LABELS belong together: give both for a test set, none for the queries.")
-    test = (Path(args.i), Path(args.l)) if args.i else None
+    test = (Path(args.i).resolve(), Path(args.l).resolve()) if args.i else None
     study = open_study(args.d, args.p, test, Path(args.o), args.device)
-    run_cells(study, plan_cells(study, args.shots, args.folds, args.methods), ["fseft", *sys.argv[1:]])
+    run_cells(study, plan_cells(study, args.shots, args.folds, args.methods), command_of(args, test))
+
+
+def command_of(args: argparse.Namespace, test: tuple[Path, Path] | None) -> list[str]:
+    """What to type to get the same again, from any folder."""
+    command = ["fseft", "benchmark", "-d", args.d, "-p", args.p, "-device", args.device, "--folds", str(args.folds)]
+    for flag, chosen in (("--shots", args.shots), ("--methods", args.methods)):
+        command += [flag, *map(str, chosen)] if chosen else []
+    command += ["-i", str(test[0]), "-l", str(test[1])] if test else []
+    return [*command, "-o", str(Path(args.o).resolve())]

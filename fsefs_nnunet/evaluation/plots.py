@@ -60,6 +60,9 @@ _MARKS = {
 }
 
 
+_COLOURS = ("blue", "orange", "green", "red", "purple", "brown", "pink", "gray", "olive", "cyan")
+
+
 @dataclass(frozen=True)
 class Point:
     """Dice of a method with a number of shots, one per fold; `labels` is what the shots cost, 0 for zero-shot."""
@@ -77,7 +80,7 @@ def plot_shots_and_parameters(points: list[Point]) -> bytes:
     What needs no labels is a dashed line on the left.
     """
     methods = list(dict.fromkeys(point.method for point in points))
-    colours = {method: f"C{i}" for i, method in enumerate(methods)}
+    colours = {method: f"tab:{_COLOURS[i % len(_COLOURS)]}" for i, method in enumerate(methods)}
     ticks = {point.labels: str(point.shots) for point in points if point.labels}
 
     def draw(axes):
@@ -99,13 +102,13 @@ def plot_shots_and_parameters(points: list[Point]) -> bytes:
         axes[0].minorticks_off()
         axes[0].set_xlabel("shots")
         axes[0].set_ylabel("mean Dice")
-        axes[0].legend(frameon=False, fontsize=7)
+        axes[0].figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside upper center")
         axes[1].set_xscale("symlog", linthresh=10)
-        axes[1].set_xlim(left=0)
+        axes[1].set_xlim(left=-2)
         axes[1].set_xlabel("trained parameters")
         axes[1].set_ylabel("mean Dice")
 
-    return _png(draw, height=4.0, columns=2)
+    return _png(draw, height=4.5, columns=2)
 
 
 def _png(draw, height: float, columns: int = 1) -> bytes:
