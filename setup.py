@@ -5,6 +5,7 @@ setup(
         "fsefs_nnunet",
         "fsefs_nnunet.adapters",
         "fsefs_nnunet.backbones",
+        "fsefs_nnunet.benchmark",
         "fsefs_nnunet.cli",
         "fsefs_nnunet.datasets",
         "fsefs_nnunet.evaluation",

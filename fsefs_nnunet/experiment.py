@@ -35,16 +35,21 @@ class Experiment:
     results: str = "nnUNet_results"
 
     @property
+    def folders(self) -> dict[str, Path]:
+        """nnU-Net's three, by environment variable."""
+        results = {"nnUNet_results": self.work / self.results}
+        return {**{name: self.work / name for name in ("nnUNet_raw", "nnUNet_preprocessed")}, **results}
+
+    @property
     def raw(self) -> Path:
-        return self.work / "nnUNet_raw" / self.dataset
+        return self.folders["nnUNet_raw"] / self.dataset
 
     @property
     def preprocessed(self) -> Path:
-        return self.work / "nnUNet_preprocessed" / self.dataset
+        return self.folders["nnUNet_preprocessed"] / self.dataset
 
     def environment(self) -> dict[str, str]:
-        folders = {name: str(self.work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed")}
-        folders["nnUNet_results"] = str(self.work / self.results)
+        folders = {name: str(folder) for name, folder in self.folders.items()}
         shims = Path(fsefs_nnunet.__file__).parent / "shims"
         # two processes each: a command of nnU-Net's starts up to eight, which import torch for seconds
         processes = {"nnUNet_def_n_proc": "2", "nnUNet_extTrainer": str(shims)}
@@ -60,8 +65,8 @@ class Experiment:
         log = self.work / "log.txt"
         line = " ".join([command, *map(str, args)])
         print(f"$ {line}", flush=True)
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", self.results):
-            (self.work / name).mkdir(parents=True, exist_ok=True)
+        for folder in self.folders.values():
+            folder.mkdir(parents=True, exist_ok=True)
         with open(log, "a") as f:
             f.write(f"\n$ {line}\n")
             f.flush()
@@ -73,15 +78,17 @@ class Experiment:
             raise RuntimeError(f"`{line}` failed; {log} ends with:\n{tail}")
 
     def model(self, trainer: str, configuration: str) -> Path:
-        return self.work / self.results / self.dataset / f"{trainer}__{self.plans}__{configuration}"
+        return self.folders["nnUNet_results"] / self.dataset / f"{trainer}__{self.plans}__{configuration}"
 
     def train(self, trainer: str, configuration: str, fold: int = 0, **environment: str) -> Path:
         """`nnUNetv2_train`, unless it is done; returns the fold's folder."""
         folder = self.model(trainer, configuration) / f"fold_{fold}"
         if not (folder / "validation" / "summary.json").exists():
             args = (self.dataset, configuration, str(fold), "-tr", trainer, "-p", self.plans, "-device", self.device)
-            # augmentation in the main process: on few cores workers only compete with the training
-            self.run("nnUNetv2_train", *args, "--c", **{"nnUNet_n_proc_DA": "0", **environment})
+            if self.device == "cpu":
+                # augmentation in the main process: on few cores workers only compete with the training
+                environment = {"nnUNet_n_proc_DA": os.environ.get("nnUNet_n_proc_DA", "0"), **environment}
+            self.run("nnUNetv2_train", *args, "--c", **environment)
         return folder
 
     def predict(
@@ -93,6 +100,19 @@ class Experiment:
             "nnUNetv2_predict", *args, "-f", str(fold), "-device", self.device, "-npp", "2", "-nps", "2", **environment
         )
         return output
+
+
+@dataclass(frozen=True)
+class OwnExperiment(Experiment):
+    """A dataset in the user's own folders, as nnU-Net's environment variables name them; `work` gets log.txt alone."""
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        return {name: Path(os.environ[name]) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+
+    def environment(self) -> dict[str, str]:
+        chosen = {name: os.environ[name] for name in ("nnUNet_def_n_proc",) if name in os.environ}
+        return {**super().environment(), **chosen}
 
 
 _TIMESTAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+):")

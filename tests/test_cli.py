@@ -27,6 +27,7 @@ VERBS = [
     ["bank", "--help"],
     ["link", "--help"],
     ["unlink", "--help"],
+    ["benchmark", "--help"],
     ["demo", "--help"],
     ["plan"],  # a usage error
 ]

@@ -342,10 +342,10 @@ def test_report_names_cases_and_commands(report):
 
 
 def test_report_without_a_prior(tmp_path, fold):
-    from fsefs_nnunet.evaluation.report import _sizes
+    from fsefs_nnunet.evaluation.report import size_section
 
     (fold / "training_log_2026_01_01_10_00_00.txt").write_text("The size prior has no effect: it is switched off.\n")
-    assert _sizes(fold) == ["<p>The size prior had no effect in this training.</p>"]
+    assert size_section(fold) == ["<p>The size prior had no effect in this training.</p>"]
 
 
 def test_page_escapes_its_title():

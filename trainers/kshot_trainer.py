@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.peak_memory import peak_memory_gb
 from fsefs_nnunet.splits import SPLITS_FILE, load_splits, query_cases, support_cases
 from fsefs_nnunet.trainers.without_mirroring import WithoutMirroring
 
@@ -42,6 +43,11 @@ class KShotTrainer(WithoutMirroring):
     def added_to_checkpoint(self) -> dict:
         """Data beside what nnU-Net keeps; its loaders do not look at it."""
         return {}
+
+    def on_train_end(self):
+        super().on_train_end()
+        if peak := peak_memory_gb(self.device):
+            self.print_to_log_file(f"Peak memory of this process: {peak:.3f} GB.")
 
     def perform_actual_validation(self, save_probabilities: bool = False):
         if not self.do_split()[1]:

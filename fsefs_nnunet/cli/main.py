@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from fsefs_nnunet import __version__
-from fsefs_nnunet.cli import backbones, bank, convert, demo, env, link, planning, predict, zero_shot
+from fsefs_nnunet.cli import backbones, bank, benchmark, convert, demo, env, link, planning, predict, zero_shot
 
-VERBS = (convert, env, planning, predict, backbones, zero_shot, bank, link, demo)
+VERBS = (convert, env, planning, predict, backbones, zero_shot, bank, link, benchmark, demo)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
@@ -59,15 +60,63 @@ _MARKS = {
 }
 
 
-def _png(draw, height: float) -> bytes:
+@dataclass(frozen=True)
+class Point:
+    """Dice of a method with a number of shots, one per fold; `labels` is what the shots cost, 0 for zero-shot."""
+
+    method: str
+    shots: int | str
+    labels: int
+    parameters: int
+    dice: list[float]
+
+
+def plot_shots_and_parameters(points: list[Point]) -> bytes:
+    """Dice against shots, a line per method with a bar from the worst to the best fold; Dice against parameters.
+
+    What needs no labels is a dashed line on the left.
+    """
+    methods = list(dict.fromkeys(point.method for point in points))
+    colours = {method: f"C{i}" for i, method in enumerate(methods)}
+    ticks = {point.labels: str(point.shots) for point in points if point.labels}
+
+    def draw(axes):
+        for method, colour in colours.items():
+            own = sorted((p for p in points if p.method == method), key=lambda p: p.labels)
+            means = [float(np.mean(p.dice)) for p in own]
+            if own[0].labels:
+                bars = [[m - min(p.dice) for m, p in zip(means, own)], [max(p.dice) - m for m, p in zip(means, own)]]
+                line = {"marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 2, "elinewidth": 0.7}
+                axes[0].errorbar([p.labels for p in own], means, bars, color=colour, label=method, **line)
+            else:
+                axes[0].axhline(means[0], color=colour, linestyle="dashed", linewidth=1.2, label=method)
+            for p, m in zip(own, means):
+                axes[1].plot(p.parameters, m, marker="o", markersize=5, color=colour)
+                name = f"K = {p.shots}" if p.labels else "no label"
+                axes[1].annotate(name, (p.parameters, m), (5, 2), textcoords="offset points", fontsize=6)
+        axes[0].set_xscale("log")
+        axes[0].set_xticks(list(ticks), list(ticks.values()))
+        axes[0].minorticks_off()
+        axes[0].set_xlabel("shots")
+        axes[0].set_ylabel("mean Dice")
+        axes[0].legend(frameon=False, fontsize=7)
+        axes[1].set_xscale("symlog", linthresh=10)
+        axes[1].set_xlim(left=0)
+        axes[1].set_xlabel("trained parameters")
+        axes[1].set_ylabel("mean Dice")
+
+    return _png(draw, height=4.0, columns=2)
+
+
+def _png(draw, height: float, columns: int = 1) -> bytes:
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     png = BytesIO()
     with matplotlib.style.context("dark_background"):
-        figure = Figure(figsize=(5.2, height), layout="constrained")  # not pyplot's, as in overlays.py
+        figure = Figure(figsize=(5.2 * columns, height), layout="constrained")  # not pyplot's, as in overlays.py
         FigureCanvasAgg(figure)
-        draw(figure.subplots())
+        draw(figure.subplots(1, columns))
         figure.savefig(png, dpi=160)
     return png.getvalue()

@@ -36,6 +36,7 @@ def write_report(
         ValueError: if a fold's checkpoint_final.pth is missing or damaged.
     """
     fold = folds[adapted]
+    overlays = ranked_overlays(fold / "validation", raw / "imagesTr", raw / "labelsTr", dataset_of(fold))
     parts = [
         html.paragraph(introduction),
         html.table(rows),
@@ -46,9 +47,9 @@ def write_report(
         ),
         html.charts(_learning_curves(folds)),
         html.heading(f"Best, median and worst query: {adapted}"),
-        *(html.overlay(png, caption) for caption, png in _ranked_overlays(fold, raw).items()),
+        *(html.overlay(png, caption) for caption, png in overlays.items()),
         html.heading(f"Size prior and predicted sizes: {adapted}"),
-        *_sizes(fold),
+        *size_section(fold),
         html.heading("What to run next"),
         *(html.paragraph(purpose) + html.commands(*lines) for purpose, lines in next_steps.items()),
     ]
@@ -67,31 +68,35 @@ def _learning_curves(folds: dict[str, Path]) -> dict[str, bytes]:
     }
 
 
-def _organs(fold: Path) -> dict[str, int]:
-    labels = json.loads((fold.parent / "dataset.json").read_text())["labels"]
-    return {name: value for name, value in labels.items() if name != "background"}
+def organs(dataset_json: dict) -> dict[str, int | list[int]]:
+    return {name: value for name, value in dataset_json["labels"].items() if name not in ("background", "ignore")}
 
 
-def _ranked_overlays(fold: Path, raw: Path) -> dict[str, bytes]:
-    """PNGs by caption."""
-    ending = json.loads((fold.parent / "dataset.json").read_text())["file_ending"]
-    dice = case_dice(fold / "validation" / "summary.json")
+def dataset_of(fold: Path) -> dict:
+    """dataset.json of the model that a fold's folder belongs to."""
+    return json.loads((fold.parent / "dataset.json").read_text())
+
+
+def ranked_overlays(predictions: Path, images: Path, labels: Path, dataset_json: dict) -> dict[str, bytes]:
+    """PNGs by caption of the best, median and worst case of a folder with nnU-Net's summary.json."""
+    ending = dataset_json["file_ending"]
+    dice = case_dice(predictions / "summary.json")
     overlays = {}
     for rank, name in best_median_worst(dice).items():
         case, png = name.removesuffix(ending), BytesIO()
         caption = f"{rank}: {case}, mean Dice {dice[name]:.3f}"
-        image, reference = raw / "imagesTr" / f"{case}_0000{ending}", raw / "labelsTr" / name
-        save_overlay(image, fold / "validation" / name, png, reference, _organs(fold), caption)
+        image = images / f"{case}_0000{ending}"
+        save_overlay(image, predictions / name, png, labels / name, organs(dataset_json), caption)
         overlays[caption] = png.getvalue()
     return overlays
 
 
-def _sizes(fold: Path) -> list[str]:
+def size_section(fold: Path) -> list[str]:
     """Chart and table of the prior, the sizes predicted on the queries, and the sizes of their labels."""
     priors, predicted = logged_sizes(fold)
     if not priors:
         return [html.paragraph("The size prior had no effect in this training.")]
-    labelled = reference_sizes(fold / "validation" / "summary.json", _organs(fold))
+    labelled = reference_sizes(fold / "validation" / "summary.json", organs(dataset_of(fold)))
     plans = json.loads((fold.parent / "plans.json").read_text())
     gamma = plans["configurations"][fold.parent.name.split("__")[-1]]["fseft_gamma"]
     rows = [

@@ -32,6 +32,11 @@ def cell_text(value) -> str:
     return str(value)
 
 
+def summary_key(value: int | list[int]) -> str:
+    """How nnU-Net's summary.json names a label or region of dataset.json: "1", "(1, 2)"."""
+    return str(tuple(value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 def mean_dice(summary_json_file: str | Path) -> dict[str, float]:
     """Dice of nnU-Net's summary.json, averaged over cases: one entry per class, as the file names it, and "mean".
 
@@ -63,7 +68,7 @@ def best_median_worst(dice: dict[str, float]) -> dict[str, str]:
     return {"best": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "worst": ranked[-1]}
 
 
-def reference_sizes(summary_json_file: str | Path, labels: dict[str, int]) -> dict[str, dict[str, float]]:
+def reference_sizes(summary_json_file: str | Path, labels: dict[str, int | list[int]]) -> dict[str, dict[str, float]]:
     """Size in ml of each label by case, from the voxels that nnU-Net counted in the reference segmentations.
 
     Args:
@@ -77,5 +82,6 @@ def reference_sizes(summary_json_file: str | Path, labels: dict[str, int]) -> di
     for case in json.loads(summary_json_file.read_text())["metric_per_case"]:
         prediction = Path(case["prediction_file"]).name
         voxel_ml = prod(map(float, nib.load(summary_json_file.with_name(prediction)).header.get_zooms()[:3])) / 1000
-        sizes[prediction] = {name: case["metrics"][str(value)]["n_ref"] * voxel_ml for name, value in labels.items()}
+        voxels = {name: case["metrics"][summary_key(value)]["n_ref"] for name, value in labels.items()}
+        sizes[prediction] = {name: count * voxel_ml for name, count in voxels.items()}
     return sizes

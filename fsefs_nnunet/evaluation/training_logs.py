@@ -35,6 +35,15 @@ def learning_curve(checkpoint: str | Path) -> LearningCurve:
     )
 
 
+_PEAK = re.compile(r"Peak memory of this process: (\S+) GB")
+
+
+def peak_memory(fold_folder: str | Path) -> float:
+    """GB that the training took at most, of the largest of its runs if it was continued; NaN if no log tells."""
+    logs = [log.read_text() for log in Path(fold_folder).glob("training_log_*.txt")]
+    return max((float(match[1]) for log in logs for match in _PEAK.finditer(log)), default=float("nan"))
+
+
 _PRIOR = re.compile(r"Size prior of (.+): (\S+) ml, spread (\S+) ml, (\d+) cases")
 _AFTER_TRAINING = "Predicted sizes of the queries in ml after training:"
 

@@ -1,0 +1,181 @@
+"""One cell of the grid: trained, predicted and evaluated by nnU-Net's commands, and remembered beside its training."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from time import time
+
+from fsefs_nnunet.backbones.store import sha256_of
+from fsefs_nnunet.benchmark.evaluation import evaluate
+from fsefs_nnunet.benchmark.methods import METHODS, Method
+from fsefs_nnunet.benchmark.result import Result
+from fsefs_nnunet.benchmark.study import Study
+from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.evaluation.training_logs import learning_curve, peak_memory
+from fsefs_nnunet.experiment import trained_parameters, training_seconds
+from fsefs_nnunet.splits import support_cases
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """
+    name: one of METHODS.
+    shots, fold: 0 for zero-shot, which has neither.
+    others: cells of other methods, the longest of which a training from scratch may take.
+    """
+
+    study: Study
+    name: str
+    shots: int | str
+    fold: int
+    others: tuple[Cell, ...] = ()
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.name]
+
+    @property
+    def title(self) -> str:
+        shots = "1 shot" if self.shots == 1 else f"{self.shots} shots"
+        return f"{self.method.title}, {shots}, fold {self.fold}" if self.method.trainer else self.method.title
+
+    @property
+    def configuration(self) -> str:
+        return f"3d_fullres_{self.shots}shot" + ("_scratch" if self.method.stock else "")
+
+    @property
+    def support(self) -> list[str]:
+        return support_cases(self.study.splits, self.shots, self.fold) if self.method.trainer else []
+
+    @property
+    def folder(self) -> Path:
+        """The fold's folder of the training; without one, a folder of the benchmark's."""
+        if self.method.trainer is None:
+            return self.study.experiment.work / self.name
+        return self.study.experiment.model(self.method.trainer, self.configuration) / f"fold_{self.fold}"
+
+    @property
+    def predictions(self) -> Path:
+        """Those of nnU-Net's final validation where they are what is wanted."""
+        if self.study.target.is_queries and self.method.trainer and not self.method.transductive:
+            return self.folder / "validation"
+        return self.folder / f"benchmark_{self.name}_{self.study.target.name}"
+
+    @property
+    def file(self) -> Path:
+        """Of the result."""
+        return self.folder / f"benchmark_{self.name}_{self.study.target.name}.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint_final.pth"
+
+    @property
+    def weights(self) -> str:
+        """SHA-256 of the checkpoint, of the backbone where nothing is trained; "" where there is none."""
+        if self.method.trainer is None:
+            return self.study.backbone["sha256"]
+        return sha256_of(self.checkpoint) if self.checkpoint.exists() else ""
+
+    def check(self) -> None:
+        """Raises InputError if plans or splits have no such cell, or what lies in its place is of other ones."""
+        if self.method.trainer is None:
+            return
+        support, plans = self.support, self.study.plans["configurations"]
+        name = self.study.experiment.plans
+        if self.configuration not in plans:
+            raise InputError(
+                f"Plans {name!r} have no configuration {self.configuration!r}: plan again with "
+                f"`fseft plan -d ID --shots {self.shots}`."
+            )
+        model = self.folder.parent
+        if not self.folder.exists() or not (model / "plans.json").exists():
+            return
+        then = json.loads((model / "plans.json").read_text())["configurations"]
+        if any(then.get(key) != plans[key] for key in ("3d_fullres", self.configuration)):
+            raise InputError(
+                f"{model} was trained with other plans than the present {name!r}: move it away, or give the plans that "
+                "it was trained with (-p)."
+            )
+        result = Result.load(self.file) if self.file.exists() else None
+        if result and result.support != support:
+            raise InputError(
+                f"{self.folder} was trained on {result.support}, the splits now say {support}: move it away, or draw "
+                "the splits as before with `fseft splits`."
+            )
+
+    def finished(self) -> Result | None:
+        """The result of an earlier run, if it is of these cases and of the weights that lie there."""
+        if not self.file.exists():
+            return None
+        result = Result.load(self.file)
+        fits = tuple(result.cases) == self.study.target.cases and result.weights == self.weights
+        return result if fits else None
+
+    # ---- the work ----
+
+    def run(self) -> Result:
+        """Train, predict and evaluate what is not done yet.
+
+        Raises:
+            RuntimeError: if a command fails.
+            InputError: if what it left cannot be evaluated.
+        """
+        start, target = time(), self.study.target
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trained = self.method.trainer is not None
+        if trained:
+            self.train()
+        if self.predictions.name != "validation":
+            self.predict()
+        cases = evaluate(self.predictions, target, self.study.reader())
+        result = Result(
+            self.name,
+            self.shots,
+            self.fold,
+            self.support,
+            self.weights,
+            trained_parameters(self.checkpoint) if trained else 0,
+            learning_curve(self.checkpoint).seconds[-1] if trained else 0.0,
+            peak_memory(self.folder) if trained else float("nan"),
+            time() - start,
+            cases,
+        )
+        result.save(self.file)
+        return result
+
+    def train(self) -> None:
+        done = self.folder / "validation" / "summary.json" if self.study.splits["queries"] else self.checkpoint
+        if not done.exists():
+            self.study.experiment.train(self.method.trainer, self.configuration, self.fold, **self._budget())
+
+    def _budget(self) -> dict[str, str]:
+        if not self.method.stock or "fseft_train_minutes" in os.environ:
+            return {}
+        seconds = [training_seconds(cell.folder) for cell in self.others if cell.checkpoint.exists()]
+        if not seconds:
+            raise InputError(
+                f"{self.method.title} is trained as long as the longest other method of its shots and fold, and none "
+                "is there: add one to --methods, or set the environment variable fseft_train_minutes."
+            )
+        return {"fseft_train_minutes": f"{max(seconds) / 60:.4f}"}
+
+    def predict(self) -> None:
+        """Segment the target's images into `predictions`, and let nnU-Net count their Dice."""
+        shutil.rmtree(self.predictions, ignore_errors=True)  # of other weights, or of an interrupted run
+        experiment, target, output = self.study.experiment, self.study.target, self.predictions
+        images = target.image_folder(experiment.work)
+        where = ("-d", experiment.dataset, "-i", images, "-o", output, "-device", experiment.device)
+        if self.method.trainer is None:
+            experiment.run("fseft", "zero_shot", *where, "-b", self.study.backbone["backbone"])
+        elif self.method.transductive:
+            model = ("-c", self.configuration, "-tr", self.method.trainer, "-p", experiment.plans, "-f", self.fold)
+            experiment.run("fseft", "predict", *where, *model)
+        else:
+            experiment.predict(self.method.trainer, self.configuration, images, output, self.fold)
+        files = ("-djfile", experiment.raw / "dataset.json", "-pfile", self.study.plans_file)
+        experiment.run("nnUNetv2_evaluate_folder", target.labels, output, *files, "--chill")

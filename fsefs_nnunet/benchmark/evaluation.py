@@ -1,0 +1,53 @@
+"""Metrics of every case and class of a folder of segmentations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from fsefs_nnunet.benchmark.result import CaseMetrics
+from fsefs_nnunet.benchmark.target import Target
+from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.evaluation.surface import TOLERANCE_MM, surface_metrics
+from fsefs_nnunet.evaluation.tables import summary_key
+
+DICE, SURFACE_DICE, DISTANCE = METRICS = "Dice", f"surface Dice {TOLERANCE_MM:g} mm", "HD95 mm"
+
+
+def evaluate(predictions: Path, target: Target, reader) -> CaseMetrics:
+    """Dice as nnU-Net's summary.json in `predictions` has it, surface metrics from the files.
+
+    reader: nnU-Net's reader of these files.
+
+    Raises:
+        InputError: if the summary is of other cases, or a segmentation has another shape than its reference.
+    """
+    labels, ending = target.dataset_json["labels"], target.dataset_json["file_ending"]
+    summary = json.loads((predictions / "summary.json").read_text())
+    counted = {
+        Path(case["prediction_file"]).name.removesuffix(ending): case["metrics"] for case in summary["metric_per_case"]
+    }
+    if odd := sorted(set(counted) ^ set(target.cases)):
+        raise InputError(
+            f"{predictions} is of other cases than the benchmark's, e.g. {odd[0]!r}: the splits were drawn anew since. "
+            f"Move {predictions.parent} away."
+        )
+    classes = {name: value for name, value in labels.items() if name not in ("background", "ignore")}
+    metrics: CaseMetrics = {}
+    for case in target.cases:
+        files = [folder / f"{case}{ending}" for folder in (predictions, target.labels)]
+        (predicted, _), (reference, properties) = (reader.read_seg(str(file)) for file in files)
+        if predicted.shape != reference.shape:
+            raise InputError(
+                f"{files[0]} has shape {predicted.shape[1:]}, {files[1]} {reference.shape[1:]}: not of one case."
+            )
+        if "ignore" in labels:
+            predicted[reference == labels["ignore"]] = 0
+        metrics[case] = {}
+        for name, value in classes.items():
+            masks = (np.isin(segmentation[0], value) for segmentation in (predicted, reference))
+            surface = surface_metrics(*masks, properties["spacing"])
+            metrics[case][name] = dict(zip(METRICS, (counted[case][summary_key(value)]["Dice"], *surface)))
+    return metrics

@@ -1,0 +1,103 @@
+"""What `fseft benchmark` runs: the cells that are not done yet, one after another, and the outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+
+from fsefs_nnunet.benchmark.cells import Cell
+from fsefs_nnunet.benchmark.methods import METHODS, choose
+from fsefs_nnunet.benchmark.outputs import write_results
+from fsefs_nnunet.benchmark.report import write_report
+from fsefs_nnunet.benchmark.result import Result
+from fsefs_nnunet.benchmark.study import Study
+from fsefs_nnunet.errors import InputError
+
+
+def plan_cells(study: Study, shots: list[int | str], num_folds: int, methods: list[str]) -> list[Cell]:
+    """The grid: shots outside, then folds, then methods; zero-shot, which has neither shots nor folds, first.
+
+    Args:
+        shots: default: those of the plans.
+        num_folds: so many of the splits, from 0.
+        methods: names of METHODS; default: all.
+
+    Raises:
+        InputError: for a cell that the plans or splits do not have, or in whose place lies one of other plans.
+    """
+    chosen = choose(methods)
+    if num_folds < 1:
+        raise InputError(f"{num_folds} folds: give at least 1.")
+    cells = []
+    if "zero_shot" in chosen:
+        if study.known_labels():
+            cells.append(Cell(study, "zero_shot", 0, 0))
+        else:
+            print("No zero-shot row: the backbone's own head knows no label of the dataset.")
+    for k in dict.fromkeys(shots or study.planned_shots):
+        for fold in range(num_folds):
+            others = [Cell(study, m, k, fold) for m in chosen if METHODS[m].trainer and not METHODS[m].stock]
+            cells += [*others, *(Cell(study, m, k, fold, tuple(others)) for m in chosen if METHODS[m].stock)]
+    for cell in cells:
+        cell.check()
+    if not cells:
+        raise InputError("There is nothing to run: choose other --methods.")
+    return cells
+
+
+def run_cells(study: Study, cells: list[Cell], command: list[str]) -> None:
+    """Fill the grid; results.csv, table.md, figure.png and report.html go to the experiment's folder.
+
+    command: what was typed, for the report.
+
+    Raises:
+        InputError: at the end, if cells failed; or when interrupted.
+    """
+    output = study.experiment.work
+    results = {cell: result for cell in cells if (result := cell.finished())}
+    failures: dict[Cell, str] = {}
+    print(f"{study.setting} {len(cells)} cells, {len(results)} of them done before.", flush=True)
+    try:
+        for number, cell in enumerate(cells, 1):
+            if cell in results:
+                continue
+            print(f"[{number}/{len(cells)}] {cell.title}{_left(cells, results, failures)}", flush=True)
+            try:
+                results[cell] = cell.run()
+            except (RuntimeError, ValueError, OSError) as error:
+                failures[cell] = str(error)
+                print(f"This one failed, the others go on: {error}", flush=True)
+                continue
+            write_results([results[c] for c in cells if c in results], output, study.setting)
+    except KeyboardInterrupt:
+        raise InputError("Interrupted. The same command goes on; what is done is not done again.") from None
+    if results:
+        ordered = {cell: results[cell] for cell in cells if cell in results}
+        write_results(list(ordered.values()), output, study.setting)
+        write_report(study, ordered, failures, command)
+        print(f"\n{(output / 'table.md').read_text()}\n{output}: report.html, table.md, results.csv, figure.png.")
+    if failures:
+        raise InputError(
+            f"{len(failures)} of {len(cells)} cells failed: {'; '.join(cell.title for cell in failures)}. "
+            f"{Path(output) / 'log.txt'} says why; the same command tries them again."
+        )
+
+
+def _left(cells: list[Cell], results: dict[Cell, Result], failures: dict[Cell, str]) -> str:
+    """Estimate of the time left: each cell as long as those of its method took, else as long as all others did."""
+    if not results:
+        return ""
+    every = [result.wall_seconds for result in results.values()]
+    seconds = 0.0
+    for cell in cells:
+        if cell not in results and cell not in failures:
+            same = [result.wall_seconds for result in results.values() if result.method == cell.name]
+            seconds += mean(same or every)
+    return f"; about {duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """E.g. "45 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,54 @@
+"""What a cell of the grid leaves in its JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fsefs_nnunet.atomic import write_atomically
+from fsefs_nnunet.errors import InputError
+
+CaseMetrics = dict[str, dict[str, dict[str, float]]]  # case -> class -> metric; NaN: there is nothing to compare
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    support: the labelled cases that it was trained on.
+    weights: SHA-256 of what predicted.
+    seconds: of the training's epochs; the feature bank, which all cells share, is not counted.
+    peak_memory_gb: of the training process; NaN where no log tells.
+    wall_seconds: what the benchmark spent on it.
+    """
+
+    method: str
+    shots: int | str
+    fold: int
+    support: list[str]
+    weights: str
+    trained_parameters: int
+    seconds: float
+    peak_memory_gb: float
+    wall_seconds: float
+    cases: CaseMetrics
+
+    def save(self, file: Path) -> None:
+        """NaN is written as null, which JSON has."""
+        content = _replaced(asdict(self), lambda x: None if isinstance(x, float) and math.isnan(x) else x)
+        write_atomically(file, json.dumps(content, indent=1))
+
+    @classmethod
+    def load(cls, file: Path) -> Result:
+        """Raises InputError if the file is another."""
+        try:
+            return cls(**_replaced(json.loads(file.read_text()), lambda x: float("nan") if x is None else x))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise InputError(f"{file} is no result of `fseft benchmark`: remove it.") from error
+
+
+def _replaced(content, change):
+    if isinstance(content, dict):
+        return {key: _replaced(value, change) for key, value in content.items()}
+    return change(content)

@@ -1,0 +1,106 @@
+"""What the cells of one benchmark share, checked before anything runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fsefs_nnunet.benchmark.target import Target, queries, test_set
+from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.evaluation.surface import require_monai
+from fsefs_nnunet.experiment import OwnExperiment
+from fsefs_nnunet.labels import foreground_names, match_labels
+from fsefs_nnunet.planning import dataset_folders
+from fsefs_nnunet.splits import SPLITS_FILE, load_splits
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """A dataset with one set of plans and splits, what it is evaluated on, and the folder of the outputs."""
+
+    experiment: OwnExperiment
+    plans: dict
+    splits: dict
+    target: Target
+
+    @property
+    def plans_file(self) -> Path:
+        return self.experiment.preprocessed / f"{self.experiment.plans}.json"
+
+    @property
+    def planned_shots(self) -> list[int | str]:
+        return [c["fseft_shots"] for c in self.plans["configurations"].values() if "fseft_backbone" in c]
+
+    @property
+    def backbone(self) -> dict:
+        """Its id and hash, as the plans' arch_kwargs "backbone" and "sha256"."""
+        child = next(c for c in self.plans["configurations"].values() if "fseft_backbone" in c)
+        return child["architecture"]["arch_kwargs"]
+
+    @property
+    def setting(self) -> str:
+        """What the table is of, in a sentence."""
+        where = "labelled queries" if self.target.is_queries else f"cases of {self.target.images}"
+        return (
+            f"{self.experiment.dataset}, plans {self.experiment.plans}, evaluated on {len(self.target.cases)} {where}, "
+            "whose labels serve nothing else."
+        )
+
+    def reader(self):
+        """nnU-Net's reader of the dataset's segmentations."""
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        return PlansManager(self.plans).image_reader_writer_class()
+
+    def known_labels(self) -> dict[str, str]:
+        """The dataset's labels that the backbone's own head knows, with its names for them."""
+        from fsefs_nnunet.backbones.store import find_backbone
+
+        labels = self.target.dataset_json["labels"]
+        return match_labels(foreground_names(labels, True), find_backbone(self.backbone["backbone"]).head_classes)
+
+
+def open_study(dataset_id: str, plans_name: str, test: tuple[Path, Path] | None, output: Path, device: str) -> Study:
+    """
+    Args:
+        test: folders of images and labels; default: the labelled queries of the splits.
+
+    Raises:
+        InputError: for folders, plans, splits or a device that are not there, and without MONAI.
+    """
+    require_monai()
+    name, raw, preprocessed = dataset_folders(dataset_id)
+    if "nnUNet_results" not in os.environ:
+        raise InputError("The environment variable nnUNet_results is not set: export nnUNet_results=FOLDER.")
+    file = preprocessed / f"{plans_name}.json"
+    if not file.exists():
+        raise InputError(f"{file} is missing: `fseft plan_and_preprocess -d ID` makes it, -p chooses other plans.")
+    splits = load_splits(preprocessed / SPLITS_FILE)
+    target = test_set(*test, raw) if test else queries(splits, raw, preprocessed)
+    _check_device(device)
+    experiment = OwnExperiment(_writable(output), name, plans_name, device)
+    study = Study(experiment, json.loads(file.read_text()), splits, target)
+    if not study.planned_shots:
+        raise InputError(f"{file} has no K-shot configuration: plan with `fseft plan -d ID`.")
+    return study
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("There is no GPU here that PyTorch can use: add -device cpu.")
+
+
+def _writable(folder: Path) -> Path:
+    folder = folder.resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise InputError(f"{folder} cannot be written: choose another folder with -o.")
+    return folder

@@ -1,0 +1,22 @@
+"""The most memory that a training took."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+
+def peak_memory_gb(device: torch.device) -> float | None:
+    """GB (10^9 bytes) that this process took at most: of the GPU if it computes there, else of main memory.
+
+    None where the system does not tell (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
