@@ -21,6 +21,8 @@ VERBS = [
     ["backbones", "list", "--help"],
     ["backbones", "import", "--help"],
     ["bank", "--help"],
+    ["convert", "--help"],
+    ["assemble", "--help"],
     ["link", "--help"],
     ["unlink", "--help"],
     ["demo", "--help"],

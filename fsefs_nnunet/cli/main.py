@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from fsefs_nnunet import __version__
-from fsefs_nnunet.cli import backbones, bank, convert, demo, env, link, planning
+from fsefs_nnunet.cli import assemble, backbones, bank, convert, demo, env, link, planning
 
-VERBS = (env, planning, backbones, bank, convert, link, demo)
+VERBS = (env, planning, convert, assemble, backbones, bank, link, demo)
 
 
 def parser() -> argparse.ArgumentParser:
