@@ -25,6 +25,8 @@ VERBS = [
     ["remember", "--help"],
     ["zero_shot", "--help"],
     ["bank", "--help"],
+    ["convert", "--help"],
+    ["assemble", "--help"],
     ["link", "--help"],
     ["unlink", "--help"],
     ["benchmark", "--help"],
