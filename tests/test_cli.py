@@ -20,7 +20,6 @@ VERBS = [
     ["backbones", "--help"],
     ["backbones", "list", "--help"],
     *(["backbones", action, "--help"] for action in ("info", "import", "download", "verify", "remove")),
-    ["convert", "--help"],
     ["predict", "--help"],
     ["remember", "--help"],
     ["zero_shot", "--help"],
