@@ -160,28 +160,36 @@ class FeatureBank:
             image_sha256 = hashlib.sha256(image).hexdigest()
             keys.append(EntryKey(self.recipe, case, image_sha256, layout(case, image.shape[1:])))
         missing = [key for key in keys if not self._open(key)]
+        volumes: dict[str, list[EntryKey]] = {}  # a case may be kept in several ways
+        for key in missing:
+            volumes.setdefault(key.image_sha256, []).append(key)
         if missing:
             needed = sum(key.layout.voxels for key in missing) * self.backbone.out_channels * 2
             log(
-                f"Feature bank {self.folder}: {len(missing)} volumes to go through the frozen backbone, once; "
+                f"Feature bank {self.folder}: {len(volumes)} volumes to go through the frozen backbone, once; "
                 f"their features take {gigabytes(needed)}."
             )
             require_space(self.root, needed, cap_gb)
-        progress = tqdm(missing, desc="feature bank", disable=not missing)
-        computed = sum(self._compute(key, load_image) for key in progress)
+        progress = tqdm(volumes.values(), desc="feature bank", disable=not missing)
+        computed = sum(self._compute(keys, load_image) for keys in progress)
         log(f"Feature bank {self.folder} takes {gigabytes(used_bytes(self.folder))}.")
         return computed
 
-    def _compute(self, key: EntryKey, load_image: Callable[[str], np.ndarray]) -> bool:
+    def _compute(self, keys: list[EntryKey], load_image: Callable[[str], np.ndarray]) -> int:
+        """Entries of one volume; returns how many this process computed."""
         # the kernel releases the lock when its holder dies; the empty file stays
-        with FileLock(self.folder / f"{key.name}.lock"):
-            if self._open(key):
-                return False  # another training computed it meanwhile
-            image = torch.from_numpy(_finite_image(key.case, load_image))
-            self._write(key, extract_features(self.backbone, image, self.patch_size, self.device))
-        if not self._open(key):
-            raise OSError(f"{self.folder / key.name}.npy does not read as it was written: the disk may be failing.")
-        return True
+        with FileLock(self.folder / f"{keys[0].image_sha256[:12]}.lock"):
+            missing = [key for key in keys if not self._open(key)]
+            if not missing:
+                return 0  # another training computed them meanwhile
+            image = torch.from_numpy(_finite_image(keys[0].case, load_image))
+            features = extract_features(self.backbone, image, self.patch_size, self.device)
+            for key in missing:
+                self._write(key, features)
+        for key in missing:
+            if not self._open(key):
+                raise OSError(f"{self.folder / key.name}.npy does not read as it was written: the disk may be failing.")
+        return len(missing)
 
     def _write(self, key: EntryKey, features: torch.Tensor) -> None:
         array = key.layout.pack(features)

@@ -34,6 +34,8 @@ PART_FOLDER = ".fseft_part"  # nnU-Net takes every file in the output folder for
 def volume_logits(network: AdaptedNetwork, features: torch.Tensor) -> torch.Tensor:
     """Features (C, X, Y, Z) -> logits (outputs, X, Y, Z), both on the CPU; in slabs that overlap by what it reaches."""
     device, margin = network.feature_mean.device, network.adapter.margin
+    if margin is None:  # its output depends on all of the volume
+        return network.adapt(features[None].to(device).float())[0].float().cpu()
     size = max(1, SLAB_VOXELS // int(np.prod(features.shape[2:])))
     slabs = []
     for start in range(0, features.shape[1], size):
@@ -51,7 +53,15 @@ def averaged(features: torch.Tensor, voxel_ml: float) -> QueryVolume:
     return QueryVolume(pooled(features.float(), factor), block_voxels(tuple(shape), factor) * voxel_ml)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Volume:
+    """features: (C, X, Y, Z) float16 on the CPU; properties: nnU-Net's, of how the image was preprocessed."""
+
+    features: torch.Tensor
+    properties: dict
+
+
+@dataclass(frozen=True)
 class Prediction:
     """Of one fold: logits (outputs, X, Y, Z), and what adaptation did. `after` is `before` where there was none."""
 
@@ -76,7 +86,11 @@ class QueryPredictor:
         self.loss = SoftDiceLoss(manager.has_regions, manager.ignore_label)
 
     def predict(self, files: list[str], output: Path, keep_largest: bool = False) -> dict:
-        """Segment the image in `files`, one per channel, write `output`; returns the report of its sizes.
+        """Segment the image in `files`, one per channel, write `output`; returns the report of its sizes."""
+        return self.segment(self.read(files), output, keep_largest)
+
+    def read(self, files: list[str]) -> Volume:
+        """Preprocess an image and run the backbone over it.
 
         Raises:
             InputError: if the image holds NaN or infinite values.
@@ -87,14 +101,15 @@ class QueryPredictor:
         )
         if not np.isfinite(data).all():
             raise InputError(f"{files[0]} holds NaN or infinite values: repair the image.")
-        image = torch.from_numpy(np.asarray(data, np.float32))
-        features = extract_features(
-            model.network.backbone, image, tuple(model.configuration.patch_size), model.device
-        ).half()
-        folds = [self._predict_fold(fold, features) for fold in range(len(model.weights))]
+        image, window = torch.from_numpy(np.asarray(data, np.float32)), tuple(model.configuration.patch_size)
+        return Volume(extract_features(model.network.backbone, image, window, model.device).half(), properties)
+
+    def segment(self, volume: Volume, output: Path, keep_largest: bool = False) -> dict:
+        """Segment a volume that `read` gave, or that of another model on the same backbone and plans."""
+        folds = [self._predict_fold(fold, volume.features) for fold in range(len(self.model.weights))]
         # as nnU-Net does: the mean of the logits
         logits = torch.stack([fold.logits for fold in folds]).mean(0)
-        self._export(logits, properties, output, keep_largest)
+        self._export(logits, volume.properties, output, keep_largest)
         return self._report(folds)
 
     def _predict_fold(self, fold: int, features: torch.Tensor) -> Prediction:

@@ -121,6 +121,15 @@ def workspace(tiny, tmp_path, monkeypatch) -> Workspace:
     return copy
 
 
+@pytest.fixture
+def raw(tmp_path, monkeypatch) -> Path:
+    """An empty nnUNet_raw; the other two folders of nnU-Net are beside it."""
+    for name in VARIABLES:
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    return tmp_path / "nnUNet_raw"
+
+
 @pytest.fixture(scope="session")
 def contract():
     from fsefs_nnunet.backbones.store import find_backbone

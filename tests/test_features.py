@@ -13,7 +13,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from fsefs_nnunet import bank_disk, phantom
+from fsefs_nnunet import bank_disk, features, phantom
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.bank_layout import (
     BACKGROUND_BLOCKS,
@@ -79,12 +79,28 @@ def test_second_fill_computes_nothing(bank, images, backbone):
     again = make_bank(bank.root, backbone)
     assert again.fill(images, images.get, whole) == 0
     assert {file: file.stat().st_mtime_ns for file in bank.folder.iterdir()} == times
-    assert sorted(f"{file.name[0]}{file.suffix}" for file in times) == [
-        *("a.json", "a.lock", "a.npy", "b.json", "b.lock", "b.npy")
-    ]
+    entries = sorted(f"{file.name[0]}{file.suffix}" for file in times if file.suffix != ".lock")
+    assert entries == ["a.json", "a.npy", "b.json", "b.npy"] and len(times) == 6  # a lock for each volume
     (box,) = again["a"].boxes
     assert box.shape == (16, 16, 16, 20) and box.dtype == np.float16
     assert isinstance(box.base, np.memmap)
+
+
+def test_a_volume_kept_in_two_ways_is_computed_once(bank, images, monkeypatch):
+    passes = []
+    whole_volume = features.extract_features
+    monkeypatch.setattr(features, "extract_features", lambda *args: passes.append(args) or whole_volume(*args))
+
+    def layout(case: str, shape: tuple[int, ...]) -> Layout:
+        return query_layout(shape, 2) if case == "pooled" else whole_layout(shape)
+
+    same = {"a": images["a"], "pooled": images["a"], "b": images["b"]}
+    assert bank.fill(same, same.get, layout) == 3
+    assert len(passes) == 2
+    whole_a = torch.from_numpy(np.array(bank["a"].boxes[0])).float()
+    np.testing.assert_allclose(bank["pooled"].boxes[0], pooled(whole_a, 2)[0], rtol=1e-2, atol=1e-2)
+    next(bank.folder.glob("pooled_*.npy")).unlink()
+    assert bank.fill(same, same.get, layout) == 1
 
 
 def alter(npy, json_file):
@@ -213,7 +229,7 @@ def test_two_processes_compute_each_entry_once(bank):
 
 def test_killed_holder_of_a_lock_holds_up_nobody(bank, images, backbone):
     bank.fill(["a"], images.get, whole)
-    (lock,) = bank.folder.glob("a_*.lock")
+    (lock,) = bank.folder.glob("*.lock")
     next(bank.folder.glob("a_*.json")).unlink()
     hold = "import sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire()"
     wait = "print('held', flush=True); time.sleep(600)"

@@ -14,6 +14,7 @@ from scipy.ndimage import label
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.cli.main import main
+from fsefs_nnunet.network import AdaptedNetwork
 from fsefs_nnunet.prediction import PART_FOLDER, QueryPredictor, volume_logits
 from fsefs_nnunet.size_prior import SizePrior
 from fsefs_nnunet.splits import load_splits
@@ -109,14 +110,15 @@ def test_inductive_prediction_is_nnunets(work):
         assert (work.root / "ours" / name).read_bytes() == (model_folder(work) / name).read_bytes()
 
 
-def test_slabs_are_the_whole(work, monkeypatch):
-    model = load(work)
-    model.network.load_state_dict(model.weights[0])
-    torch.nn.init.normal_(model.network.adapter.conv2.weight, std=0.1)
-    features = torch.randn(model.network.backbone.out_channels, 9, 5, 4).half()
-    whole = volume_logits(model.network, features)
+@pytest.mark.parametrize("adapter", ["spatial", "spatial_in", "linear_probe"])
+def test_slabs_are_the_whole(contract, monkeypatch, adapter):
+    network = AdaptedNetwork(1, 3, "phantom", contract.sha256, adapter, "last", None, 0)
+    for parameter in network.adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    features = torch.randn(16, 9, 5, 4).half()
+    whole = network.adapt(features[None].float())[0].detach()
     monkeypatch.setattr("fsefs_nnunet.prediction.SLAB_VOXELS", 2 * 5 * 4)
-    torch.testing.assert_close(volume_logits(model.network, features), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(volume_logits(network, features), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_sizes_outside_their_band_are_drawn_towards_it(work):

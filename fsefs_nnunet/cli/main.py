@@ -6,9 +6,21 @@ import argparse
 import sys
 
 from fsefs_nnunet import __version__
-from fsefs_nnunet.cli import backbones, bank, benchmark, convert, demo, env, link, planning, predict, zero_shot
+from fsefs_nnunet.cli import (
+    assemble,
+    backbones,
+    bank,
+    benchmark,
+    convert,
+    demo,
+    env,
+    link,
+    planning,
+    predict,
+    zero_shot,
+)
 
-VERBS = (convert, env, planning, predict, backbones, zero_shot, bank, link, benchmark, demo)
+VERBS = (env, convert, assemble, planning, predict, zero_shot, benchmark, backbones, bank, link, demo)
 
 
 def parser() -> argparse.ArgumentParser:

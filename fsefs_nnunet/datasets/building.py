@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -83,6 +84,10 @@ def _returning(job: tuple[Callable, tuple]) -> object:
         return function(*arguments)
     except InputError as error:  # a SystemExit would end the worker without a word
         return error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return InputError(f"No space left in nnUNet_raw ({error}): free some, then run the same command again.")
 
 
 def run_jobs(function: Callable, jobs: Iterable[tuple], num_processes: int, text: str) -> list:
@@ -94,17 +99,13 @@ def run_jobs(function: Callable, jobs: Iterable[tuple], num_processes: int, text
     todo = [(function, job) for job in jobs]
     if not todo:
         return []
-    results = []
     try:
         if num_processes == 1:
-            iterator = map(_returning, todo)
-            results = _collected(iterator, len(todo), text)
-        else:
-            with get_context("spawn").Pool(min(num_processes, len(todo)), _quiet_worker) as pool:
-                results = _collected(pool.imap_unordered(_returning, todo), len(todo), text)
+            return _collected(map(_returning, todo), len(todo), text)
+        with get_context("spawn").Pool(min(num_processes, len(todo)), _quiet_worker) as pool:
+            return _collected(pool.imap(_returning, todo), len(todo), text)
     except KeyboardInterrupt:
-        raise InputError("Interrupted: the same command goes on where it stopped.") from None
-    return results
+        raise InputError("Interrupted: run the same command again to go on.") from None
 
 
 def _collected(iterator: Iterable, total: int, text: str) -> list:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import tempfile
@@ -15,7 +14,7 @@ import numpy as np
 from fsefs_nnunet.datasets.sides import split_sides
 from fsefs_nnunet.datasets.source import Case, Labels, Source
 from fsefs_nnunet.datasets.tables import Selection
-from fsefs_nnunet.datasets.volumes import distance_of_grids, link_or_copy, read_volume, write_label
+from fsefs_nnunet.datasets.volumes import distance_of_grids, link_or_copy, read_volume, renumber, write_label
 from fsefs_nnunet.errors import InputError
 
 RECORDS = "records"
@@ -37,10 +36,6 @@ class Job:
         return self.folder / RECORDS / f"{case.name}{'_test' if test else ''}.json"
 
 
-class NoSpace(InputError):
-    """The disk is full: the whole conversion stops."""
-
-
 def convert_case(job: Job, case: Case, test: bool = False) -> dict:
     """Write one case and, last, its record, whose presence says that the case is whole. Returns the record.
 
@@ -54,10 +49,6 @@ def convert_case(job: Job, case: Case, test: bool = False) -> dict:
         record = {"skipped": str(error)}
         for file in (*folder.glob(f"{case.name}_????{job.ending}"), label_file):
             file.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(f"No space left in {job.folder}: free some, then the same command goes on.") from error
-        raise
     record = {"case": case.name, "test": test, **record}
     file = job.record(case, test)
     file.with_suffix(".part").write_text(json.dumps(record))
@@ -121,9 +112,7 @@ def _reusable(job: Job, labels: Labels, case: Case, image: nib.Nifti1Image) -> b
 
 def renumbered(selection: Selection, labels: Labels, affine: np.ndarray, case: Case) -> np.ndarray:
     """Label map in the dataset's numbers, sides told apart."""
-    lookup = np.zeros(max(selection.numbers) + 1, np.uint8)
-    lookup[list(selection.numbers)] = list(selection.numbers.values())
-    data = lookup[labels.data]
+    data = renumber(labels.data, {0: 0, **selection.numbers})
     for pair in selection.pairs:
         mask = np.isin(labels.data, pair.values)
         if not mask.any():

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from fsefs_nnunet.datasets.source import Case, Source, natural, numbered, paired
+from fsefs_nnunet.datasets.source import Case, Source, numbered, paired
 from fsefs_nnunet.datasets.tables import tables
 from fsefs_nnunet.datasets.volumes import read_header
 from fsefs_nnunet.errors import InputError
@@ -42,14 +42,14 @@ class MSD(Source):
 
     def cases(self, folder: Path) -> list[Case]:
         self._json(folder)
-        images, labels = (
-            numbered((folder / sub).glob("*.nii.gz"), r"(.+)\.nii\.gz") for sub in ("imagesTr", "labelsTr")
-        )
-        return paired(images, labels)
+        return paired(self._files(folder / "imagesTr"), self._files(folder / "labelsTr"))
 
     def test_images(self, folder: Path) -> dict[str, Path]:
-        images = numbered((folder / "imagesTs").glob("*.nii.gz"), r"(.+)\.nii\.gz")
-        return {name: images[name] for name in sorted(images, key=natural)}
+        return self._files(folder / "imagesTs")
+
+    @staticmethod
+    def _files(folder: Path) -> dict[str, Path]:
+        return numbered(folder.glob("*.nii.gz"), r"(.+)\.nii\.gz")
 
     def image_files(self, image: Path, scratch: Path) -> list[Path]:
         from nnunetv2.dataset_conversion.convert_MSD_dataset import split_4d_nifti

@@ -49,7 +49,7 @@ class Source:
         return [image]
 
     def label(self, case: Case, image: nib.Nifti1Image, wanted: dict[str, int], resample: bool) -> Labels:
-        """Label map in the source's values on the grid of `image`. `wanted`: the classes to write, with these values."""
+        """Label map in the source's values on the image's grid. `wanted`: classes to write, with their values."""
         volume = read_volume(case.label)
         placed = on_grid(volume, image, case.label, resample)
         return Labels(placed, integers(placed, case.label), placed is not volume)

@@ -71,8 +71,16 @@ def on_grid(label: nib.Nifti1Image, image: nib.Nifti1Image, file: Path, resample
     return resample_from_to(label, (image.shape[:3], image.affine), order=0)
 
 
+def renumber(data: np.ndarray, values: dict[int, int]) -> np.ndarray:
+    """Integers `data` with each key of `values` replaced by its value (at most 255), uint8."""
+    lookup = np.zeros(max(values) + 1, np.uint8)
+    lookup[list(values)] = list(values.values())
+    return lookup[data]
+
+
 def write_label(data: np.ndarray, image: nib.Nifti1Image, file: Path) -> None:
     """Label map (X, Y, Z) of up to 255 classes, with the geometry of its image."""
+    file.unlink(missing_ok=True)  # a link of an earlier run would be written through
     header = image.header.copy()
     header.set_data_dtype(np.uint8)
     header.set_slope_inter(1, 0)

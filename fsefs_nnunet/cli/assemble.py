@@ -1,0 +1,24 @@
+"""`fseft assemble`."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def register(verb) -> None:
+    parser = verb("assemble", assemble, "One partially labelled dataset from several, for FSEFTPretrainer.")
+    parser.add_argument("-d", required=True, nargs="+", metavar="DATASET", help="ids or names of nnU-Net raw datasets")
+    parser.add_argument("-o", required=True, type=int, metavar="ID", help="id of the assembly, not yet taken")
+    parser.add_argument(
+        "--template",
+        default="universal",
+        choices=["universal", "union"],
+        help="classes: those of FSEFT's public model (default), or all labels of all datasets",
+    )
+    parser.add_argument("-np", type=int, default=4, metavar="N", help="processes; default: 4")
+
+
+def assemble(args: argparse.Namespace) -> None:
+    from fsefs_nnunet.datasets.assembly import assemble
+
+    assemble(args.d, args.o, args.template, args.np)

@@ -1,0 +1,176 @@
+"""`fseft assemble`: one partially labelled dataset from several, for FSEFTPretrainer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from fsefs_nnunet.datasets.building import Building, new_dataset, run_jobs
+from fsefs_nnunet.datasets.common_labels import CommonLabels, common_labels
+from fsefs_nnunet.datasets.tables import tables
+from fsefs_nnunet.datasets.volumes import integers, link_or_copy, read_volume, renumber, write_label
+from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.labels import normalised
+
+GENERIC = {"cancer", "cyst", "lesion", "tumor", "tumour", "vessel"}  # say nothing without their dataset
+
+
+@dataclass(frozen=True)
+class Member:
+    """A raw dataset that takes part."""
+
+    name: str
+    labels: dict[str, int]  # canonical name -> value
+    channels: tuple[str, ...]
+    files: dict[str, dict]  # case -> "images", "label"
+
+
+def read_member(dataset_id: int | str) -> Member:
+    """Raises InputError where the dataset cannot take part."""
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    from fsefs_nnunet.planning import dataset_folders
+
+    name, raw, _ = dataset_folders(dataset_id)
+    content = json.loads((raw / "dataset.json").read_text())
+    if any(isinstance(value, list) for value in content["labels"].values()) or "ignore" in content["labels"]:
+        raise InputError(f"{name} has regions or an ignore label: datasets with plain labels can be assembled.")
+    if content["file_ending"] not in (".nii.gz", ".nii"):
+        raise InputError(f"{name} has {content['file_ending']} files: NIfTI is wanted.")
+    labels: dict[str, int] = {}
+    for label, value in content["labels"].items():
+        if normalised(label) in labels:
+            raise InputError(f"{name} has two labels for {normalised(label)}: rename one of them in dataset.json.")
+        if value:
+            labels[normalised(label)] = int(value)
+    files = get_filenames_of_train_images_and_targets(str(raw), content)
+    return Member(name, labels, tuple(content["channel_names"].values()), files)
+
+
+def assemble(dataset_ids: list[int | str], dataset_id: int, template: str, num_processes: int = 4) -> Path:
+    """Write the assembly of raw datasets and return its folder.
+
+    template: "universal", the classes of FSEFT's public model, or "union", all labels of all datasets.
+    Images are links. Of images with the same voxels the first is kept, with its labels alone.
+
+    Raises:
+        InputError: for datasets that do not fit together, an id that is taken, no space, an interrupt.
+    """
+    members = [read_member(one) for one in dataset_ids]
+    repeated = [name for name, n in Counter(member.name for member in members).items() if n > 1]
+    if repeated or len(members) < 2:
+        raise InputError(f"-d {' '.join(map(str, dataset_ids))}: two datasets or more, each once.")
+    for member in members[1:]:
+        if [c.lower() for c in member.channels] != [c.lower() for c in members[0].channels]:
+            raise InputError(
+                f"{member.name} has channels {', '.join(member.channels)}, {members[0].name} has "
+                f"{', '.join(members[0].channels)}: only datasets with the same channels can be assembled."
+            )
+    universal = tables()["universal"] if template == "universal" else None
+    common = common_labels({member.name: list(member.labels) for member in members}, universal)
+    target = new_dataset(dataset_id, template.capitalize())
+    for line in conflicts(members, common):
+        print(line)
+    prefix = short_names([member.name for member in members])
+    names = {m.name: {case: f"{prefix[m.name]}_{case}" for case in m.files} for m in members}
+    building = Building(target, {"assembly": names, "labels": common.labels})
+    jobs = [
+        (name, m.files[case], {0: 0, **{m.labels[label]: new for label, new in common.values[m.name].items()}})
+        for m in members
+        for case, name in names[m.name].items()
+    ]
+    try:
+        digests = run_jobs(partial(add_case, building.folder), jobs, num_processes, "assembling")
+    except InputError:
+        building.discard()
+        raise
+    same = repeated_patients([name for name, *_ in jobs], digests)
+    for case in same:
+        for file in building.folder.glob(f"*Tr/{case}[_.]*"):
+            file.unlink()
+    cases = {name: [case for case in names[name].values() if case not in same] for name in names}
+    sources = {name: {"classes": common.annotated[name], "cases": cases[name]} for name in cases if cases[name]}
+    building.finish(
+        {"the same patient as": same},
+        channel_names=dict(enumerate(members[0].channels)),
+        labels=dict(common.labels),
+        regions_class_order=common.regions_class_order,
+        num_training_cases=sum(map(len, cases.values())),
+        file_ending=".nii.gz",
+        license="of the datasets under sources",
+        sources=sources,
+    )
+    for case, kept in same.items():
+        print(f"{case} is the same patient as {kept}, whose labels are kept.")
+    print(class_table(list(common.labels)[1:], sources))
+    print(f"{target}: {sum(map(len, cases.values()))} cases")
+    return target
+
+
+def short_names(names: list[str]) -> dict[str, str]:
+    """Names of datasets without DatasetXXX_, where that tells them apart."""
+    short = [name.split("_", 1)[1] for name in names]
+    return dict(zip(names, short if len(set(short)) == len(short) else names))
+
+
+def repeated_patients(cases: list[str], digests: list[str]) -> dict[str, str]:
+    """Cases whose voxels an earlier case has -> that case."""
+    first: dict[str, str] = {}
+    return {case: first[d] for case, d in zip(cases, digests) if first.setdefault(d, case) != case}
+
+
+def class_table(classes: list[str], sources: dict[str, dict]) -> str:
+    """Number of annotated cases by class and source, as lines of text."""
+    rows = [["annotated cases", *sources]]
+    for name in classes:
+        rows.append([name, *(str(len(s["cases"])) if name in s["classes"] else "-" for s in sources.values())])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def conflicts(members: list[Member], common: CommonLabels) -> list[str]:
+    """What the user should know of labels that do not simply go together."""
+    lines = []
+    for member in members:
+        dropped = [name for name, value in common.values[member.name].items() if not value]
+        if dropped:
+            lines.append(f"{member.name}: {', '.join(dropped)} not in the template, background and unannotated")
+        for whole, lesions in tables()["lesions"].items():
+            sided = [part for part in tables()["unions"].get(whole, []) if part in member.labels]
+            inside = [lesion for lesion in lesions if lesion in member.labels]
+            if sided and inside:
+                lines.append(f"{member.name}: {', '.join(sided)} without {', '.join(inside)}, whose side is not told")
+    for name in GENERIC:
+        owners = [member.name for member in members if name in member.labels]
+        if len(owners) > 1:
+            lines.append(f"{name} of {' and '.join(owners)} is taken for one class: rename it if it is not")
+    return lines
+
+
+def add_case(folder: Path, name: str, files: dict, values: dict[int, int]) -> str:
+    """Link the images of a case, write its label map with the new values. Returns the hash of the image's voxels."""
+    digest = hashlib.sha256()
+    for i, file in enumerate(map(Path, files["images"])):
+        image = read_volume(file)
+        # copies of one scan differ in orientation and number format rather than in voxels
+        voxels = np.ascontiguousarray(nib.as_closest_canonical(image).dataobj, np.float32)
+        digest.update(repr(voxels.shape).encode() + voxels.tobytes())
+        link_or_copy(file, folder / "imagesTr" / f"{name}_{i:04d}.nii.gz")
+    file, target = Path(files["label"]), folder / "labelsTr" / f"{name}.nii.gz"
+    label = read_volume(file)
+    data = integers(label, file)
+    unknown = sorted(set(np.unique(data).tolist()) - set(values))
+    if unknown:
+        raise InputError(f"{file} has values {unknown[:5]} that dataset.json does not name.")
+    if all(old == new for old, new in values.items()):
+        link_or_copy(file, target)
+    else:
+        write_label(renumber(data, values), label, target)
+    return digest.hexdigest()

@@ -1,0 +1,240 @@
+"""What all converters share: the command, resuming, bad input."""
+
+import errno
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from source_trees import AFFINES, SHAPE, TREES, Tree, save
+
+from fsefs_nnunet.cli.main import main
+from fsefs_nnunet.datasets import volumes
+
+FSEFT = str(Path(sys.executable).parent / "fseft")
+
+
+@pytest.fixture
+def tree(tmp_path) -> Tree:
+    """BTCV with the cases img0001 and img0002; img0040 cannot be read."""
+    return TREES["BTCV"](tmp_path / "source")
+
+
+def label_file(tree: Tree, case: str) -> Path:
+    return tree.folder / "RawData" / "Training" / "label" / f"{case.replace('img', 'label')}.nii.gz"
+
+
+def fseft(*argv: object) -> int:
+    return main(["convert", *map(str, argv)])
+
+
+def refused(capsys, *argv: object) -> str:
+    assert fseft(*argv) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("fseft: ")
+    return err[-1]
+
+
+def left_out(raw: Path, name: str = "Dataset011_BTCV") -> dict[str, str]:
+    return json.loads((raw / name / "conversion.json").read_text())["left out"]
+
+
+def test_dry_run_writes_nothing(tree, raw, capsys):
+    assert fseft("btcv", "-i", tree.folder, "-d", 11, "--classes", "liver", "--dry_run") == 0
+    out = capsys.readouterr().out
+    assert "3 cases with labels, 1 images without" in out and "labels: 0 background, 1 liver" in out
+    assert not list(raw.iterdir())
+
+
+def test_summary(tree, raw, capsys):
+    assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 2) == 0
+    out = capsys.readouterr().out
+    assert "cases: 2\n" in out and "images without labels: 1\n" in out
+    assert "spleen 2, kidney_right 2" in out
+    assert "images linked: 3\n" in out
+    assert "smallest 0.806, 0.806, 2.5, median 0.806, 0.806, 2.5, largest 1.0, 1.0, 3.0" in out
+    assert f"left out (1):\n  img0040 {tree.folder}/RawData/Training/img/img0040.nii.gz cannot be read" in out
+
+
+def test_classes_in_the_order_asked_for(tree, raw):
+    assert fseft("BTCV", "-i", tree.folder, "-d", 11, "--classes", "Liver", "left kidney", "-np", 1) == 0
+    data = np.asanyarray(nib.load(raw / "Dataset011_BTCV" / "labelsTr" / "img0001.nii.gz").dataobj)
+    source = tree.labels["img0001"]
+    np.testing.assert_array_equal(data, np.where(source == 6, 1, np.where(source == 3, 2, 0)))
+
+
+def test_wrong_folder(tree, raw, capsys, tmp_path):
+    message = refused(capsys, "AMOS22", "-i", tree.folder, "-d", 11)
+    assert "does not hold AMOS22 as published: expected imagesTr, imagesVa" in message and "found RawData" in message
+    (tmp_path / "zipped").mkdir()
+    (tmp_path / "zipped" / "RawData.zip.part").write_bytes(b"half")
+    assert "unpack RawData.zip.part first" in refused(capsys, "BTCV", "-i", tmp_path / "zipped", "-d", 11)
+    assert "is no folder" in refused(capsys, "BTCV", "-i", tmp_path / "none", "-d", 11)
+    assert "dataset.json is missing" in refused(capsys, "MSD", "-i", tree.folder, "-d", 11)
+    assert not list(raw.iterdir())
+
+
+def test_taken_id(tree, raw, capsys):
+    (raw.parent / "nnUNet_results" / "Dataset011_Old").mkdir()
+    assert "Dataset id 11 is taken by Dataset011_Old" in refused(capsys, "BTCV", "-i", tree.folder, "-d", 11)
+    assert "ids go from 1 to 999" in refused(capsys, "BTCV", "-i", tree.folder, "-d", 1000)
+
+
+def test_counterparts_that_are_missing(tree, raw):
+    label_file(tree, "img0002").unlink()
+    save(label_file(tree, "img0003"), np.ones(SHAPE, np.uint8), AFFINES[0])
+    assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 1) == 0
+    reasons = left_out(raw)
+    assert reasons["img0002"] == f"No label for {tree.folder}/RawData/Training/img/img0002.nii.gz."
+    assert reasons["img0003"] == f"No image for {label_file(tree, 'img0003')}."
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (np.full(SHAPE, 14, np.uint8), "has values [14] that the table does not know"),
+        (np.full(SHAPE, -1, np.int16), "has values [-1] that the table does not know"),
+        (np.full(SHAPE, 0.5, np.float32), "holds values that are no integers"),
+        (np.full(SHAPE, np.nan, np.float32), "holds values that are no integers"),
+        (np.zeros(SHAPE, np.uint8), "shows none of the classes"),
+        (np.ones((*SHAPE[:2], 7), np.uint8), "lies on another grid than its image: --resample_labels"),
+    ],
+)
+def test_bad_labels_are_named(tree, raw, data, message):
+    file = label_file(tree, "img0002")
+    save(file, data, tree.affines["img0002"])
+    assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 1) == 0
+    reason = left_out(raw)["img0002"]
+    assert str(file) in reason
+    assert message in reason
+    assert [f.name for f in (raw / "Dataset011_BTCV" / "imagesTr").iterdir()] == ["img0001_0000.nii.gz"]
+
+
+def test_no_case_can_be_converted(tree, raw, capsys):
+    for case in ("img0001", "img0002"):
+        label_file(tree, case).write_bytes(b"no image")
+    message = refused(capsys, "BTCV", "-i", tree.folder, "-d", 11, "-np", 1)
+    assert (
+        "None of the 3 cases can be converted. The first:" in message and "label0001.nii.gz cannot be read" in message
+    )
+    assert not list(raw.iterdir())
+
+
+def test_labels_on_another_grid(tree, raw):
+    """A label at half the spacing, shifted by one voxel: nearest neighbour brings back what it shows."""
+    source, affine = tree.labels["img0001"], tree.affines["img0001"]
+    fine = np.repeat(np.repeat(np.repeat(source, 2, 0), 2, 1), 2, 2)
+    scale = np.diag([0.5, 0.5, 0.5, 1.0])
+    scale[:3, 3] = -0.25
+    save(label_file(tree, "img0001"), fine, affine @ scale)
+    assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 1) == 0
+    assert "lies on another grid" in left_out(raw)["img0001"]
+    assert fseft("BTCV", "-i", tree.folder, "-d", 12, "-np", 1, "--resample_labels") == 0
+    out = raw / "Dataset012_BTCV"
+    label = nib.load(out / "labelsTr" / "img0001.nii.gz")
+    np.testing.assert_array_equal(label.dataobj, source)
+    np.testing.assert_allclose(label.affine, affine, atol=1e-6)
+    assert json.loads((out / "conversion.json").read_text())["labels resampled"] == ["img0001"]
+
+
+def test_rounding_in_the_header_is_no_other_grid(tree, raw):
+    shifted = tree.affines["img0001"].copy()
+    shifted[:3, 3] += 0.2
+    save(label_file(tree, "img0001"), tree.labels["img0001"], shifted)
+    assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 1) == 0
+    label = nib.load(raw / "Dataset011_BTCV" / "labelsTr" / "img0001.nii.gz")
+    np.testing.assert_array_equal(label.dataobj, tree.labels["img0001"])
+    np.testing.assert_allclose(label.affine, tree.affines["img0001"], atol=1e-6)
+
+
+def test_copies_where_links_are_impossible(tree, raw, monkeypatch, capsys):
+    def no_links(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(volumes.os, "symlink", no_links)
+    assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 1) == 0
+    image = raw / "Dataset011_BTCV" / "imagesTr" / "img0001_0000.nii.gz"
+    assert not image.is_symlink()
+    np.testing.assert_array_equal(nib.load(image).dataobj, tree.images["img0001"])
+    assert "images linked: 0\nimages written: 3" in capsys.readouterr().out
+
+
+def test_mixed_file_endings(raw, tmp_path):
+    """LiTS's volumes, one of them compressed by its owner: all become .nii.gz."""
+    tree = TREES["LiTS"](tmp_path / "source")
+    plain = tree.folder / "Training Batch 1" / "volume-0.nii"
+    with gzip.open(f"{plain}.gz", "wb") as file:
+        file.write(plain.read_bytes())
+    plain.unlink()
+    assert fseft("LiTS", "-i", tree.folder, "-d", 11, "-np", 1) == 0
+    folder = raw / "Dataset011_LiTS"
+    assert (folder / "imagesTr" / "volume-0_0000.nii.gz").is_symlink()
+    for case in ("volume-0", "volume-28"):
+        np.testing.assert_array_equal(nib.load(folder / "imagesTr" / f"{case}_0000.nii.gz").dataobj, tree.images[case])
+        np.testing.assert_array_equal(nib.load(folder / "labelsTr" / f"{case}.nii.gz").dataobj, tree.labels[case])
+
+
+def test_one_case_in_two_places(raw, tmp_path, capsys):
+    tree = TREES["LiTS"](tmp_path / "source")
+    shutil.copytree(tree.folder / "Training Batch 2", tree.folder / "Training Batch 3")
+    assert "are the same case twice" in refused(capsys, "LiTS", "-i", tree.folder, "-d", 11)
+
+
+def test_no_space_left(tree, raw, monkeypatch, capsys):
+    """The disk fills up at the second case; with space again the same command goes on."""
+    link, calls = volumes.os.symlink, []
+
+    def full(source, target):
+        calls.append(target)
+        if len(calls) > 2:  # image and label of the first case
+            raise OSError(errno.ENOSPC, "No space left on device")
+        link(source, target)
+
+    monkeypatch.setattr(volumes.os, "symlink", full)
+    message = refused(capsys, "BTCV", "-i", tree.folder, "-d", 11, "-np", 1)
+    assert "No space left in nnUNet_raw" in message and "run the same command again" in message
+    assert [path.name for path in raw.iterdir()] == [".Dataset011_BTCV.part"]
+    monkeypatch.undo()
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(raw.parent / name))
+    first = (raw / ".Dataset011_BTCV.part" / "labelsTr" / "img0001.nii.gz").lstat().st_mtime_ns
+    assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 1) == 0
+    assert (raw / "Dataset011_BTCV" / "labelsTr" / "img0001.nii.gz").lstat().st_mtime_ns == first
+    assert [path.name for path in raw.iterdir()] == ["Dataset011_BTCV"]
+
+
+def test_interrupt_and_resume(tree, raw, capsys):
+    """Ctrl-C in the middle of many cases; nnU-Net sees no dataset until the same command has finished it."""
+    image = tree.folder / "RawData" / "Training" / "img" / "img0001.nii.gz"
+    for i in range(1000, 1600):
+        os.link(image, image.with_name(f"img{i}.nii.gz"))
+        os.link(label_file(tree, "img0001"), label_file(tree, f"img{i}"))
+    command = [FSEFT, "convert", "BTCV", "-i", str(tree.folder), "-d", "11", "-np", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
+    building = raw / ".Dataset011_BTCV.part"
+    deadline = time.monotonic() + 60
+    while not (building / "records" / "img0001.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and "Traceback" not in err
+    assert err.strip().endswith("fseft: Interrupted: run the same command again to go on.")
+    assert list(raw.iterdir()) == [building]
+    done = {file.stem for file in (building / "records").glob("*.json")}
+    assert 0 < len(done) < 600
+    message = refused(capsys, "BTCV", "-i", tree.folder, "-d", 11, "--classes", "liver")
+    assert "is unfinished and was begun with other options: delete it first" in message
+    written = {case: (building / "labelsTr" / f"{case}.nii.gz").lstat().st_mtime_ns for case in done - {"img0040"}}
+    assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 1) == 0
+    out = raw / "Dataset011_BTCV"
+    assert json.loads((out / "dataset.json").read_text())["numTraining"] == 602
+    assert {case: (out / "labelsTr" / f"{case}.nii.gz").lstat().st_mtime_ns for case in written} == written
+    assert list(left_out(raw)) == ["img0040"]
