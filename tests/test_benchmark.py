@@ -314,8 +314,12 @@ def test_results_of_other_plans(folders):
 def test_results_of_other_splits(folders):
     study = study_of(folders)
     cell = trained_earlier(study)
-    result("probe").save(cell.file)
-    with pytest.raises(InputError, match=r"was trained on \['s0', .* the splits now say \['case_"):
+    log = cell.folder / "training_log_2026_1_1_10_00_00.txt"
+    line = "2026-01-01 10:00:00.1: 5 labelled support cases (all the labels that this training uses): {}; 3 queries\n"
+    log.write_text(line.format(cell.support))
+    cell.check()
+    log.write_text(line.format(["other", *cell.support[1:]]))
+    with pytest.raises(InputError, match=r"was trained on \['other', .* the splits now say \['case_"):
         cell.check()
 
 

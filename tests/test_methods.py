@@ -18,6 +18,7 @@ from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.nnunet import NNUNetBackbone
 from fsefs_nnunet.backbones.store import find_backbone, save_backbone
 from fsefs_nnunet.backbones.tuned import TunedBackbone
+from fsefs_nnunet.evaluation.training_logs import logged_support, peak_memory
 from fsefs_nnunet.shims import fseft_trainers
 from fsefs_nnunet.splits import load_splits
 
@@ -317,14 +318,20 @@ def test_nnunet_predicts(method, whole, work):
     assert torch.equal(logits, expected.cpu()) and logits.std() > 0
 
 
-@of([m for m in METHODS if m.tuned])
-def test_patches_are_the_supports(method, whole):
+@of([*METHODS, SCRATCH])
+def test_the_log_names_what_was_used(method, whole):
     trainer, _ = whole(method)
-    support = set(load_splits(Path(trainer.preprocessed_dataset_folder_base) / "splits_fseft.json")["folds"][0])
-    for dataset in trainer.get_tr_and_val_datasets():
-        assert set(dataset.identifiers) == support
+    support = load_splits(Path(trainer.preprocessed_dataset_folder_base) / "splits_fseft.json")["folds"][0]
+    assert logged_support(trainer.output_folder)[0] == support
+    assert 0.1 < peak_memory(trainer.output_folder) < 100
+    if method.tuned or method is SCRATCH:
+        assert all(set(dataset.identifiers) == set(support) for dataset in trainer.get_tr_and_val_datasets())
+
+
+@of([m for m in METHODS if m.tuned])
+def test_the_log_of_a_fine_tuning(method, whole):
+    trainer, _ = whole(method)
     log = Path(trainer.log_file).read_text()
-    assert "5 labelled support cases (all the labels that this training uses)" in log
     assert f"{sum(p.numel() for p in trainer.network.parameters())} parameters are trained" in log
     assert "{'spleen': 'spleen', 'kidney_left': 'kidney_left'}" in log
 

@@ -21,10 +21,6 @@ class FineTuningTrainer(AdaptedTrainer, PatchTrainer):
     def on_train_start(self):
         if not self.was_initialized:
             self.initialize()
-        support = self.do_split()[0]
-        self.print_to_log_file(
-            f"{len(support)} labelled support cases (all the labels that this training uses): {support}."
-        )
         if not self.network.is_fitted:
             features = self.network.backbone.out_channels
             self.fit_network(torch.zeros(features), torch.ones(features))

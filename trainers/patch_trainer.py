@@ -23,6 +23,13 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
         support = self.do_split()[0]
         return tuple(self.dataset_class(self.preprocessed_dataset_folder, list(support)) for _ in range(2))
 
+    def on_train_start(self):
+        support = self.do_split()[0]
+        self.print_to_log_file(
+            f"{len(support)} labelled support cases (all the labels that this training uses): {support}."
+        )
+        super().on_train_start()
+
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
         # nnU-Net's loaders draw from the global generators

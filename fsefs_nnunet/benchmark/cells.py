@@ -15,7 +15,7 @@ from fsefs_nnunet.benchmark.methods import METHODS, Method
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.study import Study
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.evaluation.training_logs import peak_memory
+from fsefs_nnunet.evaluation.training_logs import logged_support, peak_memory
 from fsefs_nnunet.experiment import trained_parameters, training_seconds
 from fsefs_nnunet.splits import support_cases
 
@@ -101,12 +101,12 @@ class Cell:
                 f"{model} was trained with other plans than the present {name!r}: move it away, or give the plans that "
                 "it was trained with (-p)."
             )
-        result = Result.load(self.file) if self.file.exists() else None
-        if result and result.support != support:
-            raise InputError(
-                f"{self.folder} was trained on {result.support}, the splits now say {support}: move it away, or draw "
-                "the splits as before with `fseft splits`."
-            )
+        for earlier in logged_support(self.folder):
+            if earlier != support:
+                raise InputError(
+                    f"{self.folder} was trained on {earlier}, the splits now say {support}: move it away, or draw the "
+                    "splits as before with `fseft splits`."
+                )
 
     def finished(self) -> Result | None:
         """The result of an earlier run, if it is of these cases and of the weights that lie there."""
