@@ -17,7 +17,14 @@ from fsefs_nnunet.evaluation import html
 from fsefs_nnunet.evaluation.overlays import _load, save_overlay
 from fsefs_nnunet.evaluation.plots import plot_learning_curves, plot_sizes
 from fsefs_nnunet.evaluation.report import write_report
-from fsefs_nnunet.evaluation.tables import best_median_worst, case_dice, markdown_table, mean_dice, reference_sizes
+from fsefs_nnunet.evaluation.tables import (
+    best_median_worst,
+    case_dice,
+    markdown_table,
+    mean_dice,
+    reference_sizes,
+    summary_key,
+)
 from fsefs_nnunet.evaluation.training_logs import LearningCurve, learning_curve, logged_sizes
 from fsefs_nnunet.query_sizes import PredictedSizes
 from fsefs_nnunet.size_prior import SizePrior
@@ -136,6 +143,11 @@ def test_mean_dice(tmp_path):
 
 # ---- what a training leaves ----
 
+
+def test_summary_key_is_nnunets():
+    assert [summary_key(value) for value in (1, [1, 2], [3])] == ["1", "(1, 2)", "(3,)"]
+
+
 LABELS = {"background": 0, "left <kidney> & co": 1, "kidney": 2}
 ORGANS = {name: value for name, value in LABELS.items() if value}
 PRIORS = {"left <kidney> & co": SizePrior(1.5, 0.25, 4), "kidney": SizePrior(20.0, 0.0, 1)}
@@ -229,7 +241,7 @@ def test_logged_sizes_are_those_that_the_trainer_writes(tmp_path):
         classes=[1, 2, 3],
         class_names=["left <kidney> & co", "kidney", "spleen"],
         configuration_manager=SimpleNamespace(spacing=(10.0, 10.0, 10.0)),
-        label_manager=SimpleNamespace(has_ignore_label=False, has_regions=False),
+        label_manager=SimpleNamespace(ignore_label=None, has_regions=False),
         settings={"fseft_lambda": 0.1},
         use_size_prior=True,
         bank=None,
