@@ -82,6 +82,14 @@ def test_wrong_folder(tree, raw, capsys, tmp_path):
     assert not list(raw.iterdir())
 
 
+def test_folder_that_cannot_be_written_to(tree, raw, capsys, monkeypatch):
+    raw.rmdir()
+    raw.write_text("a file in its place")
+    assert "cannot be written to" in refused(capsys, "BTCV", "-i", tree.folder, "-d", 11)
+    monkeypatch.delenv("nnUNet_raw")
+    assert "nnUNet_raw is not set" in refused(capsys, "BTCV", "-i", tree.folder, "-d", 11)
+
+
 def test_taken_id(tree, raw, capsys):
     (raw.parent / "nnUNet_results" / "Dataset011_Old").mkdir()
     assert "Dataset id 11 is taken by Dataset011_Old" in refused(capsys, "BTCV", "-i", tree.folder, "-d", 11)

@@ -49,9 +49,12 @@ class Building:
         file = self.folder / "options.json"
         if file.exists() and json.loads(file.read_text()) != options:
             raise InputError(f"{self.folder} is unfinished and was begun with other options: delete it first.")
-        for name in ("imagesTr", "labelsTr", "records"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(options))
+        try:
+            for name in ("imagesTr", "labelsTr", "records"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(options))
+        except OSError as error:
+            raise InputError(f"{target.parent} cannot be written to: {error}.") from error
 
     def finish(self, summary: dict, **dataset_json) -> None:
         """Write dataset.json with nnU-Net's function and the summary, and take the final name."""
