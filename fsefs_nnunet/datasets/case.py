@@ -13,13 +13,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from fsefs_nnunet.datasets.building import RECORDS
 from fsefs_nnunet.datasets.sides import split_sides
 from fsefs_nnunet.datasets.source import Case, Labels, Source
 from fsefs_nnunet.datasets.tables import Selection
 from fsefs_nnunet.datasets.volumes import distance_of_grids, link_or_copy, read_volume, renumber, values_in, write_label
 from fsefs_nnunet.errors import InputError
-
-RECORDS = "records"
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def convert_case(job: Job, case: Case, test: bool = False) -> dict:
         if shutil.disk_usage(job.folder).free < 2**20:  # some libraries do not say why they cannot write
             raise OSError(errno.ENOSPC, "No space left on device") from error
         record = {"skipped": str(error)}
-        for file in (*folder.glob(f"{case.name}_????{job.ending}"), label_file):
+        for file in (*folder.glob(f"{case.name}_????{job.ending}"), *([] if test else [label_file])):
             file.unlink(missing_ok=True)
     record = {"case": case.name, "test": test, **record}
     file = job.record(case, test)
