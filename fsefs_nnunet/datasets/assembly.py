@@ -15,7 +15,7 @@ import numpy as np
 from fsefs_nnunet.datasets.building import Building, new_dataset, run_jobs
 from fsefs_nnunet.datasets.common_labels import CommonLabels, common_labels
 from fsefs_nnunet.datasets.tables import tables
-from fsefs_nnunet.datasets.volumes import integers, link_or_copy, read_volume, renumber, write_label
+from fsefs_nnunet.datasets.volumes import integers, link_or_copy, read_volume, renumber, values_in, write_label
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import normalised
 
@@ -166,7 +166,7 @@ def add_case(folder: Path, name: str, files: dict, values: dict[int, int]) -> st
     file, target = Path(files["label"]), folder / "labelsTr" / f"{name}.nii.gz"
     label = read_volume(file)
     data = integers(label, file)
-    unknown = sorted(set(np.unique(data).tolist()) - set(values))
+    unknown = sorted(values_in(data) - set(values))
     if unknown:
         raise InputError(f"{file} has values {unknown[:5]} that dataset.json does not name.")
     if all(old == new for old, new in values.items()):
