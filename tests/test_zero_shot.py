@@ -164,7 +164,9 @@ def test_bad_input(workspace, tmp_path, capsys, monkeypatch):
 
     images = str(workspace.raw / "imagesTr")
     assert "has no images named <case>_0000.nii.gz" in refused("-i", str(tmp_path))
-    assert "Backbone 'fseft' is not here" in refused("-i", images, "-b", "fseft")
+    monkeypatch.setenv("fseft_backbones", str(tmp_path / "none"))
+    message = refused("-i", images, "-b", "btcv")
+    assert "Backbone 'btcv' is not here" in message and "import it: fseft backbones download btcv." in message
     file = workspace.raw / "dataset.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "labels": {"background": 0, "stomach": 1}}))
