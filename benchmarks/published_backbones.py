@@ -31,10 +31,14 @@ from fsefs_nnunet.backbones.store import find_backbone, save_backbone
 from fsefs_nnunet.backbones.zoo import ZOO
 from fsefs_nnunet.experiment import ALLOCATOR, Experiment
 
-ORGANS = ("spleen", "kidney_right", "kidney_left", "liver", "stomach", "pancreas", "aorta", "gallbladder", "esophagus")
+ORGANS = ("spleen", "kidney_right", "kidney_left", "liver", "stomach", "pancreas", "aorta", "gallbladder", "duodenum")
 DATASET = "Dataset611_OneCT"
 SHOTS, EPOCHS, STEPS_FROM_BANK = 5, 200, 400  # published: one step a support volume and epoch, 200 epochs at most
 PATCHES = 6  # windows a step of the published recipe
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def random_backbone(backbone_id: str, folder: Path) -> None:
@@ -53,7 +57,7 @@ def time_window(backbone_id: str, size: int, fused: bool) -> dict:
         if hasattr(module, "use_flash_attention"):
             module.use_flash_attention = fused
     window = torch.rand((1, 1, size, size, size), generator=torch.Generator().manual_seed(0))
-    wall, cpu = [], []
+    wall, cpu, before = [], [], peak_gb()
     for _ in range(3):
         start = perf_counter(), process_time()
         features = backbone(window)
@@ -61,6 +65,8 @@ def time_window(backbone_id: str, size: int, fused: bool) -> dict:
     return {
         "seconds": min(wall),
         "cpu seconds": min(cpu),
+        "peak GB before": before,  # PyTorch, MONAI and the weights
+        "peak GB": peak_gb(),
         "mean": features.mean().item(),
         "std": features.std().item(),
         "checksum": features.double().abs().sum().item(),
@@ -285,7 +291,7 @@ def write_dataset(raw: Path, source: Path, size: int | None) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         result = MEASUREMENTS[sys.argv[2]](**json.loads(sys.argv[3]))
-        print(json.dumps({**result, "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
+        print(json.dumps({"peak GB": peak_gb(), **result}))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("window", "volume", "step", "adapt")
