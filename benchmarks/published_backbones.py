@@ -142,7 +142,7 @@ class Benchmark:
         environment = {key: value for key, value in os.environ.items() if key not in ALLOCATOR}
         environment |= {"fseft_backbones": str(self.backbones), **(ALLOCATOR if allocator else {})}
         command = [sys.executable, __file__, "--measure", kind, json.dumps(arguments)]
-        result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=True)
         return self.record(kind, {**arguments, "allocator": allocator, **json.loads(result.stdout.splitlines()[-1])})
 
     def record(self, part: str, values: dict) -> dict:

@@ -303,7 +303,7 @@ def test_full_disk(store, tmp_path):
     write_published(tmp_path / "x.pth", "suprem_unet", width=8)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
     result = subprocess.run(
-        [sys.executable, "-c", IMPORT, tmp_path / "x.pth"], preexec_fn=limit, capture_output=True, text=True
+        [sys.executable, "-c", IMPORT, tmp_path / "x.pth"], preexec_fn=limit, capture_output=True, encoding="utf-8"
     )
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert f"fseft: Backbone 'own' was not stored in {store} (" in result.stderr
