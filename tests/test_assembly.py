@@ -13,9 +13,10 @@ from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.datasets.common_labels import common_labels
 from fsefs_nnunet.datasets.conversion import convert
 from fsefs_nnunet.datasets.tables import tables
+from fsefs_nnunet.labels import TEMPLATE_29
 from fsefs_nnunet.partial_labels import annotation_masks
 
-UNIVERSAL = tables()["universal"]
+UNIVERSAL = list(TEMPLATE_29)
 
 
 def write_dataset(raw: Path, number: int, name: str, labels: list[str], cases: dict[str, np.ndarray], seed: int = 0):
