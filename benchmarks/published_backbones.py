@@ -6,7 +6,8 @@ FOLDER/data/TotalSegmentator_example/s0000 is the CT with its masks. Of the four
   window  times one window of Swin UNETR, with plain and fused attention, without and with the allocator's settings;
   volume  plans and preprocesses the CT for suprem_unet and fseft, and runs them over it;
   step    times one training step from the bank and one of the published recipe, and extrapolates a 5-shot adaptation;
-  adapt   adapts suprem_unet to the CT, with the CT itself, turned and noisy, as query: trains, predicts, exports.
+  adapt   adapts suprem_unet to the CT's 240 mm around the organs, with the same region, turned and noisy, as query:
+          trains, predicts, exports.
 `--quick` takes small windows and a piece of the CT: it shows that the parts work, its figures say nothing. Every
 measurement runs in a process of its own and leaves a line of JSON in results.jsonl.
 """
@@ -31,10 +32,15 @@ from fsefs_nnunet.backbones.store import find_backbone, save_backbone
 from fsefs_nnunet.backbones.zoo import ZOO
 from fsefs_nnunet.experiment import ALLOCATOR, Experiment
 
-ORGANS = ("spleen", "kidney_right", "kidney_left", "liver", "stomach", "pancreas", "aorta", "gallbladder", "esophagus")
-DATASET = "Dataset611_OneCT"
+ORGANS = ("spleen", "kidney_right", "kidney_left", "liver", "stomach", "pancreas", "aorta", "gallbladder", "duodenum")
+DATASET, REGION = "Dataset611_OneCT", "Dataset612_OneCTRegion"
+REGION_VOXELS = 80  # of 3 mm, per axis
 SHOTS, EPOCHS, STEPS_FROM_BANK = 5, 200, 400  # published: one step a support volume and epoch, 200 epochs at most
 PATCHES = 6  # windows a step of the published recipe
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def random_backbone(backbone_id: str, folder: Path) -> None:
@@ -53,7 +59,7 @@ def time_window(backbone_id: str, size: int, fused: bool) -> dict:
         if hasattr(module, "use_flash_attention"):
             module.use_flash_attention = fused
     window = torch.rand((1, 1, size, size, size), generator=torch.Generator().manual_seed(0))
-    wall, cpu = [], []
+    wall, cpu, before = [], [], peak_gb()
     for _ in range(3):
         start = perf_counter(), process_time()
         features = backbone(window)
@@ -61,6 +67,8 @@ def time_window(backbone_id: str, size: int, fused: bool) -> dict:
     return {
         "seconds": min(wall),
         "cpu seconds": min(cpu),
+        "peak GB before": before,  # PyTorch, MONAI and the weights
+        "peak GB": peak_gb(),
         "mean": features.mean().item(),
         "std": features.std().item(),
         "checksum": features.double().abs().sum().item(),
@@ -126,6 +134,7 @@ class Benchmark:
         self.work, self.source, self.quick = work.resolve(), source, quick
         self.backbones = self.work / "backbones"
         self.experiment = Experiment(self.work, DATASET, "FSEFTPlans_suprem_unet")
+        self.region = Experiment(self.work, REGION, "FSEFTPlans_suprem_unet")
         self.work.mkdir(parents=True, exist_ok=True)
         for backbone_id in ("fseft", "suprem_unet"):
             if not (self.backbones / f"{backbone_id}.json").exists():
@@ -136,7 +145,7 @@ class Benchmark:
         environment = {key: value for key, value in os.environ.items() if key not in ALLOCATOR}
         environment |= {"fseft_backbones": str(self.backbones), **(ALLOCATOR if allocator else {})}
         command = [sys.executable, __file__, "--measure", kind, json.dumps(arguments)]
-        result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=True)
         return self.record(kind, {**arguments, "allocator": allocator, **json.loads(result.stdout.splitlines()[-1])})
 
     def record(self, part: str, values: dict) -> dict:
@@ -155,7 +164,7 @@ class Benchmark:
         self.measure("window", backbone_id="suprem_unet", size=size, fused=False)
 
     def volume(self) -> None:
-        self.prepare()
+        self.prepare(self.experiment, ("suprem_unet", "fseft"), 48 if self.quick else None)
         for backbone_id in ("suprem_unet",) if self.quick else ("suprem_unet", "fseft"):
             self.measure("volume", image_file=str(self.preprocessed_image(backbone_id)), backbone_id=backbone_id)
 
@@ -183,22 +192,22 @@ class Benchmark:
 
     def adapt(self) -> None:
         """One case is the support, the other one the query; what is timed is wall time of nnU-Net's commands."""
-        self.prepare()
-        plans = self.experiment.preprocessed / "FSEFTPlans_suprem_unet.json"
+        self.prepare(self.region, ("suprem_unet",), 48 if self.quick else REGION_VOXELS)
+        plans = self.region.preprocessed / "FSEFTPlans_suprem_unet.json"
         content = json.loads(plans.read_text())
         # a view costs as much as another volume; without them the first step is the zero-shot one plus fresh rows
         content["configurations"]["3d_fullres_1shot"]["fseft_views"] = 0
         plans.write_text(json.dumps(content))
         environment, trainer, configuration = self.environment(), "FSEFTTrainer", "3d_fullres_1shot"
         start = perf_counter()
-        fold = self.experiment.train(trainer, configuration, **environment)
+        fold = self.region.train(trainer, configuration, **environment)
         trained = perf_counter() - start
         output = self.work / "predictions"
-        self.experiment.predict(trainer, configuration, self.experiment.raw / "imagesTr", output, **environment)
+        self.region.predict(trainer, configuration, self.region.raw / "imagesTr", output, **environment)
         predicted = perf_counter() - start - trained
         exported = self.work / "model.zip"
-        arguments = ("-d", DATASET, "-c", configuration, "-tr", trainer, "-p", self.experiment.plans, "-f", "0")
-        self.experiment.run("nnUNetv2_export_model_to_zip", *arguments, "-o", exported, **environment)
+        arguments = ("-d", REGION, "-c", configuration, "-tr", trainer, "-p", self.region.plans, "-f", "0")
+        self.region.run("nnUNetv2_export_model_to_zip", *arguments, "-o", exported, **environment)
         summary = json.loads((fold / "validation" / "summary.json").read_text())
         self.record(
             "adapt",
@@ -218,15 +227,26 @@ class Benchmark:
     def environment(self) -> dict[str, str]:
         return {"fseft_backbones": str(self.backbones)}
 
-    def prepare(self) -> None:
-        """The CT and its masks as nnU-Net dataset, planned and preprocessed for both backbones."""
-        if not (self.experiment.raw / "dataset.json").exists():
-            write_dataset(self.experiment.raw, self.source, 48 if self.quick else None)
-        for backbone_id in ("suprem_unet", "fseft"):
-            if not list(self.experiment.preprocessed.glob(f"FSEFTPlans_{backbone_id}_3d_fullres")):
-                arguments = ("-d", DATASET, "-b", backbone_id, "-np", "1", "--shots", "1", "--num_queries", "1")
+    def prepare(self, experiment: Experiment, backbones: tuple[str, ...], size: int | None) -> None:
+        """The CT and its masks as nnU-Net dataset, planned and preprocessed for each backbone."""
+        if not (experiment.raw / "dataset.json").exists():
+            write_dataset(experiment.raw, self.source, size)
+        for backbone_id in backbones:
+            if not list(experiment.preprocessed.glob(f"FSEFTPlans_{backbone_id}_3d_fullres")):
+                arguments = (
+                    "-d",
+                    experiment.dataset,
+                    "-b",
+                    backbone_id,
+                    "-np",
+                    "1",
+                    "--shots",
+                    "1",
+                    "--num_queries",
+                    "1",
+                )
                 start = perf_counter()
-                self.experiment.run("fseft", "plan_and_preprocess", *arguments, **self.environment())
+                experiment.run("fseft", "plan_and_preprocess", *arguments, **self.environment())
                 self.record("preparation", {"backbone_id": backbone_id, "seconds": perf_counter() - start})
 
     def preprocessed_image(self, backbone_id: str) -> Path:
@@ -285,7 +305,7 @@ def write_dataset(raw: Path, source: Path, size: int | None) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         result = MEASUREMENTS[sys.argv[2]](**json.loads(sys.argv[3]))
-        print(json.dumps({**result, "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
+        print(json.dumps({"peak GB": peak_gb(), **result}))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("window", "volume", "step", "adapt")

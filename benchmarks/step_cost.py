@@ -104,7 +104,7 @@ def main() -> None:
     env = {**experiment.environment(), "nnUNet_results": str(work / "step_cost"), "nnUNet_n_proc_DA": "0"}
     for way in ("bank", *WAYS):  # the first fills the bank
         command = [sys.executable, __file__, "--work", work, "--steps", str(args.steps), "--way", way]
-        output = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+        output = subprocess.run(command, env=env, check=True, capture_output=True, encoding="utf-8").stdout
         rows.append(json.loads(output.splitlines()[-1]))
     print(markdown_table(rows[1:]))
 

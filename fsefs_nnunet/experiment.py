@@ -13,7 +13,7 @@ from pathlib import Path
 import fsefs_nnunet
 
 # glibc gives large activations back to the system after each layer and fetches them anew for the next, a quarter of
-# the time of Swin UNETR on a CPU; so it keeps them, for some 10 % more memory
+# the time of Swin UNETR on a CPU; so it keeps them, for a fifth more memory
 ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_MMAP_THRESHOLD_": str(2**33),

@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from source_trees import truncate
 
 from fsefs_nnunet.datasets.conversion import convert
 
@@ -93,10 +94,13 @@ def test_broken_patients_are_left_out(source, raw, tmp_path):
     sitk.WriteImage(
         sitk.GetImageFromArray(np.full((ROWS, COLUMNS), 63, np.uint8)), str(train / "7/Ground/liver_GT_001.png")
     )
+    write_patient(train / "8", head_first=False)
+    truncate(train / "8" / "DICOM_anon" / "i0003,0000b.dcm")
     out = convert("CHAOS", source, 11, [], num_processes=1)
     left_out = json.loads((out / "conversion.json").read_text())["left out"]
     assert f"{train}/2/Ground has {SLICES - 1} masks for {SLICES} slices" in left_out.pop("CHAOS_CT_2")
     assert f"{train}/5/DICOM_anon is no whole series" in left_out.pop("CHAOS_CT_5")
     assert "i0001,0000b.dcm cannot be read" in left_out.pop("CHAOS_CT_6")
     assert "holds values other than 0 and 255" in left_out.pop("CHAOS_CT_7")
+    assert "cannot be read" in left_out.pop("CHAOS_CT_8")
     assert not left_out

@@ -54,7 +54,7 @@ main(['env'])
 heavy = {{'torch', 'numpy', 'nnunetv2', 'batchgenerators', 'scipy'}} & set(sys.modules)
 assert not heavy, heavy
 """
-    result = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
     assert f"fseft {fsefs_nnunet.__version__}" in result.stdout
     assert result.stdout.count("usage: fseft") == len(VERBS) - 2
@@ -73,7 +73,7 @@ def test_importing_the_package_imports_no_torch():
 
 
 def test_installed_command():
-    result = subprocess.run([FSEFT, "--version"], capture_output=True, text=True)
+    result = subprocess.run([FSEFT, "--version"], capture_output=True, encoding="utf-8")
     assert (result.returncode, result.stdout) == (0, f"fseft {fsefs_nnunet.__version__}\n")
 
 
@@ -83,7 +83,7 @@ def test_installed_command():
 def in_bash(before: str = "") -> list[str]:
     """Folders in nnUNet_extTrainer after a shell has taken the lines."""
     line = f'{before}; eval "$({FSEFT} env)"; {sys.executable} -c "import os; print(os.environ[\'nnUNet_extTrainer\'])"'
-    result = subprocess.run(["bash", "-c", line], env=environment(), capture_output=True, text=True)
+    result = subprocess.run(["bash", "-c", line], env=environment(), capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
     return result.stdout.strip().split(os.pathsep)
 
@@ -140,7 +140,7 @@ def test_missing_environment_variable(workspace, monkeypatch, capsys):
 
 
 def test_missing_environment_variable_of_the_installed_command():
-    result = subprocess.run([FSEFT, "splits", "-d", "77"], env=environment(), capture_output=True, text=True)
+    result = subprocess.run([FSEFT, "splits", "-d", "77"], env=environment(), capture_output=True, encoding="utf-8")
     assert result.returncode == 2
     assert result.stderr.startswith("fseft: The environment variable nnUNet_raw is not set")
     assert result.stderr.count("\n") == 1

@@ -82,6 +82,14 @@ def test_wrong_folder(tree, raw, capsys, tmp_path):
     assert not list(raw.iterdir())
 
 
+def test_folder_that_cannot_be_written_to(tree, raw, capsys, monkeypatch):
+    raw.rmdir()
+    raw.write_text("a file in its place")
+    assert "cannot be written to" in refused(capsys, "BTCV", "-i", tree.folder, "-d", 11)
+    monkeypatch.delenv("nnUNet_raw")
+    assert "nnUNet_raw is not set" in refused(capsys, "BTCV", "-i", tree.folder, "-d", 11)
+
+
 def test_taken_id(tree, raw, capsys):
     (raw.parent / "nnUNet_results" / "Dataset011_Old").mkdir()
     assert "Dataset id 11 is taken by Dataset011_Old" in refused(capsys, "BTCV", "-i", tree.folder, "-d", 11)
@@ -238,3 +246,18 @@ def test_interrupt_and_resume(tree, raw, capsys):
     assert json.loads((out / "dataset.json").read_text())["numTraining"] == 602
     assert {case: (out / "labelsTr" / f"{case}.nii.gz").lstat().st_mtime_ns for case in written} == written
     assert list(left_out(raw)) == ["img0040"]
+
+
+def test_leftovers_of_a_killed_run(tree, raw):
+    """A case that was written, but not recorded, and turns out to be broken, leaves nothing; links are not followed."""
+    building = raw / ".Dataset011_BTCV.part"
+    for folder in ("imagesTr", "labelsTr"):
+        (building / folder).mkdir(parents=True)
+    (building / "imagesTr" / "img0040_0000.nii.gz").symlink_to(label_file(tree, "img0001"))
+    (building / "labelsTr" / "img0040.nii.gz").write_bytes(b"half")
+    (building / "labelsTr" / "img0001.nii.gz").symlink_to(label_file(tree, "img0001"))
+    assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 1, "--classes", "liver") == 0
+    out = raw / "Dataset011_BTCV"
+    assert sorted(file.name for file in (out / "labelsTr").iterdir()) == ["img0001.nii.gz", "img0002.nii.gz"]
+    assert sorted(file.name for file in (out / "imagesTr").iterdir()) == ["img0001_0000.nii.gz", "img0002_0000.nii.gz"]
+    np.testing.assert_array_equal(nib.load(label_file(tree, "img0001")).dataobj, tree.labels["img0001"])

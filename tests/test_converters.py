@@ -10,7 +10,7 @@ from fsefs_nnunet.datasets.conversion import convert
 from fsefs_nnunet.datasets.sides import split_sides
 from fsefs_nnunet.datasets.sources import find_source
 from fsefs_nnunet.datasets.tables import select, tables
-from fsefs_nnunet.labels import normalised
+from fsefs_nnunet.labels import TEMPLATE_29, normalised
 
 LABELS = {
     "FLARE22": "liver kidney_right spleen pancreas aorta inferior_vena_cava adrenal_gland_right adrenal_gland_left "
@@ -64,7 +64,7 @@ def test_names_of_all_tables_are_canonical():
     for source in tables()["sources"].values():
         for names in (source.get("labels", {}), source.get("v1", []), source.get("v2", [])):
             assert all(normalised(name) in (name, name.lower()) for name in names)
-    assert all(normalised(name) == name for name in tables()["universal"])
+    assert all(normalised(name) == name for name in TEMPLATE_29)
 
 
 # ---- TotalSegmentator ----

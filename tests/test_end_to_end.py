@@ -37,7 +37,9 @@ def run(tiny, tmp_path_factory):
     env.pop("nnUNet_extTrainer", None)
 
     def attempt(line: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["bash", "-c", f'eval "$(fseft env)"; {line}'], env=env, capture_output=True, text=True)
+        return subprocess.run(
+            ["bash", "-c", f'eval "$(fseft env)"; {line}'], env=env, capture_output=True, encoding="utf-8"
+        )
 
     def run(line: str) -> str:
         result = attempt(line)

@@ -56,7 +56,7 @@ def run(work):
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         }
         command = ["bash", "-c", f'eval "$(fseft env)"; cd {work.root}; {line}']
-        result = subprocess.run(command, env=env, capture_output=True, text=True)
+        result = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
         assert result.returncode == 0, f"{line}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
         return result.stdout
 

@@ -172,7 +172,7 @@ def test_nnunet_finds_the_linked_classes_and_plans(workspace, nnunet):
         [sys.executable, "-c", SEARCH, str(nnunet)],
         env={**inherited, "PYTHONPATH": str(nnunet.parent)},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert result.returncode == 0, result.stderr
     assert "planned FSEFTPlans" in result.stdout

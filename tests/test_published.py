@@ -188,6 +188,15 @@ def test_another_backbones_file(store, tmp_path, name, backbone_id, sentence):
     assert re.search(sentence, refusal(backbone_id, wrapped(name, zeros(name)), tmp_path, store))
 
 
+def test_rows_beside_a_head_on_text_are_no_reason_to_refuse(store, tmp_path):
+    """The file is refused for what it lacks, not for what nobody needs."""
+    pytest.importorskip("monai", reason="Swin UNETR needs MONAI: pip install fsefs_nnunet[monai]")
+    tensors = zeros("suprem_swinunetr") | {"module.backbone.out.conv.conv.weight": torch.zeros(32, 48, 1, 1, 1)}
+    del tensors["module.backbone.decoder3.transp_conv.conv.weight"]
+    text = refusal("suprem_swinunetr", {"net": tensors}, tmp_path, store)
+    assert "lacks 1 of the 149 tensors of a Swin UNETR, e.g. network.decoder3.transp_conv.conv.weight" in text
+
+
 def test_another_width(store, tmp_path):
     tensors = random_tensors("suprem_unet", width=4)
     text = refusal("suprem_unet", wrapped("suprem_unet", tensors), tmp_path, store)
@@ -294,7 +303,7 @@ def test_full_disk(store, tmp_path):
     write_published(tmp_path / "x.pth", "suprem_unet", width=8)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
     result = subprocess.run(
-        [sys.executable, "-c", IMPORT, tmp_path / "x.pth"], preexec_fn=limit, capture_output=True, text=True
+        [sys.executable, "-c", IMPORT, tmp_path / "x.pth"], preexec_fn=limit, capture_output=True, encoding="utf-8"
     )
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert f"fseft: Backbone 'own' was not stored in {store} (" in result.stderr

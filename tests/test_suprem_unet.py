@@ -88,3 +88,10 @@ def test_parts_for_tuning(backbone):
 def test_one_stage_alone():
     with pytest.raises(ValueError, match="'suprem_unet' gives the features .* stages must be 'last' .* not 'skips'"):
         SuPreMUNetBackbone(ZOO["suprem_unet"].contract({}), "skips")
+
+
+def test_window_that_cannot_be_halved_so_often(backbone):
+    with pytest.raises(
+        ValueError, match=r"'suprem_unet' got a window of \[96, 12, 96\]: patch_size in the plans must be"
+    ):
+        backbone(torch.zeros((1, 1, 96, 12, 96)))

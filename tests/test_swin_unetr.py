@@ -210,3 +210,8 @@ def test_weights_round_trip(backbone):
     state.pop("network.decoder3.transp_conv.conv.weight")
     with pytest.raises(ValueError, match="1 tensors are missing"):
         other.load_backbone_state(state)
+
+
+def test_window_that_cannot_be_halved_so_often(backbone):
+    with pytest.raises(ValueError, match=r"'fseft' got a window of \[96, 48, 96\]: patch_size in the plans must be"):
+        backbone(torch.zeros((1, 1, 96, 48, 96)))

@@ -7,9 +7,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from test_importing import PATCH, write_model
 from torch import nn
 
 from fsefs_nnunet.backbones.frozen import ARCHITECTURES, FrozenBackbone
+from fsefs_nnunet.backbones.importing import import_nnunet_model
 from fsefs_nnunet.backbones.store import save_backbone
 from fsefs_nnunet.backbones.zoo import ZOO
 from fsefs_nnunet.cli.main import main
@@ -74,6 +76,20 @@ def test_a_head_without_rows(contract):
         ValueError, match="knows none of the labels Spleen, Aorta, heart; its head knows no class: choose"
     ):
         ZeroShotNetwork(stand, LABELS, False)
+
+
+def test_nnunet_model(tmp_path, monkeypatch):
+    """An imported model's own segmentation, without the classes that the dataset does not have."""
+    monkeypatch.setenv("fseft_backbones", str(tmp_path / "backbones"))
+    model = write_model(tmp_path / "model", ["CT"])
+    import_nnunet_model("mine", model.folder, tmp_path / "backbones")
+    labels = {"background": 0, "spleen": 1, "Liver": 2}
+    network = ZeroShotNetwork(FrozenBackbone("mine", "last"), labels, False)
+    image = torch.randn((1, 1, *PATCH), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        own, made = model.network(image)[0].argmax(1), network(image).argmax(1)
+    assert network.matches == {"Liver": "liver"} and (own == 1).any() and (own == 2).any()  # liver is row 1 there
+    assert torch.equal(made, torch.where(own == 1, 2, 0))
 
 
 # ---- the command ----
@@ -164,7 +180,9 @@ def test_bad_input(workspace, tmp_path, capsys, monkeypatch):
 
     images = str(workspace.raw / "imagesTr")
     assert "has no images named <case>_0000.nii.gz" in refused("-i", str(tmp_path))
-    assert "Backbone 'fseft' is not here" in refused("-i", images, "-b", "fseft")
+    monkeypatch.setenv("fseft_backbones", str(tmp_path / "none"))
+    message = refused("-i", images, "-b", "btcv")
+    assert "Backbone 'btcv' is not here" in message and "import it: fseft backbones download btcv." in message
     file = workspace.raw / "dataset.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "labels": {"background": 0, "stomach": 1}}))

@@ -52,14 +52,14 @@ def import_published(backbone_id: str, file: Path, target: Path) -> BackboneCont
 
 
 def _refuse_other_content(file: Path, content: PublishedContent, entry: PublishedBackbone) -> None:
-    known = entry.id in ZOO
-    fits = (
-        content.kind == entry.kind
-        and content.features == entry.features
-        and content.encoder_only == entry.encoder_only
-        and (not known or content.rows == (len(entry.classes) if entry.head else 0))
+    architecture = (content.kind, content.features, content.encoder_only)
+    same_head = (
+        entry.id not in ZOO
+        or content.rows == (len(entry.classes) if entry.head else 0)
+        # beside a head that is conditioned on text, rows of a linear one mean nothing, and are left out
+        or (not entry.head and content.embedded_classes is not None)
     )
-    if fits:
+    if architecture == (entry.kind, entry.features, entry.encoder_only) and same_head:
         return
     alike = [e for e in ZOO.values() if (e.kind, e.features) == (content.kind, content.features)]
     ids = [e.id for e in alike if e.encoder_only == content.encoder_only and e.head * len(e.classes) == content.rows]

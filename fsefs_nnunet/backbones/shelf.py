@@ -22,14 +22,15 @@ def show_list() -> None:
         )
     for entry in ZOO.values():
         if entry.id not in here:
-            print(f"{entry.id}: {len(entry.classes)} classes, not here: {_how_to_get(entry)}; {_rights(entry)}")
+            size = f", {gigabytes(entry.size)}" if entry.size else ""
+            print(f"{entry.id}: {len(entry.classes)} classes, not here: {entry.how_to_get}{size}; {_rights(entry)}")
 
 
 def show_info(backbone_id: str) -> None:
     """Raises InputError for an id that is neither here nor in the zoo."""
     if backbone_id not in known_backbones() and backbone_id in ZOO:
         entry = ZOO[backbone_id]
-        print(f"{entry.id} is not here: {_how_to_get(entry)}.\nFile: {entry.file}; {entry.link or entry.page}")
+        print(f"{entry.id} is not here: {entry.how_to_get}.\nFile: {entry.file}; {entry.link or entry.page}")
         _describe(entry.contract({}))
         return
     contract = find_backbone(backbone_id)
@@ -71,10 +72,6 @@ def _describe(contract: BackboneContract) -> None:
         f"{list(contract.divisor)}"
     )
     print(f"Licence: {contract.licence or 'unknown'}\nCitation: {contract.citation or 'unknown'}")
-
-
-def _how_to_get(entry: PublishedBackbone) -> str:
-    return f"fseft backbones download {entry.id}" if entry.link else f"fseft backbones import {entry.id} FILE"
 
 
 def _rights(known: BackboneContract | PublishedBackbone) -> str:

@@ -1,4 +1,4 @@
-"""Tensors of a backbone by name: loading them whole or not at all."""
+"""What the architectures of the public backbones share: loading whole or not at all, and what they refuse."""
 
 from __future__ import annotations
 
@@ -27,4 +27,13 @@ def require_last_stage(contract: BackboneContract, stages: str) -> None:
         raise InputError(
             f"Backbone {contract.id!r} gives the features of its decoder's last stage alone: stages must be 'last' in "
             f"the plans' arch_kwargs, not {stages!r}."
+        )
+
+
+def require_divisible(contract: BackboneContract, image: torch.Tensor) -> None:
+    """Raises InputError unless the sides of `image` (B, C, X, Y, Z) are multiples of the contract's divisor."""
+    if any(n % divisor for n, divisor in zip(image.shape[2:], contract.divisor)):
+        raise InputError(
+            f"Backbone {contract.id!r} got a window of {list(image.shape[2:])}: patch_size in the plans must be "
+            f"multiples of {list(contract.divisor)}."
         )

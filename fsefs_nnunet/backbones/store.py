@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fsefs_nnunet.backbones.contract import BackboneContract
+from fsefs_nnunet.backbones.zoo import ZOO
 from fsefs_nnunet.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,10 +35,10 @@ def find_backbone(backbone_id: str) -> BackboneContract:
     """The contract of a backbone. Raises InputError that lists the known ones."""
     known = known_backbones()
     if backbone_id not in known:
+        get = ZOO[backbone_id].how_to_get if backbone_id in ZOO else "fseft backbones import ID PATH"
         raise InputError(
             f"Backbone {backbone_id!r} is not here; there are: {', '.join(known) or 'none'}. "
-            f"Look in {user_folder()} (environment variable fseft_backbones) or import it: "
-            "fseft backbones import ID PATH."
+            f"Look in {user_folder()} (environment variable fseft_backbones) or import it: {get}."
         )
     return BackboneContract.load(known[backbone_id])
 

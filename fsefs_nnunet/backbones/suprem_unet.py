@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fsefs_nnunet.backbones.contract import BackboneContract
-from fsefs_nnunet.backbones.state import copy_exactly, require_last_stage
+from fsefs_nnunet.backbones.state import copy_exactly, require_divisible, require_last_stage
 
 STAGES = 4
 
@@ -24,6 +24,7 @@ class SuPreMUNetBackbone(nn.Module):
         """Raises InputError for stages other than "last"."""
         super().__init__()
         require_last_stage(contract, stages)
+        self.contract = contract
         self.out_channels = contract.architecture["features"]
         widths = [self.out_channels * 2**stage for stage in range(STAGES)]
         inputs = [contract.input_channels, *widths[:-1]]
@@ -39,6 +40,7 @@ class SuPreMUNetBackbone(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """image (B, input_channels, X, Y, Z), sides multiples of 8 -> features (B, out_channels, X, Y, Z)."""
+        require_divisible(self.contract, image)
         skips, x = [], image
         for stage in self.encoder[:-1]:
             skips.append(stage(x))

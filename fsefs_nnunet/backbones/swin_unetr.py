@@ -9,7 +9,7 @@ from torch import nn
 
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.patch_merging import PublishedPatchMerging
-from fsefs_nnunet.backbones.state import copy_exactly, require_last_stage
+from fsefs_nnunet.backbones.state import copy_exactly, require_divisible, require_last_stage
 from fsefs_nnunet.errors import InputError
 
 
@@ -24,8 +24,8 @@ class SwinUNETRBackbone(nn.Module):
         """Raises InputError for stages other than "last", and without MONAI."""
         super().__init__()
         require_last_stage(contract, stages)
+        self.contract = contract
         self.out_channels = contract.architecture["features"]
-        self.encoder_only = contract.encoder_only
         self.network = _monais_swin_unetr(contract.id)(
             in_channels=contract.input_channels,
             out_channels=1,
@@ -39,6 +39,7 @@ class SwinUNETRBackbone(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """image (B, input_channels, X, Y, Z) -> features (B, out_channels, X, Y, Z)."""
+        require_divisible(self.contract, image)
         return self.network(image)
 
     def tuned_parameters(self, part: str) -> list[str]:
@@ -48,7 +49,7 @@ class SwinUNETRBackbone(nn.Module):
         """
         prefixes = {
             "last_block": ("network.decoder1.",),
-            "decoder": ("network.decoder", *(("network.encoder",) if self.encoder_only else ())),
+            "decoder": ("network.decoder", *(("network.encoder",) if self.contract.encoder_only else ())),
             "all": ("network.",),
         }[part]
         return [name for name, _ in self.named_parameters() if name.startswith(prefixes)]

@@ -48,6 +48,10 @@ class PublishedBackbone:
     citation: str = "unknown"
     description: str = ""
 
+    @property
+    def how_to_get(self) -> str:
+        return f"fseft backbones download {self.id}" if self.link else f"fseft backbones import {self.id} FILE"
+
     def contract(self, source: dict) -> BackboneContract:
         """RAS, axes x, y, z, 1.5 mm, HU [-175, 250] to [0, 1], windows of 96^3. source: what was imported."""
         return BackboneContract(

@@ -15,9 +15,9 @@ import numpy as np
 from fsefs_nnunet.datasets.building import Building, new_dataset, run_jobs
 from fsefs_nnunet.datasets.common_labels import CommonLabels, common_labels
 from fsefs_nnunet.datasets.tables import tables
-from fsefs_nnunet.datasets.volumes import integers, link_or_copy, read_volume, renumber, write_label
+from fsefs_nnunet.datasets.volumes import integers, link_or_copy, read_volume, renumber, values_in, write_label
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.labels import normalised
+from fsefs_nnunet.labels import TEMPLATE_29, normalised
 
 GENERIC = {"cancer", "cyst", "lesion", "tumor", "tumour", "vessel"}  # say nothing without their dataset
 
@@ -73,7 +73,7 @@ def assemble(dataset_ids: list[int | str], dataset_id: int, template: str, num_p
                 f"{member.name} has channels {', '.join(member.channels)}, {members[0].name} has "
                 f"{', '.join(members[0].channels)}: only datasets with the same channels can be assembled."
             )
-    universal = tables()["universal"] if template == "universal" else None
+    universal = list(TEMPLATE_29) if template == "universal" else None
     common = common_labels({member.name: list(member.labels) for member in members}, universal)
     target = new_dataset(dataset_id, template.capitalize())
     for line in conflicts(members, common):
@@ -166,7 +166,7 @@ def add_case(folder: Path, name: str, files: dict, values: dict[int, int]) -> st
     file, target = Path(files["label"]), folder / "labelsTr" / f"{name}.nii.gz"
     label = read_volume(file)
     data = integers(label, file)
-    unknown = sorted(set(np.unique(data).tolist()) - set(values))
+    unknown = sorted(values_in(data) - set(values))
     if unknown:
         raise InputError(f"{file} has values {unknown[:5]} that dataset.json does not name.")
     if all(old == new for old, new in values.items()):

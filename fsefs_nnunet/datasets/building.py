@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from fsefs_nnunet.errors import InputError
 
+RECORDS = "records"  # one file per finished case
 READER = "NibabelIOWithReorient"  # the public datasets mix orientations
 
 
@@ -36,6 +38,18 @@ def new_dataset(dataset_id: int, name: str) -> Path:
     return Path(str(nnUNet_raw)) / f"Dataset{dataset_id:03d}_{name}"
 
 
+@contextmanager
+def space_told() -> Iterator[None]:
+    """Raises InputError where the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        text = f"No space left in nnUNet_raw ({error}): free some, then run the same command again."
+        raise InputError(text) from error
+
+
 class Building:
     """The hidden folder `.DatasetXXX_Name.part`, which becomes `target` when all is written.
 
@@ -49,23 +63,27 @@ class Building:
         file = self.folder / "options.json"
         if file.exists() and json.loads(file.read_text()) != options:
             raise InputError(f"{self.folder} is unfinished and was begun with other options: delete it first.")
-        for name in ("imagesTr", "labelsTr", "records"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(options))
+        try:
+            for name in ("imagesTr", "labelsTr", RECORDS):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(options))
+        except OSError as error:
+            raise InputError(f"{target.parent} cannot be written to: {error}.") from error
 
     def finish(self, summary: dict, **dataset_json) -> None:
         """Write dataset.json with nnU-Net's function and the summary, and take the final name."""
         from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 
-        generate_dataset_json(
-            str(self.folder),
-            dataset_name=self.target.name,
-            converted_by="fseft",
-            overwrite_image_reader_writer=READER,
-            **dataset_json,
-        )
-        (self.folder / "conversion.json").write_text(json.dumps(summary, indent=1))
-        shutil.rmtree(self.folder / "records")
+        with space_told():
+            generate_dataset_json(
+                str(self.folder),
+                dataset_name=self.target.name,
+                converted_by="fseft",
+                overwrite_image_reader_writer=READER,
+                **dataset_json,
+            )
+            (self.folder / "conversion.json").write_text(json.dumps(summary, indent=1))
+        shutil.rmtree(self.folder / RECORDS)
         (self.folder / "options.json").unlink()
         os.replace(self.folder, self.target)
 
@@ -81,13 +99,10 @@ def _quiet_worker() -> None:
 def _returning(job: tuple[Callable, tuple]) -> object:
     function, arguments = job
     try:
-        return function(*arguments)
+        with space_told():
+            return function(*arguments)
     except InputError as error:  # a SystemExit would end the worker without a word
         return error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return InputError(f"No space left in nnUNet_raw ({error}): free some, then run the same command again.")
 
 
 def run_jobs(function: Callable, jobs: Iterable[tuple], num_processes: int, text: str) -> list:

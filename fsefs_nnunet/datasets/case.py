@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +13,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from fsefs_nnunet.datasets.building import RECORDS
 from fsefs_nnunet.datasets.sides import split_sides
 from fsefs_nnunet.datasets.source import Case, Labels, Source
 from fsefs_nnunet.datasets.tables import Selection
-from fsefs_nnunet.datasets.volumes import distance_of_grids, link_or_copy, read_volume, renumber, write_label
+from fsefs_nnunet.datasets.volumes import distance_of_grids, link_or_copy, read_volume, renumber, values_in, write_label
 from fsefs_nnunet.errors import InputError
-
-RECORDS = "records"
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,10 @@ def convert_case(job: Job, case: Case, test: bool = False) -> dict:
     try:
         record = _write(job, case, folder, None if test else label_file)
     except InputError as error:
+        if shutil.disk_usage(job.folder).free < 2**20:  # some libraries do not say why they cannot write
+            raise OSError(errno.ENOSPC, "No space left on device") from error
         record = {"skipped": str(error)}
-        for file in (*folder.glob(f"{case.name}_????{job.ending}"), label_file):
+        for file in (*folder.glob(f"{case.name}_????{job.ending}"), *([] if test else [label_file])):
             file.unlink(missing_ok=True)
     record = {"case": case.name, "test": test, **record}
     file = job.record(case, test)
@@ -85,7 +88,7 @@ def _place(file: Path, target: Path, scratch: str) -> bool:
 def _write_label(job: Job, case: Case, image: nib.Nifti1Image, file: Path) -> dict:
     wanted = {name: job.table[name] for name in job.selection.names if name in job.table}
     labels = job.source.label(case, image, wanted, job.resample)
-    unknown = sorted(set(np.unique(labels.data).tolist()) - {0, *job.table.values()})
+    unknown = sorted(values_in(labels.data) - {0, *job.table.values()})
     if unknown:
         raise InputError(f"{case.label} has values {unknown[:5]} that the table does not know: {job.table}.")
     data = renumbered(job.selection, labels, image.affine, case)

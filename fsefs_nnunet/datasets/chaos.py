@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 
 from fsefs_nnunet.datasets.source import Case, Labels, Source, natural
+from fsefs_nnunet.datasets.volumes import values_in
 from fsefs_nnunet.errors import InputError
 
 
@@ -43,7 +44,10 @@ class CHAOS(Source):
         reader = sitk.ImageSeriesReader()
         reader.SetFileNames([str(files[i]) for i in order])
         target = scratch / f"{image.parent.name}.nii.gz"
-        sitk.WriteImage(reader.Execute(), str(target))
+        try:
+            sitk.WriteImage(reader.Execute(), str(target))
+        except RuntimeError as error:
+            raise InputError(f"{image} cannot be read: {_last_line(error)}.") from error
         return [target]
 
     def label(self, case: Case, image: nib.Nifti1Image, wanted: dict[str, int], resample: bool) -> Labels:
@@ -60,7 +64,7 @@ class CHAOS(Source):
         data = stack.transpose(2, 1, 0)  # slices, rows, columns -> NIfTI's order
         if data.shape != image.shape:
             raise InputError(f"{case.label} has masks of {data.shape[:2]} voxels for slices of {image.shape[:2]}.")
-        if not np.isin(data, (0, 1, 255)).all():
+        if not values_in(data) <= {0, 1, 255}:
             raise InputError(
                 f"{case.label} holds values other than 0 and 255: the CT masks are wanted, not the MR ones."
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 
 from fsefs_nnunet.datasets.tables import tables
 from fsefs_nnunet.datasets.volumes import integers, on_grid, read_volume
@@ -58,7 +59,7 @@ class Source:
 @dataclass(frozen=True)
 class Labels:
     volume: nib.Nifti1Image
-    data: object  # integers (X, Y, Z)
+    data: np.ndarray  # integers (X, Y, Z)
     resampled: bool = False
     overlap: int = 0  # voxels that several masks claimed
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from fsefs_nnunet.datasets.source import Case, Labels, Source
 from fsefs_nnunet.datasets.tables import tables
-from fsefs_nnunet.datasets.volumes import integers, on_grid, read_volume
+from fsefs_nnunet.datasets.volumes import integers, on_grid, read_volume, values_in
 from fsefs_nnunet.errors import InputError
 
 
@@ -37,7 +37,7 @@ class TotalSegmentator(Source):
             volume = read_volume(file)
             placed = on_grid(volume, image, file, resample)
             data = integers(placed, file)
-            if not np.isin(data, (0, 1)).all():
+            if not values_in(data) <= {0, 1}:
                 raise InputError(f"{file} holds values other than 0 and 1: a mask is wanted.")
             overlap += int(np.count_nonzero(merged[data == 1]))
             merged[data == 1] = value

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 
 from fsefs_nnunet.errors import InputError
 
@@ -40,10 +41,16 @@ def read_volume(file: Path) -> nib.Nifti1Image:
 def integers(image: nib.Nifti1Image, file: Path) -> np.ndarray:
     """Voxels of a label map as integers. Raises InputError where they are none."""
     data = np.asanyarray(image.dataobj)
+    if data.dtype.kind in "iu":
+        return data
     whole = np.rint(data)
     if not (np.isfinite(whole).all() and (whole == data).all()):
         raise InputError(f"{file} holds values that are no integers: a label map is wanted.")
     return whole.astype(np.int32)
+
+
+def values_in(data: np.ndarray) -> set[int]:
+    return set(pd.unique(data.ravel()).tolist())  # as nnU-Net's check does: many times as fast as np.unique
 
 
 def distance_of_grids(a: nib.Nifti1Image, b: nib.Nifti1Image) -> float:
