@@ -85,6 +85,16 @@ def test_surface_dice_counts_what_lies_within_two_mm():
     assert surface_metrics(far, cube, (10.0, 10.0, 10.0))[0] < 0.2
 
 
+def test_surface_dice_weighs_areas():
+    """Of boxes of 20 x 20 x 40 mm and 20 x 20 x 45 mm with one base: voxels are 5 mm high, their faces differ."""
+    short, tall = np.zeros((2, 30, 30, 14), bool)
+    short[5:25, 5:25, 2:10] = tall[5:25, 5:25, 2:11] = True
+    areas = 800 + 80 * 40, 800 + 80 * 45
+    beyond = 16**2 + 400 + 80 * 3  # both tops, but for a rim, and the sides more than 2 mm above the lower one
+    expected = 1 - beyond / sum(areas)
+    assert surface_metrics(short, tall, (1.0, 1.0, 5.0))[0] == pytest.approx(expected, abs=0.02)
+
+
 def test_a_mask_at_the_border_has_a_surface_there():
     """Metrics do not depend on where in the volume the masks lie."""
     inside = [box(slice(a, a + 4), slice(2, 6), slice(2, 6)) for a in (2, 4)]

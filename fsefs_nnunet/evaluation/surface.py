@@ -39,8 +39,7 @@ def surface_metrics(prediction: np.ndarray, reference: np.ndarray, spacing: tupl
         return float("nan"), float("nan")
     if not prediction.any() or not reference.any():
         return 0.0, float(np.linalg.norm(np.array(prediction.shape) * spacing))
-    # MONAI pads what it crops to the masks, but not where they touch the volume's border
-    masks = [torch.from_numpy(np.pad(mask, 1))[None, None] for mask in (prediction, reference)]
+    masks = [torch.from_numpy(mask)[None, None] for mask in (prediction, reference)]
     options = {"include_background": True, "spacing": list(map(float, spacing))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # MONAI warns of an argument that it gives itself
