@@ -13,6 +13,7 @@ import pytest
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.stats import wilcoxon
 
+from fsefs_nnunet import prediction
 from fsefs_nnunet.benchmark.cells import Cell
 from fsefs_nnunet.benchmark.evaluation import METRICS
 from fsefs_nnunet.benchmark.grid import _left, duration, plan_cells, run_cells
@@ -344,7 +345,7 @@ def test_interrupt(folders, monkeypatch, capsys):
     def interrupt(cell):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Cell, "run", interrupt)
+    monkeypatch.setattr(Cell, "train", interrupt)
     study = study_of(folders)
     with pytest.raises(InputError, match="Interrupted. The same command goes on"):
         run_cells(study, plan_cells(study, [5], 1, ["probe"]), ["fseft"])
@@ -383,7 +384,7 @@ def commands(grid) -> list[str]:
 
 @pytest.mark.slow
 def test_a_grid(grid):
-    assert commands(grid) == ["nnUNetv2_train"] * 2
+    assert commands(grid) == ["nnUNetv2_train", "nnUNetv2_evaluate_folder", "nnUNetv2_train"]
     with open(grid.output / "results.csv") as file:
         rows = list(csv.DictReader(file))
     queries = load_splits(grid.work.preprocessed / "splits_fseft.json")["queries"]
@@ -424,7 +425,7 @@ def test_what_is_done_stays_done_and_a_failure_stops_nothing(grid, capsys):
     assert "4 cells, 2 of them done before" in captured.out
     assert "1 of 4 cells failed: spatial adapter, 5 shots, fold 0." in captured.err
     assert "no checkpoint" in broken.read_text() and "What failed" in (grid.output / "report.html").read_text()
-    assert commands(grid)[len(before) :] == ["fseft", "nnUNetv2_evaluate_folder", "nnUNetv2_train"]
+    assert commands(grid)[len(before) :] == ["nnUNetv2_train", "fseft", "nnUNetv2_evaluate_folder"]
     shutil.rmtree(broken.parent.parent)
     with open(grid.output / "results.csv") as file:
         assert {row["method"] for row in csv.DictReader(file)} == {"zero_shot", "probe", "ft_last"}
@@ -448,3 +449,22 @@ def test_a_test_set(grid):
     # nnU-Net predicts the raw image as it did the preprocessed one
     for name, metrics in saved.cases["new"].items():
         assert metrics == pytest.approx(validated.cases[case][name], abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.slow
+def test_methods_on_the_same_backbone_share_one_pass_over_the_queries(grid, monkeypatch):
+    passes = []
+    once = prediction.extract_features
+    monkeypatch.setattr(prediction, "extract_features", lambda *args: passes.append(args) or once(*args))
+    assert grid("--methods", "adapter", "fseft", "transductive") == 0
+    queries = load_splits(grid.work.preprocessed / "splits_fseft.json")["queries"]
+    assert len(passes) == len(queries)
+    with open(grid.output / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["method"] for row in rows} == {"adapter", "fseft", "transductive"}
+    fold = grid.work.results / "FSEFTTrainer__FSEFTPlans__3d_fullres_5shot" / "fold_0"
+    log = next(fold.glob("training_log_*.txt")).read_text()
+    assert "The final validation is skipped: fseft_final_validation is 0." in log
+    assert (fold / "validation" / "summary.json").exists()
+    sizes = sorted(file.name for file in (fold / "benchmark_transductive_queries").glob("*_sizes.json"))
+    assert sizes == [f"{case}_sizes.json" for case in sorted(queries)]

@@ -53,5 +53,8 @@ class KShotTrainer(WithoutMirroring):
         if not self.do_split()[1]:
             self.print_to_log_file("No labelled queries: the final validation is skipped.")
             return
+        if os.environ.get("fseft_final_validation") == "0":
+            self.print_to_log_file("The final validation is skipped: fseft_final_validation is 0.")
+            return
         super().perform_actual_validation(save_probabilities)
         self.print_to_log_file(f"Validation results: {join(self.output_folder, 'validation', 'summary.json')}")

@@ -71,6 +71,11 @@ class Cell:
         return self.folder / f"benchmark_{self.name}_{self.study.target.name}.json"
 
     @property
+    def predicted(self) -> bool:
+        """Whether a training, whose final validation predicts the queries, left nothing to predict."""
+        return self.predictions.name == "validation" and (self.predictions / "summary.json").exists()
+
+    @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint_final.pth"
 
@@ -130,7 +135,7 @@ class Cell:
         trained = self.method.trainer is not None
         if trained:
             self.train()
-        if self.predictions.name != "validation":
+        if not self.predicted and not self.method.shares_features:
             self.predict()
         cases = evaluate(self.predictions, target, self.study.reader())
         result = Result(
@@ -149,9 +154,13 @@ class Cell:
         return result
 
     def train(self) -> None:
-        done = self.folder / "validation" / "summary.json" if self.study.splits["queries"] else self.checkpoint
+        validates = self.study.splits["queries"] and not self.method.shares_features
+        done = self.folder / "validation" / "summary.json" if validates else self.checkpoint
         if not done.exists():
-            self.study.experiment.train(self.method.trainer, self.configuration, self.fold, **self._budget())
+            environment = {} if validates else {"fseft_final_validation": "0"}
+            self.study.experiment.train(
+                self.method.trainer, self.configuration, self.fold, **environment, **self._budget()
+            )
 
     def _budget(self) -> dict[str, str]:
         if not self.method.stock or "fseft_train_minutes" in os.environ:
@@ -167,15 +176,16 @@ class Cell:
     def predict(self) -> None:
         """Segment the target's images into `predictions`, and let nnU-Net count their Dice."""
         shutil.rmtree(self.predictions, ignore_errors=True)  # of other weights, or of an interrupted run
-        experiment, target, output = self.study.experiment, self.study.target, self.predictions
-        images = target.image_folder(experiment.work)
-        where = ("-d", experiment.dataset, "-i", images, "-o", output, "-device", experiment.device)
+        experiment, images = self.study.experiment, self.study.target.image_folder(self.study.experiment.work)
         if self.method.trainer is None:
+            where = ("-d", experiment.dataset, "-i", images, "-o", self.predictions, "-device", experiment.device)
             experiment.run("fseft", "zero_shot", *where, "-b", self.study.backbone["backbone"])
-        elif self.method.transductive:
-            model = ("-c", self.configuration, "-tr", self.method.trainer, "-p", experiment.plans, "-f", self.fold)
-            experiment.run("fseft", "predict", *where, *model)
         else:
-            experiment.predict(self.method.trainer, self.configuration, images, output, self.fold)
+            experiment.predict(self.method.trainer, self.configuration, images, self.predictions, self.fold)
+        self.count_dice()
+
+    def count_dice(self) -> None:
+        """nnU-Net's summary.json of the predictions."""
+        experiment = self.study.experiment
         files = ("-djfile", experiment.raw / "dataset.json", "-pfile", self.study.plans_file)
-        experiment.run("nnUNetv2_evaluate_folder", target.labels, output, *files, "--chill")
+        experiment.run("nnUNetv2_evaluate_folder", self.study.target.labels, self.predictions, *files, "--chill")

@@ -10,6 +10,7 @@ from fsefs_nnunet.benchmark.methods import METHODS, choose
 from fsefs_nnunet.benchmark.outputs import write_results
 from fsefs_nnunet.benchmark.report import write_report
 from fsefs_nnunet.benchmark.result import Result
+from fsefs_nnunet.benchmark.shared_features import share_features
 from fsefs_nnunet.benchmark.study import Study
 from fsefs_nnunet.errors import InputError
 
@@ -58,8 +59,10 @@ def run_cells(study: Study, cells: list[Cell], command: list[str]) -> None:
     failures: dict[Cell, str] = {}
     print(f"{study.setting} {len(cells)} cells, {len(results)} of them done before.", flush=True)
     try:
+        sharing = [cell for cell in cells if cell not in results and cell.method.shares_features]
+        failures.update(share_features(sharing))
         for number, cell in enumerate(cells, 1):
-            if cell in results:
+            if cell in results or cell in failures:
                 continue
             print(f"[{number}/{len(cells)}] {cell.title}{_left(cells, results, failures)}", flush=True)
             try:

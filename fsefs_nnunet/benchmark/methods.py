@@ -14,22 +14,24 @@ class Method:
     title: in tables and figures.
     trainer: what nnUNetv2_train's -tr names; None: nothing is trained.
     transductive: the trained adapter adapts to every volume before it segments it (`fseft predict`).
+    shares_features: predicts from the frozen backbone's features, which all such methods get from one pass.
     stock: trained in the configurations `..._scratch`, for the time that the longest of the other methods took.
     """
 
     title: str
     trainer: str | None
     transductive: bool = False
+    shares_features: bool = False
     stock: bool = False
 
 
 METHODS = {
     "zero_shot": Method("zero-shot (universal head)", None),
-    "probe": Method("linear probe", "FSEFTTrainer_LinearProbe"),
-    "adapter": Method("spatial adapter", "FSEFTTrainer_Adapter"),
+    "probe": Method("linear probe", "FSEFTTrainer_LinearProbe", shares_features=True),
+    "adapter": Method("spatial adapter", "FSEFTTrainer_Adapter", shares_features=True),
     "adapter_in": Method("adapter with instance norm", "FSEFTTrainer_AdapterIN"),
-    "fseft": Method("spatial adapter + size prior", "FSEFTTrainer"),
-    "transductive": Method("spatial adapter + size prior, transductive", "FSEFTTrainer", transductive=True),
+    "fseft": Method("spatial adapter + size prior", "FSEFTTrainer", shares_features=True),
+    "transductive": Method("spatial adapter + size prior, transductive", "FSEFTTrainer", True, True),
     "ft_last": Method("fine-tuning, last block", "FSEFTTrainer_FTLast"),
     "decoder": Method("fine-tuning, decoder", "FSEFTTrainer_Decoder"),
     "ft": Method("fine-tuning, everything", "FSEFTTrainer_FT"),
