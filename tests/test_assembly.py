@@ -103,7 +103,10 @@ def test_labels_without_any_whole_get_one():
     assert common.labels == {"background": 0, "all_classes": [1, 2], "anterior": 1, "posterior": 2}
     assert common.annotated["a"] == ["anterior"] and common.annotated["b"] == ["posterior"]
     assert common.annotated["c"] == ["all_classes", "anterior", "posterior"]
-    assert LabelManager(common.labels, common.regions_class_order).has_regions
+    manager = LabelManager(common.labels, common.regions_class_order)
+    # an output that no source has trained is not seen in a prediction
+    logits = torch.tensor([9.0, -9.0, 9.0, -9.0, -9.0, -9.0, 9.0, 9.0, -9.0]).reshape(3, 3, 1, 1)
+    assert manager.convert_logits_to_segmentation(logits).flatten().tolist() == [2, 2, 0]
 
 
 def test_tables_that_make_no_assembly():

@@ -82,7 +82,8 @@ def common_labels(sources: dict[str, list[str]], template: list[str] | None) -> 
     }
     return CommonLabels(
         {"background": 0, **{n: regions[n] if len(regions[n]) > 1 else regions[n][0] for n in order}},
-        [value.get(name, regions[name][0]) for name in order],
+        # what stock prediction paints: for ALL, which may be untrained, the background
+        [0 if name == ALL else value.get(name, regions[name][0]) for name in order],
         {s: {name: value.get(to, 0) for name, to in mapped.items()} for s, mapped in holders.items()},
         told,
     )
