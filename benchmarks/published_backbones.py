@@ -6,8 +6,8 @@ FOLDER/data/TotalSegmentator_example/s0000 is the CT with its masks. Of the four
   window  times one window of Swin UNETR, with plain and fused attention, without and with the allocator's settings;
   volume  plans and preprocesses the CT for suprem_unet and fseft, and runs them over it;
   step    times one training step from the bank and one of the published recipe, and extrapolates a 5-shot adaptation;
-  adapt   adapts suprem_unet to the 192 mm around the organs of the CT, with the same region, turned and noisy, as query:
-          trains, predicts, exports.
+  adapt   adapts suprem_unet to the 192 mm around the organs of the CT, with the same region, turned and noisy, as
+          query: trains, predicts, exports.
 `--quick` takes small windows and a piece of the CT: it shows that the parts work, its figures say nothing. Every
 measurement runs in a process of its own and leaves a line of JSON in results.jsonl.
 """
