@@ -95,10 +95,10 @@ def _box(start: np.ndarray, stop: np.ndarray) -> Box:
     return tuple(start.tolist()), tuple(stop.tolist())
 
 
-def pooling_factor(shape: Sequence[int]) -> int:
-    """The smallest factor that leaves at most MAX_POOLED_VOXELS of a volume of `shape`."""
+def pooling_factor(shape: Sequence[int], most: int = MAX_POOLED_VOXELS) -> int:
+    """The smallest factor that leaves at most `most` voxels of a volume of `shape`."""
     factor = 1
-    while np.prod([-(-n // factor) for n in shape]) > MAX_POOLED_VOXELS:
+    while np.prod([-(-n // factor) for n in shape]) > most:
         factor += 1
     return factor
 

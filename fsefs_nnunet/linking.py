@@ -6,6 +6,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from fsefs_nnunet.atomic import write_atomically
 from fsefs_nnunet.errors import InputError
 
 MARKER = "# Written by `fseft link`; `fseft unlink` removes it.\n"
@@ -60,9 +61,7 @@ def link(nnunet: Path) -> None:
             )
         _check_writable(file.parent)
     for file, (package, module) in zip(files, SHIMS.values()):
-        part = file.with_name(f"{file.name}.part")
-        part.write_text(_SHIM.format(package=package, module=module))
-        os.replace(part, file)
+        write_atomically(file, _SHIM.format(package=package, module=module))
         print(f"{file} is written.")
     if (nnunet.parent / ".git").exists():
         print(f"{nnunet.parent} is a git checkout: its `git status` lists both files as untracked.")

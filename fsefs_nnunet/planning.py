@@ -14,20 +14,39 @@ from fsefs_nnunet.splits import SPLITS_FILE, load_splits, make_splits, save_spli
 def dataset_folders(dataset_id: int | str) -> tuple[str, Path, Path]:
     """Name, raw and preprocessed folder. Raises InputError where nnU-Net's environment variables are missing."""
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
     for name, variable in (("nnUNet_raw", nnUNet_raw), ("nnUNet_preprocessed", nnUNet_preprocessed)):
-        if not variable.is_set():
-            raise InputError(f"The environment variable {name} is not set: export {name}=FOLDER, as nnU-Net needs it.")
-    try:
-        name = maybe_convert_to_dataset_name(int(dataset_id) if str(dataset_id).isdigit() else dataset_id)
-    except RuntimeError as error:
-        reason = str(error).split(". ")[0]  # nnU-Net's text goes on over several lines
-        raise InputError(f"No dataset {dataset_id} in {nnUNet_raw}: {reason}.") from error
+        _require(name, variable)
+    name = _dataset_name(dataset_id, nnUNet_raw)
     raw = Path(str(nnUNet_raw)) / name
     if not (raw / "dataset.json").exists():
         raise InputError(f"{raw}/dataset.json is missing: a raw dataset in nnU-Net's layout is wanted.")
     return name, raw, Path(str(nnUNet_preprocessed)) / name
+
+
+def model_folder(dataset_id: int | str, trainer: str, plans: str, configuration: str) -> Path:
+    """Of a trained model in nnUNet_results. Raises InputError without that variable, and for an unknown dataset."""
+    from nnunetv2.paths import nnUNet_results
+
+    _require("nnUNet_results", nnUNet_results)
+    return (
+        Path(str(nnUNet_results)) / _dataset_name(dataset_id, nnUNet_results) / f"{trainer}__{plans}__{configuration}"
+    )
+
+
+def _require(name: str, variable) -> None:
+    if not variable.is_set():
+        raise InputError(f"The environment variable {name} is not set: export {name}=FOLDER, as nnU-Net needs it.")
+
+
+def _dataset_name(dataset_id: int | str, folder) -> str:
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    try:
+        return maybe_convert_to_dataset_name(int(dataset_id) if str(dataset_id).isdigit() else dataset_id)
+    except RuntimeError as error:
+        reason = str(error).split(". ")[0]  # nnU-Net's text goes on over several lines
+        raise InputError(f"No dataset {dataset_id} in {folder}: {reason}.") from error
 
 
 def labelled_cases(raw: Path) -> list[str]:

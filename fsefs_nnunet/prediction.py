@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fsefs_nnunet.bank_layout import pooled
+from fsefs_nnunet.atomic import write_atomically
+from fsefs_nnunet.bank_layout import pooled, pooling_factor
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features import extract_features
 from fsefs_nnunet.losses import SoftDiceLoss
@@ -47,10 +48,11 @@ def volume_logits(network: AdaptedNetwork, features: torch.Tensor) -> torch.Tens
 
 def averaged(features: torch.Tensor, voxel_ml: float) -> QueryVolume:
     """Features (C, X, Y, Z), averaged over the smallest blocks that leave at most MAX_ADAPTED_VOXELS."""
-    factor, shape = 1, features.shape[1:]
-    while np.prod([-(-n // factor) for n in shape]) > MAX_ADAPTED_VOXELS:
-        factor += 1
-    return QueryVolume(pooled(features.float(), factor), block_voxels(tuple(shape), factor) * voxel_ml)
+    shape = tuple(features.shape[1:])
+    factor = pooling_factor(shape, MAX_ADAPTED_VOXELS)
+    # some channels at a time: all of them in float32 are twice what is held already
+    averages = torch.cat([pooled(channels.float(), factor) for channels in features.split(16)], 1)
+    return QueryVolume(averages, block_voxels(shape, factor) * voxel_ml)
 
 
 @dataclass(frozen=True)
@@ -222,9 +224,7 @@ def predict_folder(
             continue
         try:
             report = predictor.predict(cases[case], segmentation, keep_largest)
-            part = output / PART_FOLDER / sizes.name
-            part.write_text(json.dumps(report, indent=1))
-            os.replace(part, sizes)
+            write_atomically(sizes, json.dumps(report, indent=1))
         except Exception as error:  # readers of broken files raise whatever they like
             failures.append(f"{cases[case][0]} was not segmented: {error}")
             tqdm.write(failures[-1])

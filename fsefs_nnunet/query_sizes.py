@@ -75,8 +75,8 @@ def sizes_of(
 
 
 def scale_between(pooled: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-    """What soft sizes (classes,) of pooled volumes are of the true ones, within bounds."""
-    return (pooled / true.clamp_min(1e-6)).clamp(1 / MAX_SCALE, MAX_SCALE)
+    """What soft sizes (classes,) of pooled volumes are of the true ones, within bounds; 1 for a class of size 0."""
+    return torch.where(true > 0, pooled / true, 1.0).clamp(1 / MAX_SCALE, MAX_SCALE)
 
 
 class QuerySizes:

@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint
 from fsefs_nnunet.bank_disk import BANK_FOLDER, cap_in_gb
 from fsefs_nnunet.bank_layout import Layout, support_layout
 from fsefs_nnunet.crops import CropLoader, region_transform
@@ -94,7 +93,5 @@ def remember(model: TrainedModel) -> None:
     """Write the support's features into the model's checkpoints, so that it can adapt to queries anywhere."""
     for i, file in enumerate(model.files):
         memory = memory_from_bank(model, i)
-        part = f"{file}.part"
-        torch.save({**read_checkpoint(file), MEMORY_KEY: memory.state()}, part)
-        os.replace(part, file)
+        add_to_checkpoint(file, **{MEMORY_KEY: memory.state()})
         print(f"{file}: {len(memory.features)} crops of support features, {os.path.getsize(file) / 1e6:.1f} MB.")

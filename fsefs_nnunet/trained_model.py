@@ -59,7 +59,9 @@ class TrainedModel:
     def _build(self, trainer: str, input_channels: int) -> AdaptedNetwork:
         from fsefs_nnunet.shims import fseft_trainers
 
-        cls = getattr(fseft_trainers, trainer)
+        cls = getattr(fseft_trainers, trainer, None)
+        if cls is None:
+            raise InputError(f"{self.files[0]} was trained by {trainer}, which is none of ours: use nnUNetv2_predict.")
         network = cls.build_network_architecture(
             self.plans_manager, self.configuration, input_channels, self.label_manager.num_segmentation_heads
         )

@@ -12,6 +12,7 @@ from torch import nn
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.readers import find_reader, image_geometry
+from fsefs_nnunet.devices import device_named
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import foreground_names, match_labels
 from fsefs_nnunet.planning import dataset_folders
@@ -124,8 +125,7 @@ def predict_zero_shot(dataset_id: int | str, backbone_id: str, images_folder: Pa
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("There is no GPU here that PyTorch can use: add -device cpu.")
+    target = device_named(device)
     name, raw, _ = dataset_folders(dataset_id)
     dataset_json = json.loads((raw / "dataset.json").read_text())
     images = images_in(images_folder, dataset_json)
@@ -139,8 +139,8 @@ def predict_zero_shot(dataset_id: int | str, backbone_id: str, images_folder: Pa
         print(f"The backbone's head does not know {', '.join(absent)}: it leaves background there.")
     predictor = nnUNetPredictor(
         use_mirroring=False,  # organs have sides
-        perform_everything_on_device=device == "cuda",
-        device=torch.device(device),
+        perform_everything_on_device=target.type == "cuda",
+        device=target,
         allow_tqdm=True,
     )
     configuration = manager.get_configuration(CONFIGURATION)

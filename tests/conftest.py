@@ -27,6 +27,15 @@ def shared() -> Path:
     return Path(os.environ["FSEFT_SHARED"])
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Sums depend on the number of threads in their last bits, and volumes this small are no faster with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class Workspace:
     """nnU-Net's three folders with one dataset, planned with the embedded backbone and preprocessed."""

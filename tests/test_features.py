@@ -725,8 +725,8 @@ def test_sizes_of_pooled_queries_are_calibrated_on_the_support(bank, contract):
     calibrated = QuerySizes(bank, ["query"], voxel_ml, {"support": true})
     calibrated.calibrate(network, False)
     assert calibrated.predict(network, "query", False).soft[0].item() == pytest.approx(9**3 * voxel_ml, rel=1e-4)
-    # the second class is in no support case: its scale stays within bounds, whatever is predicted of it
-    assert torch.isfinite(calibrated.scale).all() and (calibrated.scale >= 1 / 8).all()
+    # the second class is in no support case, which says nothing of it
+    assert calibrated.scale[1] == 1
 
 
 @pytest.mark.parametrize("centre, at_border", [(8, False), (3, True)])

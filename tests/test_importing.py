@@ -137,7 +137,8 @@ class Model:
 
 
 def write_model(folder: Path, channels: list[str], labels: dict = LABELS, prefix: str = "", **changes) -> Model:
-    """A model folder as nnU-Net's training leaves it."""
+    """A model folder as nnU-Net's training leaves it; random weights, the same in every run."""
+    torch.manual_seed(2)
     plans = model_plans(channels, **changes)
     names = {str(i): name for i, name in enumerate(channels)}
     dataset = {"channel_names": names, "labels": labels, "numTraining": 9, "file_ending": ".nii.gz"}

@@ -22,6 +22,8 @@ from fsefs_nnunet.evaluation.training_logs import logged_support, peak_memory
 from fsefs_nnunet.shims import fseft_trainers
 from fsefs_nnunet.splits import load_splits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CROP = 16
 # short trainings; a window of one fine-tuning step costs most
 SHORT = {
@@ -72,15 +74,6 @@ SCRATCH = Method("FSEFTTrainer_Scratch", 0, identity=False, configuration="3d_fu
 
 def of(methods):
     return pytest.mark.parametrize("method", methods, ids=lambda method: method.trainer)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _same_number_of_threads():
-    """Sums depend on it in their last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

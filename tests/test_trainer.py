@@ -15,17 +15,10 @@ from fsefs_nnunet.splits import load_splits, query_cases
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer, FSEFTTrainer_Adapter, FSEFTTrainer_LinearProbe
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FIVE = "3d_fullres_5shot"
 TINY = {"fseft_crop_size": [12, 12, 12], "fseft_steps_per_epoch": 2, "fseft_prior_from_epoch": 1, "fseft_views": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _same_number_of_threads():
-    """Sums depend on it in their last bits, and crops this small are no faster with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,7 @@ import os
 from os.path import join
 from pathlib import Path
 
-import torch
-
-from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint, read_checkpoint
 from fsefs_nnunet.peak_memory import peak_memory_gb
 from fsefs_nnunet.splits import SPLITS_FILE, load_splits, query_cases, support_cases
 from fsefs_nnunet.trainers.without_mirroring import WithoutMirroring
@@ -37,7 +35,7 @@ class KShotTrainer(WithoutMirroring):
         super().save_checkpoint(part)
         if os.path.exists(part):  # nnU-Net writes none when checkpointing is disabled
             if added := self.added_to_checkpoint():
-                torch.save({**read_checkpoint(part), **added}, part)
+                add_to_checkpoint(part, **added)
             os.replace(part, filename)
 
     def added_to_checkpoint(self) -> dict:

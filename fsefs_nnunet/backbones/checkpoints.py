@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -52,3 +53,10 @@ def refuse_web_page(file: Path) -> None:
             f"{file} was not opened: it is a web page or a pointer to the checkpoint, not the checkpoint. Download the "
             "file itself."
         )
+
+
+def add_to_checkpoint(file: str | Path, **content) -> None:
+    """Add entries, or replace them, atomically; nnU-Net's loaders look at their own alone."""
+    part = f"{file}.part"
+    torch.save({**read_checkpoint(Path(file)), **content}, part)
+    os.replace(part, file)

@@ -72,8 +72,11 @@ class Cell:
 
     @property
     def predicted(self) -> bool:
-        """Whether a training, whose final validation predicts the queries, left nothing to predict."""
-        return self.predictions.name == "validation" and (self.predictions / "summary.json").exists()
+        """Whether these weights' final validation, or what stands for it, has predicted the queries."""
+        summary = self.predictions / "summary.json"
+        if self.predictions.name != "validation" or not summary.exists():
+            return False
+        return summary.stat().st_mtime >= self.checkpoint.stat().st_mtime
 
     @property
     def checkpoint(self) -> Path:

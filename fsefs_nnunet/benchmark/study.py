@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fsefs_nnunet.benchmark.target import Target, queries, test_set
+from fsefs_nnunet.devices import device_named
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.surface import require_monai
 from fsefs_nnunet.experiment import OwnExperiment
@@ -79,19 +80,12 @@ def open_study(dataset_id: str, plans_name: str, test: tuple[Path, Path] | None,
         raise InputError(f"{file} is missing: `fseft plan_and_preprocess -d ID` makes it, -p chooses other plans.")
     splits = load_splits(preprocessed / SPLITS_FILE)
     target = test_set(*test, raw) if test else queries(splits, raw, preprocessed)
-    _check_device(device)
+    device_named(device)  # a GPU that is not there is told before the first training
     experiment = OwnExperiment(_writable(output), name, plans_name, device)
     study = Study(experiment, json.loads(file.read_text()), splits, target)
     if not study.planned_shots:
         raise InputError(f"{file} has no K-shot configuration: plan with `fseft plan -d ID`.")
     return study
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("There is no GPU here that PyTorch can use: add -device cpu.")
 
 
 def _writable(folder: Path) -> Path:

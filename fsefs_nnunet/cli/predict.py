@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from fsefs_nnunet.errors import InputError
@@ -43,23 +42,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _model(args: argparse.Namespace):
-    import torch
-    from nnunetv2.paths import nnUNet_results
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
+    from fsefs_nnunet.devices import device_named
+    from fsefs_nnunet.planning import model_folder
     from fsefs_nnunet.trained_model import TrainedModel
 
-    if not nnUNet_results.is_set():
-        raise InputError("The environment variable nnUNet_results is not set: export nnUNet_results=FOLDER.")
-    try:
-        name = maybe_convert_to_dataset_name(int(args.d) if args.d.isdigit() else args.d)
-    except RuntimeError as error:
-        raise InputError(f"No dataset {args.d}: {str(error).split('. ')[0]}.") from error
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cpu":
-        torch.set_num_threads(os.cpu_count() or 1)  # as nnU-Net's commands do
-    folder = Path(str(nnUNet_results)) / name / f"{args.tr}__{args.p}__{args.c}"
-    return TrainedModel(folder, args.c, args.f, args.chk, device)
+    folder = model_folder(args.d, args.tr, args.p, args.c)
+    return TrainedModel(folder, args.c, args.f, args.chk, device_named(args.device))
 
 
 def predict(args: argparse.Namespace) -> None:
