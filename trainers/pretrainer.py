@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from os.path import join
 
 import numpy as np
@@ -14,14 +15,17 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
+from fsefs_nnunet.backbones.warm_start import start_from
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.partial_labels import PartialLabelLoss, annotation_masks
+from fsefs_nnunet.precision import reduced_precision
+from fsefs_nnunet.trainers.source_validation import SourceValidation
 from fsefs_nnunet.trainers.time_budget import TimeBudgetTrainer
 from fsefs_nnunet.trainers.without_mirroring import WithoutMirroring
 
 
 class RandomAppearanceTransform(ImageOnlyTransform):
-    """Random contrast curve on [0, 1] images (inversion included), then z-scoring of every other image."""
+    """Random contrast curve over an image's range (inversion included), then z-scoring of every other image."""
 
     def __init__(self, p_curve: float = 0.4, p_zscore: float = 0.5, knots=(2, 7)):
         super().__init__()
@@ -37,19 +41,22 @@ class RandomAppearanceTransform(ImageOnlyTransform):
 
     def _apply_to_image(self, img: torch.Tensor, **params) -> torch.Tensor:
         if params["curve"] is not None:
-            knots = np.linspace(0, 1, len(params["curve"]))
-            img = torch.from_numpy(np.interp(img.numpy(), knots, params["curve"]).astype(np.float32))
+            low, high = img.min().item(), img.max().item()
+            knots = np.linspace(low, high, len(params["curve"]))
+            values = low + (high - low) * params["curve"]
+            img = torch.from_numpy(np.interp(img.numpy(), knots, values).astype(np.float32))
         if params["zscore"]:
             img = (img - img.mean()) / img.std().clamp_min(1e-5)
         return img
 
 
-class FSEFTPretrainer(WithoutMirroring, TimeBudgetTrainer):
+class FSEFTPretrainer(WithoutMirroring, SourceValidation, TimeBudgetTrainer):
     """Minimises Eq. (1) of FSEFT over the sources that dataset.json lists under "sources".
 
     Sigmoid outputs need nnU-Net's region-based labels: give at least one label that is a list of several. Sources are
-    drawn equally often. Images lie in [0, 1] after preprocessing (a CT window); the network sees half of them
-    z-scored and all of them in windows of changing size, so that it serves images of other kinds.
+    drawn equally often. The network sees half of the images as preprocessed and half of them z-scored, in windows of
+    changing size, so that it serves images of other kinds. The environment variable `fseft_start_from` names the
+    backbone whose weights training starts from.
     """
 
     smallest_window = 40
@@ -67,6 +74,13 @@ class FSEFTPretrainer(WithoutMirroring, TimeBudgetTrainer):
             )
         self.region_names = [name for name in dataset_json["labels"] if name not in ("background", "ignore")]
         self.masks = annotation_masks(dataset_json, self.region_names)
+
+    def initialize(self):
+        super().initialize()
+        if start := os.environ.get("fseft_start_from"):
+            network = self.network.module if self.is_ddp else self.network
+            network = getattr(network, "_orig_mod", network)  # as torch.compile wraps it
+            self.print_to_log_file(start_from(network, start, self.region_names))
 
     def set_deep_supervision_enabled(self, enabled: bool):
         super().set_deep_supervision_enabled(False)
@@ -136,8 +150,7 @@ class FSEFTPretrainer(WithoutMirroring, TimeBudgetTrainer):
         w = self.w(batch)
         loss, self.loss = self.loss, lambda output, target: loss(output, target, w)
         try:
-            # bfloat16 makes a step 2.7 times as fast where the processor has it; CUDA has nnU-Net's own autocast
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.device.type == "cpu"):
+            with reduced_precision(self.device):  # a step 2.7 times as fast where the processor has bfloat16
                 return super().train_step(self.random_window(batch))
         finally:
             self.loss = loss

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from time import time
 
+import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from fsefs_nnunet.errors import InputError
@@ -70,7 +71,15 @@ class TimeBudgetTrainer(StoppableTrainer):
             return self.current_epoch / self.num_epochs
         starts = self.logger.get_value("epoch_start_timestamps", step=None)
         running = time() - starts[self.current_epoch] if len(starts) > self.current_epoch else 0.0
-        return min(1.0, (self.seconds_trained() + running) / self.budget_seconds())
+        return min(1.0, self.of_rank_0(self.seconds_trained() + running) / self.budget_seconds())
+
+    def of_rank_0(self, seconds: float) -> float:
+        """One clock for all processes of DDP: with their own, learning rates differ, and one ends before the others."""
+        if not self.is_ddp:
+            return seconds
+        shared = [seconds]
+        dist.broadcast_object_list(shared, 0)
+        return shared[0]
 
     def initialize(self):
         super().initialize()
@@ -85,5 +94,5 @@ class TimeBudgetTrainer(StoppableTrainer):
 
     def on_epoch_end(self):
         super().on_epoch_end()
-        if self.budget_seconds() is not None and self.seconds_trained() >= self.budget_seconds():
+        if self.budget_seconds() is not None and self.of_rank_0(self.seconds_trained()) >= self.budget_seconds():
             raise StopTraining(f"the budget of {self.budget_seconds():.0f} s is used")
