@@ -44,8 +44,8 @@ def start_from(network: nn.Module, backbone_id: str, classes: list[str]) -> str:
     random = [name for name in own if name not in fitting]
     rest = f"; random: {', '.join(random[:3])}{' ...' if len(random) > 3 else ''}" if random else ""
     return (
-        f"Training starts from backbone {backbone_id}: {len(fitting)} of {len(own)} tensors, {copied / total:.1%} of the "
-        f"weights{rest}. Rows of the head: {', '.join(rows) or 'none'}."
+        f"Training starts from backbone {backbone_id}: {len(fitting)} of {len(own)} tensors, {copied / total:.1%} of "
+        f"the weights{rest}. Rows of the head: {', '.join(rows) or 'none'}."
     )
 
 
