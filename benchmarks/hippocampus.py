@@ -3,40 +3,37 @@
     FSEFT_SHARED=FOLDER python benchmarks/hippocampus.py --work /data/hippocampus
 
 FOLDER/data/Task04_Hippocampus is the Decathlon's folder, with labelsTs for the test cases. K = 1, 5, 10, five draws of
-the support; trainings that are done are not done again. `--tune` reports the queries instead of imagesTs.
+the support, by `fseft benchmark`: once with the embedded backbone and once with each of two controls, the same network
+untrained and the raw image. What is done is not done again. `--tune` reports the queries instead of imagesTs.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 
 from fsefs_nnunet.backbones.store import find_backbone, save_backbone
-from fsefs_nnunet.evaluation.tables import markdown_table, mean_dice
-from fsefs_nnunet.experiment import Experiment, trained_parameters, training_seconds
+from fsefs_nnunet.benchmark.evaluation import DICE, SIZE_ERROR
+from fsefs_nnunet.benchmark.methods import METHODS
+from fsefs_nnunet.benchmark.result import Result
+from fsefs_nnunet.benchmark.summary import fold_mean, mean_over, spread, values
+from fsefs_nnunet.evaluation.tables import markdown_table
+from fsefs_nnunet.experiment import Experiment
 
 DATASET = "Dataset004_Hippocampus"
 NUM_QUERIES = 40
-LONG = "nnU-Net from scratch, 30 minutes"
-METHODS = {
-    "linear probe": ("FSEFTTrainer_LinearProbe", "FSEFTPlans"),
-    "spatial adapter": ("FSEFTTrainer_Adapter", "FSEFTPlans"),
-    "spatial adapter + size prior": ("FSEFTTrainer", "FSEFTPlans"),
-    "control: random backbone": ("FSEFTTrainer", "FSEFTPlans_random"),
-    "control: raw image": ("FSEFTTrainer", "FSEFTPlans_raw"),
-    "nnU-Net from scratch, equal time": ("FSEFTTrainer_Scratch", "FSEFTPlans"),
-    LONG: ("FSEFTTrainer_Scratch", "FSEFTPlans"),
-}
-CLASSES = {"1": "anterior", "2": "posterior"}
-KEYS = ("shots", "fold", "method")
+OURS, SCRATCH = METHODS["fseft"].title, METHODS["scratch"].title
+LONG_MINUTES, LONG = 30, "nnU-Net from scratch, 30 minutes"
+BACKBONES = {"phantom": "FSEFTPlans", "random": "FSEFTPlans_random", "raw": "FSEFTPlans_raw"}
+CONTROLS = {"random": "control: random backbone", "raw": "control: raw image"}
+CLASSES = ("Anterior", "Posterior")
 
 
 def write_controls(folder: Path) -> None:
@@ -62,110 +59,74 @@ def prepare(experiment: Experiment, source: Path) -> None:
         # the converter wants to write beside its input
         copy = shutil.copytree(source, experiment.work / source.name, dirs_exist_ok=True)
         experiment.run("nnUNetv2_convert_MSD_dataset", "-i", copy, "-np", "2")
-    for backbone, plans in (("phantom", "FSEFTPlans"), ("random", "FSEFTPlans_random"), ("raw", "FSEFTPlans_raw")):
+    for backbone, plans in BACKBONES.items():
         if not list(experiment.preprocessed.glob(f"{plans}_3d_fullres")):
             args = ("-d", DATASET, "-b", backbone, "-np", "2", "--num_queries", NUM_QUERIES, "--shots", "1", "5", "10")
             experiment.run("fseft", "plan_and_preprocess", *args, fseft_backbones=str(backbones))
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One training of the grid."""
-
-    work: Path
-    method: str
-    shots: int
-    fold: int
-    device: str
-
-    @property
-    def trainer(self) -> str:
-        return METHODS[self.method][0]
-
-    @property
-    def from_scratch(self) -> bool:
-        return self.trainer == "FSEFTTrainer_Scratch"
-
-    @property
-    def configuration(self) -> str:
-        return f"3d_fullres_{self.shots}shot" + ("_scratch" if self.from_scratch else "")
-
-    @property
-    def experiment(self) -> Experiment:
-        results = "nnUNet_results_long" if self.method == LONG else "nnUNet_results"
-        return Experiment(self.work, DATASET, METHODS[self.method][1], self.device, results)
-
-    @property
-    def folder(self) -> Path:
-        return self.experiment.model(self.trainer, self.configuration) / f"fold_{self.fold}"
-
-    def environment(self) -> dict[str, str]:
-        environment = {"fseft_backbones": str(self.work / "backbones")}
-        if self.from_scratch:
-            adapter = replace(self, method="spatial adapter + size prior")
-            minutes = 30 if self.method == LONG else training_seconds(adapter.folder) / 60
-            environment["fseft_train_minutes"] = f"{minutes:.4f}"
-        return environment
-
-    def summary(self, source: Path, tune: bool) -> Path:
-        """Train and evaluate, unless it is done; nnU-Net's summary.json of the queries or of imagesTs."""
-        environment = self.environment()
-        self.experiment.train(self.trainer, self.configuration, self.fold, **environment)
-        if tune:
-            return self.folder / "validation" / "summary.json"
-        predictions = self.folder / "imagesTs"
-        if not (predictions / "summary.json").exists():
-            images = self.experiment.raw / "imagesTs"
-            self.experiment.predict(self.trainer, self.configuration, images, predictions, self.fold, **environment)
-            files = ("-djfile", predictions / "dataset.json", "-pfile", predictions / "plans.json")
-            self.experiment.run("nnUNetv2_evaluate_folder", source / "labelsTs", predictions, *files)
-        return predictions / "summary.json"
-
-    def row(self, source: Path, tune: bool) -> dict:
-        summary = self.summary(source, tune)
-        dice = mean_dice(summary)
-        return {
-            "shots": self.shots,
-            "fold": self.fold,
-            "method": self.method,
-            "trained parameters": trained_parameters(self.folder / "checkpoint_final.pth"),
-            "seconds": round(training_seconds(self.folder)),
-            **{name: dice[label] for label, name in CLASSES.items()},
-            "mean Dice": dice["mean"],
-            **{f"size error, {CLASSES[label]}": error for label, error in size_errors(summary).items()},
-        }
+def benchmark(
+    experiment: Experiment, name: str, methods: list[str], shots: list[int], folds: int, test: tuple, **env: str
+) -> list[Result]:
+    """`fseft benchmark` in the folder `name`; the results of these shots, folds and methods."""
+    chosen = ("--shots", *map(str, shots), "--folds", str(folds), "--methods", *methods)
+    where = ("-d", DATASET, "-p", experiment.plans, "-device", experiment.device, "-o", experiment.work / name)
+    backbones = {"fseft_backbones": str(experiment.work / "backbones")}
+    experiment.run("fseft", "benchmark", *where, *chosen, *test, **backbones, **env)
+    target = "imagesTs_*" if test else "queries"
+    folder = experiment.folders["nnUNet_results"] / DATASET
+    found = [
+        Result.load(file)
+        for method in methods
+        for file in folder.glob(f"*__{experiment.plans}__*/fold_*/benchmark_{method}_{target}.json")
+    ]
+    return sorted((r for r in found if r.shots in shots and r.fold < folds), key=lambda r: (r.shots, r.fold))
 
 
-def size_errors(summary_json_file: Path) -> dict[str, float]:
-    """Mean of |predicted - true| / true voxels over the cases of nnU-Net's summary.json, per label."""
-    cases = [case["metrics"] for case in json.loads(summary_json_file.read_text())["metric_per_case"]]
-    return {
-        label: float(np.mean([abs(c[label]["n_pred"] - c[label]["n_ref"]) / c[label]["n_ref"] for c in cases]))
-        for label in CLASSES
-    }
+def over_folds(results: dict[str, list[Result]]) -> list[dict]:
+    """One row per shots and method; Dice by class and size errors are means over the folds."""
+    rows = []
+    for shots in sorted({r.shots for group in results.values() for r in group}):
+        for title, group in results.items():
+            if some := [r for r in group if r.shots == shots]:
+                by_class = {m: np.mean([mean_over(values(r, m), 0) for r in some], 0) for m in (DICE, SIZE_ERROR)}
+                dice = [fold_mean(r, DICE) for r in some]
+                rows.append(
+                    {
+                        "shots": shots,
+                        "method": title,
+                        "folds": len(some),
+                        "trained parameters": f"{round(mean(r.trained_parameters for r in some)):,}",
+                        "seconds": round(mean(r.seconds for r in some)),
+                        **{name.lower(): float(by_class[DICE][i]) for i, name in enumerate(CLASSES)},
+                        "mean Dice": spread(dice, min(dice)),
+                        "size error": ", ".join(f"{x:.3f}" for x in by_class[SIZE_ERROR]),
+                    }
+                )
+    return rows
 
 
-def over_folds(rows: list[dict]) -> list[dict]:
-    """One row per shots and method: means over the folds, with standard deviation and worst of the mean Dice."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["shots"], row["method"]), []).append(row)
-    table = []
-    for (shots, method), group in groups.items():
-        dice = [row["mean Dice"] for row in group]
-        means = {key: float(np.mean([row[key] for row in group])) for key in group[0] if key not in KEYS}
-        seconds = round(means.pop("seconds"))
-        spread = {"standard deviation": float(np.std(dice)), "worst": min(dice)}
-        table.append({"shots": shots, "method": method, "folds": len(group), "seconds": seconds, **means, **spread})
-    return table
+def against(results: dict[str, list[Result]]) -> list[dict]:
+    """Dice points by which the adapter with the size prior is ahead of each other row, per fold."""
+    rows = []
+    for title, group in results.items():
+        for shots in sorted({r.shots for r in group}) if title != OURS else ():
+            ours = {r.fold: fold_mean(r, DICE) for r in results[OURS] if r.shots == shots}
+            ahead = [100 * (ours[r.fold] - fold_mean(r, DICE)) for r in group if r.shots == shots and r.fold in ours]
+            if ahead:
+                rows.append({"shots": shots, "ahead of": title, "smallest": min(ahead), "mean": mean(ahead)})
+    return sorted(rows, key=lambda row: row["shots"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 10])
-    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[name for name in METHODS if name != LONG])
+    parser.add_argument("--folds", type=int, default=5, help="the first N; default: 5")
+    parser.add_argument(
+        "--methods", nargs="+", default=["probe", "adapter", "fseft", "transductive", "scratch"], help="as fseft's"
+    )
+    parser.add_argument("--long", action="store_true", help=f"fold 0 also from scratch for {LONG_MINUTES} minutes")
     parser.add_argument("--tune", action="store_true", help="figures of the queries, imagesTs stays unseen")
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
@@ -175,12 +136,23 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     work = args.work.resolve()
     prepare(Experiment(work, DATASET), source)
-    where, rows = "queries" if args.tune else "imagesTs", []
-    for shots, fold, method in itertools.product(args.shots, args.folds, args.methods):
-        rows.append(Cell(work, method, shots, fold, args.device).row(source, args.tune))
-        print(markdown_table(rows[-1:]), flush=True)
-        (work / f"{where}.md").write_text(f"{markdown_table(over_folds(rows))}\n{markdown_table(rows)}")
-    print((work / f"{where}.md").read_text())
+    where = "queries" if args.tune else "imagesTs"
+    test = () if args.tune else ("-i", work / "nnUNet_raw" / DATASET / "imagesTs", "-l", source / "labelsTs")
+    results: dict[str, list[Result]] = {METHODS[method].title: [] for method in args.methods}
+    for backbone, plans in BACKBONES.items():
+        experiment, methods = Experiment(work, DATASET, plans, args.device), args.methods
+        if backbone in CONTROLS:
+            methods = ["fseft"]
+        for result in benchmark(experiment, f"{where}_{backbone}", methods, args.shots, args.folds, test):
+            title = CONTROLS.get(backbone, METHODS[result.method].title)
+            results.setdefault(title, []).append(result)
+    if args.long:
+        long = Experiment(work, DATASET, "FSEFTPlans", args.device, "nnUNet_results_long")
+        minutes = {"fseft_train_minutes": str(LONG_MINUTES)}
+        results[LONG] = benchmark(long, f"{where}_long", ["scratch"], args.shots, 1, test, **minutes)
+    text = f"{markdown_table(over_folds(results))}\n{markdown_table(against(results))}"
+    (work / f"{where}.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -116,9 +116,11 @@ def test_empty_masks():
 
 
 def result(method="fseft", shots=5, fold=0, dice=((0.5, 0.7), (0.9, NAN)), parameters=100) -> Result:
-    """Two classes; surface Dice is 0.1 less, the distance 10 (1 - Dice)."""
+    """Two classes; surface Dice is 0.1 less, the distance 10 (1 - Dice), the size error 1 - Dice."""
     cases = {
-        f"case_{i}": {name: dict(zip(METRICS, (d, d - 0.1, 10 * (1 - d)))) for name, d in zip(("liver", "spleen"), row)}
+        f"case_{i}": {
+            name: dict(zip(METRICS, (d, d - 0.1, 10 * (1 - d), 1 - d))) for name, d in zip(("liver", "spleen"), row)
+        }
         for i, row in enumerate(dice)
     }
     support = [f"s{i}" for i in range(shots)] if METHODS[method].trainer else []
@@ -194,7 +196,7 @@ def test_written_results(tmp_path):
     assert len(rows) == 3 * 2 * 2
     assert rows[0] == {
         **{"method": "zero_shot", "shots": "0", "fold": "0", "case": "case_0", "class": "liver"},
-        **{"Dice": "0.5", "surface Dice 2 mm": "0.4", "HD95 mm": "5.0"},
+        **{"Dice": "0.5", "surface Dice 2 mm": "0.4", "HD95 mm": "5.0", "size error": "0.5"},
     }
     text = (tmp_path / "table.md").read_text()
     assert text.startswith("A dataset.") and text.count("| spatial adapter + size prior |") == 2
@@ -398,6 +400,10 @@ def test_a_grid(grid):
         }
         own = {r["case"]: float(r["Dice"]) for r in rows if (r["method"], r["class"]) == (method, "spleen")}
         assert own == pytest.approx(expected)
+        counts = [case["metrics"]["1"] for case in summary["metric_per_case"]]
+        errors = [abs(c["n_pred"] - c["n_ref"]) / c["n_ref"] for c in counts]
+        own = [float(r["size error"]) for r in rows if (r["method"], r["class"]) == (method, "spleen")]
+        assert sorted(own) == pytest.approx(sorted(errors))
         saved = Result.load(fold / f"benchmark_{method}_queries.json")
         assert fold_mean(saved, "Dice") == pytest.approx(summary["foreground_mean"]["Dice"])
         assert 0.1 < saved.peak_memory_gb < 100 and saved.seconds > 0 and len(saved.support) == 5

@@ -178,9 +178,7 @@ def test_rows_measured_before_an_interruption_are_replaced(assembly, tmp_path):
 
 def test_another_architecture_is_no_start(assembly, monkeypatch):
     monkeypatch.setenv("fseft_start_from", "phantom")
-    with pytest.raises(
-        InputError, match=r"'phantom' covers 0 of the network's [\d,]+ weights: give the plans its"
-    ):
+    with pytest.raises(InputError, match=r"'phantom' covers 0 of the network's [\d,]+ weights: give the plans its"):
         make_trainer(assembly).initialize()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from time import time
 
 from fsefs_nnunet.backbones.store import sha256_of
-from fsefs_nnunet.benchmark.evaluation import evaluate
+from fsefs_nnunet.benchmark.evaluation import METRICS, evaluate
 from fsefs_nnunet.benchmark.methods import METHODS, Method
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.study import Study
@@ -117,12 +117,13 @@ class Cell:
                 )
 
     def finished(self) -> Result | None:
-        """The result of an earlier run, if it is of these cases and of the weights that lie there."""
+        """The result of an earlier run, if it is of these cases and metrics and of the weights that lie there."""
         if not self.file.exists():
             return None
         result = Result.load(self.file)
-        fits = tuple(result.cases) == self.study.target.cases and result.weights == self.weights
-        return result if fits else None
+        metrics = {tuple(of_class) for of_case in result.cases.values() for of_class in of_case.values()}
+        fits = tuple(result.cases) == self.study.target.cases and metrics == {METRICS}
+        return result if fits and result.weights == self.weights else None
 
     # ---- the work ----
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,19 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.surface import TOLERANCE_MM, surface_metrics
 from fsefs_nnunet.evaluation.tables import summary_key
 
-DICE, SURFACE_DICE, DISTANCE = METRICS = "Dice", f"surface Dice {TOLERANCE_MM:g} mm", "HD95 mm"
+DICE, SURFACE_DICE, DISTANCE, SIZE_ERROR = METRICS = (
+    "Dice",
+    f"surface Dice {TOLERANCE_MM:g} mm",
+    "HD95 mm",
+    "size error",
+)
+LOWER_IS_BETTER = (DISTANCE, SIZE_ERROR)
 
 
 def evaluate(predictions: Path, target: Target, reader) -> CaseMetrics:
     """Dice as nnU-Net's summary.json in `predictions` has it, surface metrics from the files.
+
+    The size error is |predicted - true| / true voxels, NaN where the reference has none of the class.
 
     reader: nnU-Net's reader of these files.
 
@@ -49,5 +58,8 @@ def evaluate(predictions: Path, target: Target, reader) -> CaseMetrics:
         for name, value in classes.items():
             masks = (np.isin(segmentation[0], value) for segmentation in (predicted, reference))
             surface = surface_metrics(*masks, properties["spacing"])
-            metrics[case][name] = dict(zip(METRICS, (counted[case][summary_key(value)]["Dice"], *surface)))
+            counts = counted[case][summary_key(value)]
+            true = counts["n_ref"]
+            size_error = abs(counts["n_pred"] - true) / true if true else math.nan
+            metrics[case][name] = dict(zip(METRICS, (counts["Dice"], *surface, size_error)))
     return metrics

@@ -17,8 +17,9 @@ from fsefs_nnunet.evaluation.tables import markdown_table
 NOTES = (
     "Metrics are means over cases, then classes; in brackets behind the standard deviation over the folds is the worst "
     "fold. Where a class is in the label or in the prediction alone, its surface Dice is 0 and its HD95 the volume's "
-    "diagonal. Seconds are wall time of the training; the feature bank, which all methods share, is filled by the "
-    "first that needs it. Peak memory is that of the training process."
+    "diagonal; the size error, |S^ - S| / S, counts the cases that show the class. Seconds are wall time of the "
+    "training; the feature bank, which all methods share, is filled by the first that needs it. Peak memory is that of "
+    "the training process."
 )
 
 

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from fsefs_nnunet.benchmark.evaluation import DICE, DISTANCE, METRICS
+from fsefs_nnunet.benchmark.evaluation import DICE, LOWER_IS_BETTER, METRICS
 from fsefs_nnunet.benchmark.methods import METHODS
 from fsefs_nnunet.benchmark.result import Result
 
@@ -56,7 +56,7 @@ def table(results: list[Result]) -> list[dict]:
         metrics = {}
         for metric in METRICS:
             numbers = [fold_mean(result, metric) for result in group]
-            metrics[metric] = spread(numbers, (max if metric == DISTANCE else min)(numbers))
+            metrics[metric] = spread(numbers, (max if metric in LOWER_IS_BETTER else min)(numbers))
         rows.append(
             {
                 "shots": shots,
