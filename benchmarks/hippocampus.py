@@ -29,8 +29,8 @@ from fsefs_nnunet.experiment import Experiment
 
 DATASET = "Dataset004_Hippocampus"
 NUM_QUERIES = 40
-OURS, SCRATCH = METHODS["fseft"].title, METHODS["scratch"].title
-LONG_MINUTES, LONG = 30, "nnU-Net from scratch, 30 minutes"
+OURS = METHODS["fseft"].title
+LONG_MINUTES, LONG = 30, "from scratch, 30 minutes"
 BACKBONES = {"phantom": "FSEFTPlans", "random": "FSEFTPlans_random", "raw": "FSEFTPlans_raw"}
 CONTROLS = {"random": "control: random backbone", "raw": "control: raw image"}
 CLASSES = ("Anterior", "Posterior")

@@ -10,6 +10,7 @@ from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.tuned import TunedBackbone
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import foreground_names, match_labels
+from fsefs_nnunet.precision import unless_thin
 
 
 class AdaptedNetwork(nn.Module):
@@ -118,8 +119,9 @@ class AdaptedNetwork(nn.Module):
     def adapt(self, features: torch.Tensor) -> torch.Tensor:
         """Backbone features (B, C, X, Y, Z), stored ones for example -> logits (B, num_classes, X, Y, Z)."""
         shape = (1, -1, 1, 1, 1)
-        # in one pass over the features, which are most of a step's memory traffic
-        features = torch.addcmul(
-            (-self.feature_mean / self.feature_std).view(shape), features, (1 / self.feature_std).view(shape)
-        )
-        return self.head(self.adapter(self.reduction(features)))
+        with unless_thin(features):
+            # in one pass over the features, which are most of a step's memory traffic
+            features = torch.addcmul(
+                (-self.feature_mean / self.feature_std).view(shape), features, (1 / self.feature_std).view(shape)
+            )
+            return self.head(self.adapter(self.reduction(features)))

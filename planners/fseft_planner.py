@@ -12,6 +12,7 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn_by_name
 
 from fsefs_nnunet.backbones.decoder_tuning import untrained_decoder
+from fsefs_nnunet.backbones.nnunet import plans_architecture
 from fsefs_nnunet.backbones.readers import find_reader, reoriented_axes, reorients
 from fsefs_nnunet.backbones.store import DEFAULT_BACKBONE, find_backbone, load_weights
 from fsefs_nnunet.bank_layout import pooling_factor
@@ -190,6 +191,17 @@ class FSEFTPlanner(ExperimentPlanner):
             "fseft_seed": 12345,
         }
 
+    def untrained(self, child: dict) -> dict:
+        """The baseline on the same support cases: the backbone's architecture, where nnU-Net can build it."""
+        scratch = {key: child[key] for key in ("inherits_from", "fseft_shots")}
+        if self.contract.architecture.get("kind") != "nnunet":
+            return scratch
+        return scratch | {
+            "patch_size": child["patch_size"],
+            "batch_size": child["batch_size"],
+            "architecture": plans_architecture(self.contract),
+        }
+
     def _planned_before(self) -> list[int | str]:
         file = join(nnUNet_preprocessed, self.dataset_name, f"{self.plans_identifier}.json")
         if not isfile(file):
@@ -205,8 +217,7 @@ class FSEFTPlanner(ExperimentPlanner):
         # nnU-Net keeps configurations that lie in the file; those of ours are planned anew, or they would be stale
         shots = dict.fromkeys([*self.shots, *self._planned_before()])
         children = {f"3d_fullres_{k}shot": self.child(k, parent) for k in shots}
-        # the baseline on the same support cases: the stock architecture
-        scratch = {f"3d_fullres_{k}shot_scratch": {"inherits_from": "3d_fullres", "fseft_shots": k} for k in shots}
+        scratch = {f"{name}_scratch": self.untrained(child) for name, child in children.items()}
         plans["configurations"] = {"3d_fullres": parent, **children, **scratch}
         # the fingerprint's intensities were taken over all labels, the queries' too: they leave the plans
         properties = self.contract.foreground_intensity_properties_per_channel

@@ -38,7 +38,9 @@ def test_configurations(tiny, contract):
     children = ["3d_fullres_1shot", "3d_fullres_5shot", "3d_fullres_allshot"]
     scratch = [f"{name}_scratch" for name in children]
     assert list(plans["configurations"]) == ["3d_fullres", *children, *scratch]
-    assert plans["configurations"]["3d_fullres_5shot_scratch"] == {"inherits_from": "3d_fullres", "fseft_shots": 5}
+    baseline = plans["configurations"]["3d_fullres_5shot_scratch"]
+    assert baseline.pop("architecture")["arch_kwargs"] == contract.architecture["arch_kwargs"]
+    assert baseline == {"inherits_from": "3d_fullres", "fseft_shots": 5, "patch_size": [40] * 3, "batch_size": 2}
     for name, shots in zip(children, (1, 5, "all")):
         child = plans["configurations"][name]
         assert child["inherits_from"] == "3d_fullres"

@@ -9,6 +9,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, inf
 
 from fsefs_nnunet import planning
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.splits import load_splits, query_cases
@@ -541,3 +542,18 @@ def test_scratch_baseline_takes_our_support(work):
     assert support == splits_of(work)["folds"][1][:1] and queries == splits_of(work)["queries"]
     trainer.dataset_class = infer_dataset_class(trainer.preprocessed_dataset_folder)
     assert [list(d.identifiers) for d in trainer.get_tr_and_val_datasets()] == [support, support]
+
+
+def test_scratch_baseline_has_the_backbone_s_architecture_and_other_weights(work):
+    trainer = make_trainer(work, FSEFTTrainer_Scratch, configuration=f"{FIVE}_scratch")
+    trainer.initialize()
+    own = trainer.network.state_dict()
+    known = FrozenBackbone("phantom", "last").module.backbone_state()
+    heads = "decoder.seg_layers."
+    assert {k: v.shape for k, v in own.items() if k in known and heads not in k} == {
+        k: v.shape for k, v in known.items() if heads not in k
+    }
+    assert not any(torch.equal(own[k], v) for k, v in known.items() if k.endswith("conv.weight"))
+    output = [torch.randn(1, 3, 4, 4, 4, dtype=torch.bfloat16), torch.randn(1, 3, 2, 2, 2, dtype=torch.bfloat16)]
+    target = [torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 1, 2, 2, 2)]
+    assert trainer.loss(output, target).dtype == torch.float32

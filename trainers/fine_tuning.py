@@ -18,6 +18,9 @@ class FineTuningTrainer(AdaptedTrainer, PatchTrainer):
     adapter = "linear_probe"
     stages = "last"
 
+    def divisor(self):
+        return self.network.backbone.contract.divisor
+
     def on_train_start(self):
         if not self.was_initialized:
             self.initialize()

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
+from fsefs_nnunet.precision import reduced_precision
 from fsefs_nnunet.trainers.kshot_trainer import KShotTrainer
 from fsefs_nnunet.trainers.time_budget import TimeBudgetTrainer
+
+
+class Float32Loss(nn.Module):
+    """nnU-Net's loss in float32: of CPUs' autocast, unlike CUDA's, softmax comes out in bfloat16."""
+
+    def __init__(self, loss: nn.Module):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, output: torch.Tensor | list[torch.Tensor], target) -> torch.Tensor:
+        """output: of the network, a list under deep supervision."""
+        return self.loss([o.float() for o in output] if isinstance(output, (list, tuple)) else output.float(), target)
 
 
 class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
@@ -22,6 +37,18 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
     def get_tr_and_val_datasets(self):
         support = self.do_split()[0]
         return tuple(self.dataset_class(self.preprocessed_dataset_folder, list(support)) for _ in range(2))
+
+    def _build_loss(self):
+        return Float32Loss(super()._build_loss())
+
+    def divisor(self) -> Sequence[int]:
+        """By how much the network's coarsest feature map is smaller than the patch, per axis."""
+        return np.prod(self.configuration_manager.pool_op_kernel_sizes, axis=0).tolist()
+
+    def train_step(self, batch: dict) -> dict:
+        depth = batch["data"].shape[2] // self.divisor()[0]
+        with reduced_precision(self.device, depth):  # as the steps from the feature bank
+            return super().train_step(batch)
 
     def on_train_start(self):
         support = self.do_split()[0]

@@ -126,13 +126,17 @@ class FSEFTPretrainer(WithoutMirroring, SourceValidation, TimeBudgetTrainer):
         """Task masks (B, K) of the batch's cases."""
         return torch.stack([self.masks[str(case)] for case in batch["keys"]]).to(self.device)
 
+    def divisor(self) -> np.ndarray:
+        """What a window must be a multiple of, per axis."""
+        return np.prod(self.configuration_manager.pool_op_kernel_sizes, axis=0)
+
     def random_window(self, batch: dict) -> dict:
         """A random box of the batch (60 to 100 % per axis), resized to a random window that the network divides.
 
         Windows grow from half the patch to all of it over the first half of the training: where organs lie is learnt
         from many small windows at an eighth of the cost.
         """
-        step = np.prod(self.configuration_manager.pool_op_kernel_sizes, axis=0)
+        step = self.divisor()
         full = np.array(batch["data"].shape[2:])
         grown = min(1.0, 0.5 + self.progress())
         low, high = (np.ceil(grown * n / step).astype(int) for n in (np.minimum(self.smallest_window, full), full))
@@ -147,11 +151,12 @@ class FSEFTPretrainer(WithoutMirroring, SourceValidation, TimeBudgetTrainer):
         }
 
     def train_step(self, batch: dict) -> dict:
-        w = self.w(batch)
+        w, batch = self.w(batch), self.random_window(batch)
+        depth = batch["data"].shape[2] // int(self.divisor()[0])
         loss, self.loss = self.loss, lambda output, target: loss(output, target, w)
         try:
-            with reduced_precision(self.device):  # a step 2.7 times as fast where the processor has bfloat16
-                return super().train_step(self.random_window(batch))
+            with reduced_precision(self.device, depth):  # a step 2.7 times as fast where the processor has bfloat16
+                return super().train_step(batch)
         finally:
             self.loss = loss
 

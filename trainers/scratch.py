@@ -1,4 +1,4 @@
-"""The baseline without a backbone: stock nnU-Net on the same support cases, for a given wall time."""
+"""The baseline without pretraining: nnU-Net on the same support cases, for a given wall time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fsefs_nnunet.trainers.patch_trainer import PatchTrainer
 class FSEFTTrainer_Scratch(PatchTrainer):
     """nnUNetTrainer on the support cases of a configuration `3d_fullres_<K>shot_scratch` of FSEFTPlanner's plans.
 
+    That is the backbone's architecture with random weights, where the backbone is one of nnU-Net's, else the stock one.
     No mirroring, as with the adapters: organs have sides.
     """
 

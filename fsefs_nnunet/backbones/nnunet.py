@@ -78,19 +78,31 @@ class NNUNetBackbone(nn.Module):
         copy_exactly(self.backbone_state(), weights)
 
 
-def _build_unet(contract: BackboneContract) -> nn.Module:
-    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+def plans_architecture(contract: BackboneContract) -> dict:
+    """What nnU-Net's plans say of the architecture: network_class_name, arch_kwargs, _kw_requires_import.
 
+    Raises:
+        InputError: for another architecture, or layers of it that are no network layers.
+    """
     architecture = contract.architecture
     name = architecture["network_class_name"].split(".")[-1]
     if name not in ARCHITECTURES:
         raise InputError(f"Backbone {contract.id!r} is a {name}, only {' and '.join(ARCHITECTURES)} are known.")
     for key in architecture["_kw_requires_import"]:
         _refuse_unless_layer(contract.id, key, architecture["arch_kwargs"][key])
+    return {
+        # old plans name a module that is gone
+        "network_class_name": f"dynamic_network_architectures.architectures.unet.{name}",
+        "arch_kwargs": architecture["arch_kwargs"],
+        "_kw_requires_import": architecture["_kw_requires_import"],
+    }
+
+
+def _build_unet(contract: BackboneContract) -> nn.Module:
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
     return get_network_from_plans(
-        f"dynamic_network_architectures.architectures.unet.{name}",  # old plans name a module that is gone
-        architecture["arch_kwargs"],
-        architecture["_kw_requires_import"],
+        *plans_architecture(contract).values(),
         contract.input_channels,
         len(contract.classes),
         allow_init=True,

@@ -45,7 +45,7 @@ class Cell:
 
     @property
     def configuration(self) -> str:
-        return f"3d_fullres_{self.shots}shot" + ("_scratch" if self.method.stock else "")
+        return f"3d_fullres_{self.shots}shot" + ("_scratch" if self.method.from_scratch else "")
 
     @property
     def support(self) -> list[str]:
@@ -167,7 +167,7 @@ class Cell:
             )
 
     def _budget(self) -> dict[str, str]:
-        if not self.method.stock or "fseft_train_minutes" in os.environ:
+        if not self.method.from_scratch or "fseft_train_minutes" in os.environ:
             return {}
         seconds = [training_seconds(cell.folder) for cell in self.others if cell.checkpoint.exists()]
         if not seconds:

@@ -37,8 +37,8 @@ def plan_cells(study: Study, shots: list[int | str], num_folds: int, methods: li
             print("No zero-shot row: the backbone's own head knows no label of the dataset.")
     for k in dict.fromkeys(shots or study.planned_shots):
         for fold in range(num_folds):
-            others = [Cell(study, m, k, fold) for m in chosen if METHODS[m].trainer and not METHODS[m].stock]
-            cells += [*others, *(Cell(study, m, k, fold, tuple(others)) for m in chosen if METHODS[m].stock)]
+            others = [Cell(study, m, k, fold) for m in chosen if METHODS[m].trainer and not METHODS[m].from_scratch]
+            cells += [*others, *(Cell(study, m, k, fold, tuple(others)) for m in chosen if METHODS[m].from_scratch)]
     for cell in cells:
         cell.check()
     if not cells:

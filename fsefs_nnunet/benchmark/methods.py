@@ -15,14 +15,14 @@ class Method:
     trainer: what nnUNetv2_train's -tr names; None: nothing is trained.
     transductive: the trained adapter adapts to every volume before it segments it (`fseft predict`).
     shares_features: predicts from the frozen backbone's features, which all such methods get from one pass.
-    stock: trained in the configurations `..._scratch`, for the time that the longest of the other methods took.
+    from_scratch: trained in the configurations `..._scratch`, for the time that the longest of the other methods took.
     """
 
     title: str
     trainer: str | None
     transductive: bool = False
     shares_features: bool = False
-    stock: bool = False
+    from_scratch: bool = False
 
 
 METHODS = {
@@ -35,7 +35,7 @@ METHODS = {
     "ft_last": Method("fine-tuning, last block", "FSEFTTrainer_FTLast"),
     "decoder": Method("fine-tuning, decoder", "FSEFTTrainer_Decoder"),
     "ft": Method("fine-tuning, everything", "FSEFTTrainer_FT"),
-    "scratch": Method("nnU-Net from scratch, equal time", "FSEFTTrainer_Scratch", stock=True),
+    "scratch": Method("from scratch, equal time", "FSEFTTrainer_Scratch", from_scratch=True),
 }
 
 
