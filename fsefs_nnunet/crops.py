@@ -55,7 +55,8 @@ class CropLoader:
             [rng.permutation(len(self.cases)) for _ in range(-(-self.batch_size // len(self.cases)))]
         )
         keys = [self.cases[i] for i in order[: self.batch_size]]
-        data, target = zip(*(self._crop(rng, case, b % 2 == 0) for b, case in enumerate(keys)))
+        first = (self.step - 1) * self.batch_size
+        data, target = zip(*(self._crop(rng, case, (first + b) % 2 == 0) for b, case in enumerate(keys)))
         return {"data": torch.stack(data), "target": torch.stack(target), "keys": keys}
 
     def _crop(self, rng: np.random.Generator, case: str, on_foreground: bool) -> tuple[torch.Tensor, torch.Tensor]:

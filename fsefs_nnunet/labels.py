@@ -96,7 +96,17 @@ def match_labels(names: list[str], classes: tuple[str, ...]) -> dict[str, str]:
     return matches
 
 
+def foreground(labels: dict) -> dict[str, int | list[int]]:
+    """`labels` of a dataset.json without background and ignore label."""
+    return {name: value for name, value in labels.items() if name not in ("background", "ignore")}
+
+
 def foreground_names(labels: dict, has_regions: bool) -> list[str]:
     """Names of the network's foreground outputs in their order: regions as listed in dataset.json, labels by value."""
-    names = [name for name in labels if name not in ("background", "ignore")]
+    names = list(foreground(labels))
     return names if has_regions else sorted(names, key=lambda name: labels[name])
+
+
+def foreground_classes(label_manager) -> list[int | tuple[int, ...]]:
+    """Labels or regions of nnU-Net's LabelManager, in the order of the network's foreground outputs."""
+    return list(label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels)

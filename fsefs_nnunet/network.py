@@ -55,7 +55,6 @@ class AdaptedNetwork(nn.Module):
             )
         features = self.backbone.out_channels
         channels = channels or features
-        self.input_channels = input_channels
         self.register_buffer("feature_mean", torch.zeros(features))
         self.register_buffer("feature_std", torch.ones(features))
         self.register_buffer("is_fitted", torch.tensor(False))

@@ -65,9 +65,8 @@ class Volume:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one fold: logits (outputs, X, Y, Z), and what adaptation did. `after` is `before` where there was none."""
+    """What adaptation did in one fold. `after` is `before` where there was none."""
 
-    logits: torch.Tensor
     before: PredictedSizes
     after: PredictedSizes
     steps: int = 0
@@ -108,19 +107,23 @@ class QueryPredictor:
 
     def segment(self, volume: Volume, output: Path, keep_largest: bool = False) -> dict:
         """Segment a volume that `read` gave, or that of another model on the same backbone and plans."""
-        folds = [self._predict_fold(fold, volume.features) for fold in range(len(self.model.weights))]
+        total, folds = None, []
+        for fold in range(len(self.model.weights)):
+            logits, prediction = self._predict_fold(fold, volume.features)
+            total = logits if total is None else total.add_(logits)
+            folds.append(prediction)
         # as nnU-Net does: the mean of the logits
-        logits = torch.stack([fold.logits for fold in folds]).mean(0)
-        self._export(logits, volume.properties, output, keep_largest)
+        self._export(total.div_(len(folds)), volume.properties, output, keep_largest)
         return self._report(folds)
 
-    def _predict_fold(self, fold: int, features: torch.Tensor) -> Prediction:
+    def _predict_fold(self, fold: int, features: torch.Tensor) -> tuple[torch.Tensor, Prediction]:
+        """Logits (outputs, X, Y, Z) of one fold for features (C, X, Y, Z)."""
         network = self.model.network
         network.load_state_dict(self.model.weights[fold])  # what the volume before left is overwritten
         logits = volume_logits(network, features)
         before = sizes_of(logits, self.voxel_ml, self.has_regions)
         if self.memories is None:
-            return Prediction(logits, before, before)
+            return logits, Prediction(before, before)
         volume = averaged(features, self.voxel_ml)
         with torch.no_grad():
             scale = scale_between(volume.predict(network, self.has_regions).soft.cpu(), before.soft)
@@ -129,31 +132,34 @@ class QueryPredictor:
         transduction = Transduction(prior, self.model.gamma, self.memories[fold], self.loss, self.has_regions)
         steps = transduction.adapt(network, volume)
         if not steps:
-            return Prediction(logits, before, before)
+            return logits, Prediction(before, before)
         logits = volume_logits(network, features)
-        return Prediction(logits, before, sizes_of(logits, self.voxel_ml, self.has_regions), steps)
+        return logits, Prediction(before, sizes_of(logits, self.voxel_ml, self.has_regions), steps)
 
     def _export(self, logits: torch.Tensor, properties: dict, output: Path, keep_largest: bool) -> None:
         from nnunetv2.inference.export_prediction import export_prediction_from_logits
 
         model, ending = self.model, self.model.dataset_json["file_ending"]
-        folder = output.parent / PART_FOLDER
-        folder.mkdir(exist_ok=True)
         stem = output.name[: -len(ending)]
-        export_prediction_from_logits(
-            logits,
-            properties,
-            model.configuration,
-            model.plans_manager,
-            model.dataset_json,
-            str(folder / stem),
-            self.save_probabilities,
-            torch.get_num_threads(),
-        )
-        if keep_largest:
-            keep_largest_components(folder / output.name, model)
-        for file in sorted(folder.glob(f"{stem}.*"), key=lambda file: file.name == output.name):
-            os.replace(file, output.parent / file.name)  # the segmentation last
+        folder = output.parent / f"{PART_FOLDER}_{stem}"  # its own: other parts of the folder are predicted beside
+        folder.mkdir(exist_ok=True)
+        try:
+            export_prediction_from_logits(
+                logits,
+                properties,
+                model.configuration,
+                model.plans_manager,
+                model.dataset_json,
+                str(folder / stem),
+                self.save_probabilities,
+                torch.get_num_threads(),
+            )
+            if keep_largest:
+                keep_largest_components(folder / output.name, model)
+            for file in sorted(folder.iterdir(), key=lambda file: file.name == output.name):
+                os.replace(file, output.parent / file.name)  # the segmentation last
+        finally:
+            shutil.rmtree(folder)
 
     def _report(self, folds: list[Prediction]) -> dict:
         classes = {}
@@ -228,5 +234,4 @@ def predict_folder(
         except Exception as error:  # readers of broken files raise whatever they like
             failures.append(f"{cases[case][0]} was not segmented: {error}")
             tqdm.write(failures[-1])
-    shutil.rmtree(output / PART_FOLDER, ignore_errors=True)
     return failures

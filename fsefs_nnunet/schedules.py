@@ -8,14 +8,12 @@ from math import cos, pi
 from torch.optim import Optimizer
 
 
-def warmup_cosine(epoch: int, num_epochs: int, warmup_epochs: int = 1) -> float:
-    """Factor of the base rate in `epoch`: linear warm-up over `warmup_epochs`, then half a cosine period.
+def warmup_cosine(epoch: int, num_epochs: int) -> float:
+    """Factor of the base rate in `epoch`: a warm-up of one epoch, then half a cosine period.
 
-    The warm-up begins at the base rate when it lasts one epoch, as in the published code.
+    The warm-up is at the base rate, as in the published code.
     """
-    if epoch < warmup_epochs:
-        return 1.0 if warmup_epochs == 1 else (epoch + 1) / warmup_epochs
-    return 0.5 * (1 + cos(pi * (epoch - warmup_epochs) / max(1, num_epochs - warmup_epochs)))
+    return 1.0 if epoch < 1 else 0.5 * (1 + cos(pi * (epoch - 1) / max(1, num_epochs - 1)))
 
 
 class WarmupCosineScheduler:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fsefs_nnunet.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,11 +33,11 @@ def estimate_size(sizes_ml: Sequence[float]) -> SizePrior | None:
         None if no case has the class.
 
     Raises:
-        ValueError: for a size that is negative or not finite.
+        InputError: for a size that is negative or not finite.
     """
     sizes = np.asarray(sizes_ml, dtype=float)
     if not np.all(np.isfinite(sizes) & (sizes >= 0)):
-        raise ValueError(
+        raise InputError(
             f"Sizes must be finite and not negative, they are {sizes.tolist()} ml: check labels and spacing."
         )
     sizes = sizes[sizes > 0]

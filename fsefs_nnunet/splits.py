@@ -89,6 +89,11 @@ def support_cases(splits: dict, shots: int | str, fold: int | str) -> list[str]:
     return pool[:shots]
 
 
+def fold_seed(fold: int | str) -> int:
+    """A number for every fold, 'all' too, that seeds what differs between folds."""
+    return 2**16 if fold == "all" else int(fold)
+
+
 def query_cases(splits: dict, fold: int | str) -> tuple[list[str], list[str]]:
     """The labelled and the unlabelled queries; with fold 'all' the labelled ones are support.
 

@@ -15,7 +15,7 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features import FeatureBank
 from fsefs_nnunet.memory import CROP_SIZE, SupportMemory
 from fsefs_nnunet.size_prior import estimate_sizes, support_sizes_ml
-from fsefs_nnunet.splits import SPLITS_FILE, load_splits, support_cases
+from fsefs_nnunet.splits import SPLITS_FILE, fold_seed, load_splits, support_cases
 from fsefs_nnunet.trained_model import MEMORY_KEY, TrainedModel
 
 
@@ -55,7 +55,8 @@ def memory_from_bank(model: TrainedModel, index: int) -> SupportMemory:
             "into it with `fseft remember` where it was trained, or predict with --inductive."
         )
     fold = model.folds[index]
-    cases = support_cases(load_splits(base / SPLITS_FILE), model.settings["fseft_shots"], _number(fold))
+    number = fold if fold == "all" else int(fold)
+    cases = support_cases(load_splits(base / SPLITS_FILE), model.settings["fseft_shots"], number)
     dataset = infer_dataset_class(str(folder))(str(folder), cases)
     segmentations = {case: np.asarray(dataset.load_case(case)[1][:]) for case in cases}
     _check_priors(model, index, segmentations)
@@ -68,7 +69,7 @@ def memory_from_bank(model: TrainedModel, index: int) -> SupportMemory:
     bank = FeatureBank(base / BANK_FOLDER, model.network.backbone, stages, window, model.device)
     cap_gb = cap_in_gb(model.settings.get("fseft_bank_gb"))
     bank.fill(cases, lambda case: dataset.load_case(case)[0][:], layout, cap_gb)
-    seed = (model.settings["fseft_seed"], 0 if fold == "all" else int(fold), 2)
+    seed = (model.settings["fseft_seed"], fold_seed(fold), 2)
     size = np.minimum(crop_size, CROP_SIZE)
     loader = CropLoader(bank, segmentations, size, len(cases), seed, region_transform(model.label_manager))
     return SupportMemory.draw(loader)
@@ -83,10 +84,6 @@ def _check_priors(model: TrainedModel, index: int, segmentations: dict[str, np.n
             f"The support cases of fold {model.folds[index]} are not those that {model.files[index]} was trained on: "
             "train again, or restore splits_fseft.json and the labels, or predict with --inductive."
         )
-
-
-def _number(fold: str) -> int | str:
-    return fold if fold == "all" else int(fold)
 
 
 def remember(model: TrainedModel) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.labels import foreground_names
+from fsefs_nnunet.labels import foreground_classes, foreground_names
 from fsefs_nnunet.network import AdaptedNetwork
 from fsefs_nnunet.size_prior import SizePrior
 
@@ -44,9 +44,10 @@ class TrainedModel:
         self.label_manager = self.plans_manager.get_label_manager(self.dataset_json)
         checkpoints = [read_checkpoint(file) for file in self.files]
         self.weights = [content["network_weights"] for content in checkpoints]
-        if "fseft_backbone" not in self.settings or PRIOR_KEY not in checkpoints[0]:
+        without = [file for file, content in zip(self.files, checkpoints) if PRIOR_KEY not in content]
+        if "fseft_backbone" not in self.settings or without:
             raise InputError(
-                f"{self.files[0]} holds no adapter with size priors: train one with FSEFTTrainer, or use "
+                f"{(without or self.files)[0]} holds no adapter with size priors: train one with FSEFTTrainer, or use "
                 "nnUNetv2_predict."
             )
         self.priors = [[p and SizePrior(*p) for p in content[PRIOR_KEY]] for content in checkpoints]
@@ -73,8 +74,7 @@ class TrainedModel:
 
     @property
     def classes(self) -> list[int | tuple[int, ...]]:
-        manager = self.label_manager
-        return list(manager.foreground_regions if manager.has_regions else manager.foreground_labels)
+        return foreground_classes(self.label_manager)
 
     @property
     def gamma(self) -> float:

@@ -17,7 +17,7 @@ from fsefs_nnunet.backbones.readers import find_reader, reoriented_axes, reorien
 from fsefs_nnunet.backbones.store import DEFAULT_BACKBONE, find_backbone, load_weights
 from fsefs_nnunet.bank_layout import pooling_factor
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.labels import match_labels
+from fsefs_nnunet.labels import foreground, match_labels
 from fsefs_nnunet.planning import fitting_shots
 
 PLANS_NAME = "FSEFTPlans"
@@ -138,10 +138,6 @@ class FSEFTPlanner(ExperimentPlanner):
 
     # ---- the plans ----
 
-    def window(self, median_shape: np.ndarray) -> list[int]:
-        """Patch size: covers the median volume as far as the backbone's smallest and largest window allow it."""
-        return self.contract.window(median_shape)
-
     def features(self) -> tuple[str, int]:
         """Stages that the adapter gets the features of, and its width, at least that of the decoder's last stage."""
         choices = self.contract.stage_features
@@ -150,7 +146,7 @@ class FSEFTPlanner(ExperimentPlanner):
 
     def child(self, shots: int | str, parent: dict) -> dict:
         """The configuration of `shots` labelled cases."""
-        window = self.window(parent["median_image_size_in_voxels"])
+        window = self.contract.window(parent["median_image_size_in_voxels"])
         crop = [min(32, n) for n in window]
         stages, channels = self.features()
         # of the memory target, 90 % for everything but one crop's share of workspace
@@ -231,7 +227,7 @@ class FSEFTPlanner(ExperimentPlanner):
     def _explain(self, parent: dict, children: dict) -> None:
         contract = self.contract
         child = next(iter(children.values()))
-        names = [n for n in self.dataset_json["labels"] if n not in ("background", "ignore")]
+        names = list(foreground(self.dataset_json["labels"]))
         spacing = "the backbone's" if contract.spacing is not None else "the dataset's, the backbone leaves it open"
         turned = (
             "turned to RAS" if reorients(self.reader.__name__) else "as stored, which must be as the backbone's were"

@@ -225,12 +225,13 @@ def test_mask_summary():
 
     nan = float("nan")
     summary = {
-        "metric_per_case": [case("/out/a1.nii.gz", [0, 0.5, 0]), case("C:\\out\\b1.nii.gz", [0.7, 0.1, nan])]
+        "metric_per_case": [case("/out/a1.nii.gz", [0, 0.5, 0]), case("/else.where/b1.nii.gz", [0.7, 0.1, nan])]
         + [case("h1.nii.gz", [0.9, 0.9, nan])],
         "mean": {key: {"Dice": 0, "n_pred": 10} for key in keys},
         "foreground_mean": {"Dice": 0, "n_pred": 10},
     }
-    masked = mask_summary(summary, annotation_masks({"sources": sources()}, REGIONS), labels)
+    dataset_json = {"labels": labels, "file_ending": ".nii.gz"}
+    masked = mask_summary(summary, annotation_masks({"sources": sources()}, REGIONS), dataset_json)
     dice = [[c["metrics"][key]["Dice"] for key in keys] for c in masked["metric_per_case"]]
     np.testing.assert_equal(dice, [[nan, 0.5, nan], [0.7, nan, nan], [0.9, 0.9, nan]])
     assert math.isnan(masked["metric_per_case"][0]["metrics"][kidneys]["n_pred"])

@@ -112,7 +112,7 @@ def test_window(workspace, median, expected):
     planner = FSEFTPlanner(workspace.dataset)
     contract = planner.contract
     assert (contract.smallest_window, contract.patch_size, contract.divisor) == ((40,) * 3, (64,) * 3, (8,) * 3)
-    assert planner.window(np.array(median)) == expected
+    assert planner.contract.window(np.array(median)) == expected
 
 
 def test_window_of_other_axes(workspace):
@@ -121,8 +121,8 @@ def test_window_of_other_axes(workspace):
     planner.contract = replace(
         planner.contract, smallest_window=(4, 32, 16), patch_size=(20, 64, 128), divisor=(2, 16, 32)
     )
-    assert planner.window(np.array((1, 33, 30))) == [4, 48, 32]
-    assert planner.window(np.array((9, 300, 65))) == [10, 64, 96]
+    assert planner.contract.window(np.array((1, 33, 30))) == [4, 48, 32]
+    assert planner.contract.window(np.array((9, 300, 65))) == [10, 64, 96]
 
 
 def test_memory_target(workspace):

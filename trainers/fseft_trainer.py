@@ -12,12 +12,12 @@ from fsefs_nnunet.bank_disk import BANK_FOLDER, cap_in_gb
 from fsefs_nnunet.bank_layout import Layout, pooled_name, query_layout, support_layout
 from fsefs_nnunet.crops import CropLoader, region_transform
 from fsefs_nnunet.features import FeatureBank
-from fsefs_nnunet.labels import foreground_names
+from fsefs_nnunet.labels import foreground_classes, foreground_names
 from fsefs_nnunet.precision import reduced_precision
 from fsefs_nnunet.queries import UnlabelledQueries
 from fsefs_nnunet.query_sizes import QuerySizes
 from fsefs_nnunet.size_prior import estimate_sizes, size_penalty, support_sizes_ml
-from fsefs_nnunet.splits import SPLITS_FILE, load_splits, query_cases
+from fsefs_nnunet.splits import SPLITS_FILE, fold_seed, load_splits, query_cases
 from fsefs_nnunet.trained_model import PRIOR_KEY
 from fsefs_nnunet.trainers.adapted_trainer import AdaptedTrainer
 from fsefs_nnunet.views import augmented_view, view_name
@@ -38,9 +38,7 @@ class FSEFTTrainer(AdaptedTrainer):
 
     @property
     def classes(self) -> list[int | tuple[int, ...]]:
-        """Labels or regions that get a size, in the order of the network's foreground outputs."""
-        manager = self.label_manager
-        return list(manager.foreground_regions if manager.has_regions else manager.foreground_labels)
+        return foreground_classes(self.label_manager)
 
     @property
     def class_names(self) -> list[str]:
@@ -87,10 +85,9 @@ class FSEFTTrainer(AdaptedTrainer):
         support, views = (
             {case: self.load_segmentation(case) for case in cases} for cases in (self.support, self.views)
         )
-        fold = 2**16 if self.fold == "all" else self.fold
 
         def loader(stream: int, segmentations: dict[str, np.ndarray]) -> CropLoader:
-            seed = (self.settings["fseft_seed"], fold, stream)
+            seed = (self.settings["fseft_seed"], fold_seed(self.fold), stream)
             return CropLoader(
                 self.bank, segmentations, self.settings["fseft_crop_size"], self.batch_size, seed, regions
             )
@@ -154,12 +151,7 @@ class FSEFTTrainer(AdaptedTrainer):
         sizes = support_sizes_ml(segmentations, self.classes, spacing, ignored)
         self.priors = estimate_sizes(sizes, len(self.classes))
         self.query_sizes = None
-        if not self.use_size_prior or not self.queries or self.settings["fseft_lambda"] == 0 or not any(self.priors):
-            why = (
-                "it is switched off"
-                if not self.use_size_prior or not self.settings["fseft_lambda"]
-                else ("there are no queries" if not self.queries else "no support case shows a class whole")
-            )
+        if why := self.why_no_prior():
             self.print_to_log_file(f"The size prior has no effect: {why}.")
             return
         for name, prior in zip(self.class_names, self.priors):
@@ -175,6 +167,13 @@ class FSEFTTrainer(AdaptedTrainer):
         known = [i for i, prior in enumerate(self.priors) if prior]
         self.known = torch.tensor(known, device=self.device)
         self.prior_ml = torch.tensor([self.priors[i].size for i in known], device=self.device)
+
+    def why_no_prior(self) -> str | None:
+        if not self.use_size_prior or not self.settings["fseft_lambda"]:
+            return "it is switched off"
+        if not self.queries:
+            return "there are no queries"
+        return None if any(self.priors) else "no support case shows a class whole"
 
     def start_network(self) -> None:
         """A fresh network takes the support features' statistics and the universal head's rows."""

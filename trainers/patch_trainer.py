@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fsefs_nnunet.precision import reduced_precision
+from fsefs_nnunet.splits import fold_seed
 from fsefs_nnunet.trainers.kshot_trainer import KShotTrainer
 from fsefs_nnunet.trainers.time_budget import TimeBudgetTrainer
 
@@ -60,8 +61,7 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
         # nnU-Net's loaders draw from the global generators
-        fold = 2**16 if self.fold == "all" else self.fold
-        draws = np.random.default_rng((self.settings.get("fseft_seed", 0), fold, self.current_epoch))
+        draws = np.random.default_rng((self.settings.get("fseft_seed", 0), fold_seed(self.fold), self.current_epoch))
         np.random.seed(draws.integers(2**32))
         torch.manual_seed(draws.integers(2**32))
         random.seed(int(draws.integers(2**32)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from os.path import join
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from fsefs_nnunet.backbones.warm_start import start_from
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.evaluation.tables import summary_key
+from fsefs_nnunet.labels import foreground
 from fsefs_nnunet.partial_labels import PartialLabelLoss, annotation_masks
 from fsefs_nnunet.precision import reduced_precision
 from fsefs_nnunet.trainers.source_validation import SourceValidation
@@ -72,7 +75,7 @@ class FSEFTPretrainer(WithoutMirroring, SourceValidation, TimeBudgetTrainer):
                 "FSEFTPretrainer needs region-based labels: in dataset.json, make at least one label a list of several "
                 'values, e.g. "kidneys": [4, 5], and give regions_class_order.'
             )
-        self.region_names = [name for name in dataset_json["labels"] if name not in ("background", "ignore")]
+        self.region_names = list(foreground(dataset_json["labels"]))
         self.masks = annotation_masks(dataset_json, self.region_names)
 
     def initialize(self):
@@ -172,15 +175,14 @@ class FSEFTPretrainer(WithoutMirroring, SourceValidation, TimeBudgetTrainer):
         super().perform_actual_validation(save_probabilities)
         if self.local_rank == 0:
             file = join(self.output_folder, "validation", "summary.json")
-            save_json(mask_summary(load_json(file), self.masks, self.dataset_json["labels"]), file, sort_keys=True)
+            save_json(mask_summary(load_json(file), self.masks, self.dataset_json), file, sort_keys=True)
 
 
-def mask_summary(summary: dict, masks: dict[str, torch.Tensor], labels: dict) -> dict:
+def mask_summary(summary: dict, masks: dict[str, torch.Tensor], dataset_json: dict) -> dict:
     """nnU-Net's summary.json with the classes that a case does not annotate set to NaN, means taken over the rest."""
-    regions = [v for name, v in labels.items() if name not in ("background", "ignore")]
-    keys = [str(tuple(v)) if isinstance(v, list) else str(v) for v in regions]
+    keys = [summary_key(value) for value in foreground(dataset_json["labels"]).values()]
     for case in summary["metric_per_case"]:
-        name = case["prediction_file"].replace("\\", "/").split("/")[-1].split(".")[0]
+        name = Path(case["prediction_file"]).name.removesuffix(dataset_json["file_ending"])
         for key, annotated in zip(keys, masks[name]):
             if not annotated:
                 case["metrics"][key] = {metric: float("nan") for metric in case["metrics"][key]}

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from fsefs_nnunet.atomic import write_atomically
 from fsefs_nnunet.benchmark.cells import Cell
 from fsefs_nnunet.devices import device_named
-from fsefs_nnunet.prediction import PART_FOLDER, QueryPredictor
+from fsefs_nnunet.prediction import QueryPredictor
 from fsefs_nnunet.queries import images_in
 from fsefs_nnunet.support import memories_of
 from fsefs_nnunet.trained_model import TrainedModel
@@ -64,7 +64,6 @@ def _predict_together(cells: list[Cell]) -> dict[Cell, str]:
                 failures[cell] = str(error)
                 del predictors[cell]
     for cell in predictors:
-        shutil.rmtree(cell.predictions / PART_FOLDER, ignore_errors=True)
         try:
             cell.count_dice()
         except RuntimeError as error:

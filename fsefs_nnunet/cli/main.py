@@ -19,6 +19,7 @@ from fsefs_nnunet.cli import (
     predict,
     zero_shot,
 )
+from fsefs_nnunet.errors import InputError
 
 VERBS = (env, convert, assemble, planning, predict, zero_shot, benchmark, backbones, bank, link, demo)
 
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         args.function(args)
-    except ValueError as error:
+    except InputError as error:
         print(f"fseft: {error}", file=sys.stderr)
         return 2
     return 0

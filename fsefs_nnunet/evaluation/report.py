@@ -12,6 +12,7 @@ from fsefs_nnunet.evaluation.overlays import save_overlay
 from fsefs_nnunet.evaluation.plots import plot_learning_curves, plot_sizes
 from fsefs_nnunet.evaluation.tables import best_median_worst, case_dice, reference_sizes
 from fsefs_nnunet.evaluation.training_logs import learning_curve, logged_sizes
+from fsefs_nnunet.labels import foreground
 
 
 def write_report(
@@ -69,7 +70,7 @@ def _learning_curves(folds: dict[str, Path]) -> dict[str, bytes]:
 
 
 def organs(dataset_json: dict) -> dict[str, int | list[int]]:
-    return {name: value for name, value in dataset_json["labels"].items() if name not in ("background", "ignore")}
+    return foreground(dataset_json["labels"])
 
 
 def dataset_of(fold: Path) -> dict:
