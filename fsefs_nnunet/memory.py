@@ -12,6 +12,7 @@ from fsefs_nnunet.crops import CropLoader
 MAX_BYTES = 50_000_000
 MAX_CROPS = 64
 CROP_SIZE = 16
+BATCH_SIZE = 4
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class SupportMemory:
         features, targets = zip(*crops)
         return cls(torch.stack(features), torch.stack(targets))
 
-    def batch(self, step: int, size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (size, C, x, y, z) float32 and targets of training step `step`; every crop in turn."""
-        which = torch.from_numpy(np.arange(step * size, (step + 1) * size) % len(self.features))
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (BATCH_SIZE, C, x, y, z) float32 and targets of training step `step`; every crop in turn."""
+        which = torch.from_numpy(np.arange(step * BATCH_SIZE, (step + 1) * BATCH_SIZE) % len(self.features))
         return self.features[which].float(), self.targets[which]
 
     def state(self) -> dict[str, torch.Tensor]:

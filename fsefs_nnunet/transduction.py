@@ -13,10 +13,14 @@ from fsefs_nnunet.precision import reduced_precision
 from fsefs_nnunet.query_sizes import QueryVolume
 from fsefs_nnunet.size_prior import size_penalty
 
+WEIGHT = 1.0
+LEARNING_RATE = 1e-3
+MAX_STEPS = 30
+
 
 @dataclass(frozen=True)
 class Transduction:
-    """A few steps of L_SEG(support) + weight * L_TI(query), Eq. (3) of FSEFT (arXiv 2303.17051).
+    """A few steps of L_SEG(support) + WEIGHT * L_TI(query), Eq. (3) of FSEFT (arXiv 2303.17051).
 
     They stop as soon as every size lies within its band: a volume whose sizes are as expected stays as it is.
 
@@ -30,26 +34,23 @@ class Transduction:
     memory: SupportMemory
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     has_regions: bool
-    weight: float = 1.0
-    learning_rate: float = 1e-3
-    max_steps: int = 30
 
     def adapt(self, network: AdaptedNetwork, volume: QueryVolume) -> int:
         """Train `network` in place. Returns the number of steps."""
-        optimizer = torch.optim.AdamW(network.parameters(), self.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=0.0)
         device = network.feature_mean.device
         known = self.prior_ml.isfinite()
         prior = self.prior_ml[known].to(device)
-        for step in range(self.max_steps):
+        for step in range(MAX_STEPS):
             features, target = (tensor.to(device) for tensor in self.memory.batch(step))
             with reduced_precision(device):
                 predicted = volume.predict(network, self.has_regions)[known]
                 penalty = size_penalty(predicted.soft, prior, self.gamma, predicted.seen_whole(prior)).sum()
                 if not penalty > 0:
                     return step
-                loss = self.loss(network.adapt(features).float(), target) + self.weight * penalty
+                loss = self.loss(network.adapt(features).float(), target) + WEIGHT * penalty
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
             optimizer.step()
-        return self.max_steps
+        return MAX_STEPS

@@ -109,7 +109,10 @@ def zero_shot_plans(contract: BackboneContract, dataset_json: dict, images: dict
         "transpose_backward": np.argsort(contract.transpose_forward).tolist(),
         "configurations": {CONFIGURATION: configuration},
         "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": contract.foreground_intensity_properties_per_channel,
+        # nnU-Net looks up every channel's, the z-scored ones' too
+        "foreground_intensity_properties_per_channel": {
+            str(c): contract.foreground_intensity_properties_per_channel.get(str(c), {}) for c in range(len(names))
+        },
     }
 
 

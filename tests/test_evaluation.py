@@ -252,6 +252,7 @@ def test_logged_sizes_are_those_that_the_trainer_writes(tmp_path):
         log_file=str(tmp_path / "training_log_2026_01_01_10_00_00.txt"),
     )
     trainer.print_to_log_file = lambda *args, **kwargs: FSEFTTrainer.print_to_log_file(trainer, *args, **kwargs)
+    trainer.why_no_prior = lambda: FSEFTTrainer.why_no_prior(trainer)
     FSEFTTrainer.estimate_priors(trainer)
     sizes = PredictedSizes(torch.tensor([1.5, 60.25, 9.0]), torch.tensor([False, False, False]))
     trainer.query_sizes = SimpleNamespace(

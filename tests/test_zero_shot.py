@@ -123,6 +123,19 @@ def expected_segmentation(logits: torch.Tensor, rows: dict[int, int]) -> np.ndar
     return np.array([0, *rows])[stack.argmax(0).numpy()]
 
 
+def test_z_scoring_model(workspace, tmp_path, monkeypatch):
+    """An imported model for MR, whose plans give no intensities."""
+    monkeypatch.setenv("fseft_backbones", str(tmp_path / "backbones"))
+    labels = {"background": 0, "spleen": 1}
+    import_nnunet_model(
+        "mr", write_model(tmp_path / "model", ["MRI"], labels, spacing=[10.0] * 3).folder, tmp_path / "backbones"
+    )
+    file = workspace.raw / "dataset.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "channel_names": {"0": "MRI"}}))
+    made = predict(workspace, "mr", tmp_path / "out", "case_0")["case_0"]
+    assert set(np.unique(made.dataobj)) == {0, 1}
+
+
 def test_embedded_backbone(workspace, tmp_path, capsys):
     made = predict(workspace, "phantom", tmp_path / "out", "case_0", "case_1")
     out = capsys.readouterr().out
@@ -190,5 +203,5 @@ def test_bad_input(workspace, tmp_path, capsys, monkeypatch):
     file.write_text(json.dumps({**content, "channel_names": {"0": "CT", "1": "CT"}}))
     assert "scan_0_0001.nii.gz is missing" in refused("-i", str(workspace.queries))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no GPU here that PyTorch can use: add -device cpu" in refused("-i", images, "-device", "cuda")
+    assert "no GPU here that PyTorch can use as 'cuda': add -device cpu" in refused("-i", images, "-device", "cuda")
     assert not (tmp_path / "out").exists()
