@@ -153,7 +153,7 @@ def test_assembly(raw, capsys):
 
 def test_one_patient_in_two_sources(raw, capsys):
     """Stored in another orientation and number format: the same voxels, kept once."""
-    one = write_dataset(raw, 11, "One", ["liver", "spleen"], {"x": stripes(2), "y": stripes(2)})
+    one = write_dataset(raw, 11, "One", ["liver", "spleen"], {"x": stripes(2), "y": stripes(2), "y_2": stripes(2)})
     two = write_dataset(raw, 12, "Two", ["pancreas", "spleen"], {"a": stripes(2), "b": stripes(2)}, seed=1)
     image = nib.load(one / "imagesTr" / "y_0000.nii.gz")
     turned = nib.as_closest_canonical(nib.Nifti1Image(np.asanyarray(image.dataobj).astype(np.float32), image.affine))
@@ -164,15 +164,16 @@ def test_one_patient_in_two_sources(raw, capsys):
     content = json.loads((out / "dataset.json").read_text())
     assert {name: source["cases"] for name, source in content["sources"].items()} == {
         "Dataset012_Two": ["Two_a", "Two_b"],
-        "Dataset011_One": ["One_x"],
+        "Dataset011_One": ["One_x", "One_y_2"],
     }
-    assert content["numTraining"] == 3
+    assert content["numTraining"] == 4
     assert sorted(file.name for file in (out / "labelsTr").iterdir()) == [
         "One_x.nii.gz",
+        "One_y_2.nii.gz",
         "Two_a.nii.gz",
         "Two_b.nii.gz",
     ]
-    assert len(list((out / "imagesTr").iterdir())) == 3
+    assert len(list((out / "imagesTr").iterdir())) == 4
     assert "One_y is the same patient as Two_a, whose labels are kept." in capsys.readouterr().out
 
 
@@ -210,7 +211,17 @@ def test_refused_assemblies(raw, capsys):
     for change, reason in changes:
         (three / "dataset.json").write_text(json.dumps({**content, **change}))
         assert reason in refused(capsys, "-d", 11, 13, "-o", 900)
-    assert sorted(path.name for path in raw.iterdir()) == ["Dataset011_One", "Dataset012_Two", "Dataset013_Three"]
+    unfinished = raw / ".Dataset900_Universal.part"
+    datasets = ["Dataset011_One", "Dataset012_Two", "Dataset013_Three"]
+    assert sorted(path.name for path in raw.iterdir()) == [unfinished.name, *datasets]
+
+    # what stopped it is mended: the same command goes on
+    started = (unfinished / "labelsTr" / "One_x.nii.gz").lstat().st_mtime_ns
+    save(raw / "Dataset012_Two" / "labelsTr" / "x.nii.gz", stripes(1), AFFINES[0])
+    assert assemble("-d", 11, 12, "-o", 900) == 0
+    finished = raw / "Dataset900_Universal"
+    assert (finished / "labelsTr" / "One_x.nii.gz").lstat().st_mtime_ns == started
+    assert not unfinished.exists() and not (finished / "records").exists()
 
 
 # ---- nnU-Net, our planner, our pretrainer ----

@@ -18,6 +18,10 @@ from source_trees import AFFINES, SHAPE, TREES, Tree, save
 
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.datasets import volumes
+from fsefs_nnunet.datasets.building import run_jobs
+from fsefs_nnunet.datasets.conversion import _refuse_repeated
+from fsefs_nnunet.datasets.source import Case
+from fsefs_nnunet.errors import InputError
 
 FSEFT = str(Path(sys.executable).parent / "fseft")
 
@@ -261,3 +265,28 @@ def test_leftovers_of_a_killed_run(tree, raw):
     assert sorted(file.name for file in (out / "labelsTr").iterdir()) == ["img0001.nii.gz", "img0002.nii.gz"]
     assert sorted(file.name for file in (out / "imagesTr").iterdir()) == ["img0001_0000.nii.gz", "img0002_0000.nii.gz"]
     np.testing.assert_array_equal(nib.load(label_file(tree, "img0001")).dataobj, tree.labels["img0001"])
+
+
+def die(case: int) -> None:
+    os._exit(1)
+
+
+def test_a_process_that_is_killed():
+    with pytest.raises(InputError, match="One of 2 processes was killed.*again with a smaller -np"):
+        run_jobs(die, [(1,), (2,)], 2, "dying")
+
+
+def test_two_cases_of_one_name():
+    cases = [Case("a", Path("1/a"), Path("1/l")), Case("b", None, Path("1/b")), Case("a", Path("2/a"), None)]
+    _refuse_repeated(cases[:2])
+    with pytest.raises(InputError, match="1/l and 2/a are both case a: move one of them away"):
+        _refuse_repeated(cases)
+
+
+def test_a_damaged_header_costs_its_case_alone(tree, raw):
+    image = sorted((tree.folder / "RawData" / "Training" / "img").glob("*.nii.gz"))[0]
+    content = bytearray(gzip.decompress(image.read_bytes()))
+    content[70:72] = (999).to_bytes(2, "little")  # the datatype
+    image.write_bytes(gzip.compress(bytes(content)))
+    assert fseft("BTCV", "-i", tree.folder, "-d", 11) == 0
+    (reason,) = (why for why in left_out(raw).values() if image.name in why and "cannot be read" in why)

@@ -12,7 +12,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from fsefs_nnunet.datasets.building import Building, new_dataset, run_jobs
+from fsefs_nnunet.atomic import write_atomically
+from fsefs_nnunet.datasets.building import RECORDS, UnfinishedDataset, new_dataset, run_jobs
 from fsefs_nnunet.datasets.common_labels import CommonLabels, common_labels
 from fsefs_nnunet.datasets.tables import tables
 from fsefs_nnunet.datasets.volumes import integers, link_or_copy, read_volume, renumber, values_in, write_label
@@ -80,21 +81,20 @@ def assemble(dataset_ids: list[int | str], dataset_id: int, template: str, num_p
         print(line)
     prefix = short_names([member.name for member in members])
     names = {m.name: {case: f"{prefix[m.name]}_{case}" for case in m.files} for m in members}
-    building = Building(target, {"assembly": names, "labels": common.labels})
+    building = UnfinishedDataset(target, {"assembly": names, "labels": common.labels})
     jobs = [
         (name, m.files[case], {0: 0, **{m.labels[label]: new for label, new in common.values[m.name].items()}})
         for m in members
         for case, name in names[m.name].items()
     ]
-    try:
-        digests = run_jobs(partial(add_case, building.folder), jobs, num_processes, "assembling")
-    except InputError:
-        building.discard()
-        raise
-    same = repeated_patients([name for name, *_ in jobs], digests)
+    records = {name: building.folder / RECORDS / f"{name}.json" for name, *_ in jobs}
+    todo = [job for job in jobs if not records[job[0]].exists()]
+    run_jobs(partial(add_case, building.folder), todo, num_processes, "assembling")
+    same = repeated_patients({name: json.loads(file.read_text())["sha256"] for name, file in records.items()})
     for case in same:
-        for file in building.folder.glob(f"*Tr/{case}[_.]*"):
-            file.unlink()
+        for i in range(len(members[0].channels)):
+            image_file(building.folder, case, i).unlink(missing_ok=True)  # an interrupt may have come just here
+        label_file(building.folder, case).unlink(missing_ok=True)
     cases = {name: [case for case in names[name].values() if case not in same] for name in names}
     sources = {name: {"classes": common.annotated[name], "cases": cases[name]} for name in cases if cases[name]}
     building.finish(
@@ -120,10 +120,18 @@ def short_names(names: list[str]) -> dict[str, str]:
     return dict(zip(names, short if len(set(short)) == len(short) else names))
 
 
-def repeated_patients(cases: list[str], digests: list[str]) -> dict[str, str]:
-    """Cases whose voxels an earlier case has -> that case."""
+def image_file(folder: Path, case: str, channel: int) -> Path:
+    return folder / "imagesTr" / f"{case}_{channel:04d}.nii.gz"
+
+
+def label_file(folder: Path, case: str) -> Path:
+    return folder / "labelsTr" / f"{case}.nii.gz"
+
+
+def repeated_patients(digests: dict[str, str]) -> dict[str, str]:
+    """Cases whose voxels, by their hash, an earlier case has -> that case."""
     first: dict[str, str] = {}
-    return {case: first[d] for case, d in zip(cases, digests) if first.setdefault(d, case) != case}
+    return {case: first[d] for case, d in digests.items() if first.setdefault(d, case) != case}
 
 
 def class_table(classes: list[str], sources: dict[str, dict]) -> str:
@@ -154,16 +162,20 @@ def conflicts(members: list[Member], common: CommonLabels) -> list[str]:
     return lines
 
 
-def add_case(folder: Path, name: str, files: dict, values: dict[int, int]) -> str:
-    """Link the images of a case, write its label map with the new values. Returns the hash of the image's voxels."""
+def add_case(folder: Path, name: str, files: dict, values: dict[int, int]) -> None:
+    """Link the images of a case, write its label map with the new values and, last, its record.
+
+    The record, whose presence says that the case is whole, holds the hash of the image's voxels.
+    """
     digest = hashlib.sha256()
     for i, file in enumerate(map(Path, files["images"])):
         image = read_volume(file)
         # copies of one scan differ in orientation and number format rather than in voxels
         voxels = np.ascontiguousarray(nib.as_closest_canonical(image).dataobj, np.float32)
-        digest.update(repr(voxels.shape).encode() + voxels.tobytes())
-        link_or_copy(file, folder / "imagesTr" / f"{name}_{i:04d}.nii.gz")
-    file, target = Path(files["label"]), folder / "labelsTr" / f"{name}.nii.gz"
+        digest.update(repr(voxels.shape).encode())
+        digest.update(voxels)
+        link_or_copy(file, image_file(folder, name, i))
+    file, target = Path(files["label"]), label_file(folder, name)
     label = read_volume(file)
     data = integers(label, file)
     unknown = sorted(values_in(data) - set(values))
@@ -173,4 +185,4 @@ def add_case(folder: Path, name: str, files: dict, values: dict[int, int]) -> st
         link_or_copy(file, target)
     else:
         write_label(renumber(data, values), label, target)
-    return digest.hexdigest()
+    write_atomically(folder / RECORDS / f"{name}.json", json.dumps({"sha256": digest.hexdigest()}))

@@ -9,6 +9,8 @@ import re
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -50,7 +52,7 @@ def space_told() -> Iterator[None]:
         raise InputError(text) from error
 
 
-class Building:
+class UnfinishedDataset:
     """The hidden folder `.DatasetXXX_Name.part`, which becomes `target` when all is written.
 
     nnU-Net does not see it before. `options` say what it is made of: an interrupted construction goes on with the
@@ -109,7 +111,7 @@ def run_jobs(function: Callable, jobs: Iterable[tuple], num_processes: int, text
     """Results of `function(*job)`, in parallel, with a progress bar.
 
     Raises:
-        InputError: the first one of a worker, and for an interrupt.
+        InputError: the first one of a worker, where one was killed, and for an interrupt.
     """
     todo = [(function, job) for job in jobs]
     if not todo:
@@ -117,8 +119,17 @@ def run_jobs(function: Callable, jobs: Iterable[tuple], num_processes: int, text
     try:
         if num_processes == 1:
             return _collected(map(_returning, todo), len(todo), text)
-        with get_context("spawn").Pool(min(num_processes, len(todo)), _quiet_worker) as pool:
-            return _collected(pool.imap(_returning, todo), len(todo), text)
+        with ProcessPoolExecutor(min(num_processes, len(todo)), get_context("spawn"), _quiet_worker) as pool:
+            try:
+                return _collected(pool.map(_returning, todo), len(todo), text)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # what runs is finished, what waits is not begun
+                raise
+    except BrokenProcessPool:
+        raise InputError(
+            f"One of {num_processes} processes was killed, for want of memory as a rule: run the same command again "
+            "with a smaller -np to go on."
+        ) from None
     except KeyboardInterrupt:
         raise InputError("Interrupted: run the same command again to go on.") from None
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from fsefs_nnunet.atomic import write_atomically
 from fsefs_nnunet.datasets.building import RECORDS
 from fsefs_nnunet.datasets.sides import split_sides
 from fsefs_nnunet.datasets.source import Case, Labels, Source
@@ -53,9 +54,7 @@ def convert_case(job: Job, case: Case, test: bool = False) -> dict:
         for file in (*folder.glob(f"{case.name}_????{job.ending}"), *([] if test else [label_file])):
             file.unlink(missing_ok=True)
     record = {"case": case.name, "test": test, **record}
-    file = job.record(case, test)
-    file.with_suffix(".part").write_text(json.dumps(record))
-    os.replace(file.with_suffix(".part"), file)
+    write_atomically(job.record(case, test), json.dumps(record))
     return record
 
 

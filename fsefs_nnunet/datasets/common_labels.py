@@ -30,16 +30,16 @@ def annotates(names: set[str], structure: str) -> bool:
     return structure in names or bool(parts and all(annotates(names, part) for part in parts))
 
 
-def holder(names: set[str], name: str, classes: list[str]) -> str | None:
+def target_class(names: set[str], name: str, classes: list[str]) -> str | None:
     """Class that the voxels of label `name` go to: itself, the organ around a lesion, the whole of all its parts."""
     if name in classes:
         return name
     for organ, lesions in tables()["lesions"].items():
         if name in lesions and annotates(names, organ):
-            return holder(names, organ, classes)
+            return target_class(names, organ, classes)
     for whole, parts in tables()["unions"].items():
         if name in parts and annotates(names, whole):
-            return holder(names, whole, classes)
+            return target_class(names, whole, classes)
     return None
 
 
@@ -60,7 +60,9 @@ def common_labels(sources: dict[str, list[str]], template: list[str] | None) -> 
         if whole not in goal and set(parts) <= set(goal):
             goal.append(whole)
     classes = [name for name in goal if any(annotates(names, name) for names in have.values())]
-    holders = {source: {name: holder(have[source], name, classes) for name in sources[source]} for source in sources}
+    holders = {
+        source: {name: target_class(have[source], name, classes) for name in sources[source]} for source in sources
+    }
     outside = [source for source in sources if not any(holders[source].values())]
     if outside:
         raise InputError(f"No label of {outside[0]} is in the template: leave it out, or take --template union.")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fsefs_nnunet.datasets.building import Building, archives_in, new_dataset, run_jobs
+from fsefs_nnunet.datasets.building import UnfinishedDataset, archives_in, new_dataset, run_jobs
 from fsefs_nnunet.datasets.case import Job, convert_case
 from fsefs_nnunet.datasets.source import Case, Source
 from fsefs_nnunet.datasets.sources import find_source
@@ -35,7 +35,7 @@ def convert(
     """
     source = find_source(name)
     folder = Path(folder).resolve()
-    cases, tests = published(source, folder)
+    cases, tests = find_cases(source, folder)
     table = source.table(folder)
     content = tables()["sources"][source.name]
     selection = select(table, classes, content.get("split", []), content.get("groups", {}))
@@ -49,7 +49,7 @@ def convert(
         return target
     channels = source.channels(folder)
     options = {"source": source.name, "folder": str(folder), "labels": selection.labels, "resample": resample_labels}
-    building = Building(target, options)
+    building = UnfinishedDataset(target, options)
     if tests:
         (building.folder / "imagesTs").mkdir(exist_ok=True)
     job = Job(source, table, selection, len(channels), building.folder, ending, resample_labels)
@@ -70,21 +70,32 @@ def convert(
         reference=content["reference"],
         license="see reference",
     )
-    print("\n".join(told(summary)))
+    print("\n".join(summary_lines(summary)))
     return target
 
 
-def published(source: Source, folder: Path) -> tuple[list[Case], list[Case]]:
+def find_cases(source: Source, folder: Path) -> tuple[list[Case], list[Case]]:
     """Cases with labels and images without. Raises InputError where the folder does not hold the dataset."""
     if not folder.is_dir():
         raise InputError(f"-i {folder} is no folder: give the one with {source.layout}.")
     cases = source.cases(folder)
+    _refuse_repeated(cases)
     if any(case.image and case.label for case in cases):
         tests = [Case(name, image, None) for name, image in source.test_images(folder).items()]
         return cases, tests
     packed = archives_in(folder)
     found = f"unpack {', '.join(packed[:3])} first" if packed else f"found {_listing(folder)}"
     raise InputError(f"{folder} does not hold {source.name} as published: expected {source.layout}; {found}.")
+
+
+def _refuse_repeated(cases: list[Case]) -> None:
+    """Two of one name would write the same files."""
+    first: dict[str, Case] = {}
+    for case in cases:
+        other = first.setdefault(case.name, case)
+        if other is not case:
+            files = " and ".join(str(c.label or c.image) for c in (other, case))
+            raise InputError(f"{files} are both case {case.name}: move one of them away.")
 
 
 def _listing(folder: Path) -> str:
@@ -117,7 +128,7 @@ def summarised(records: list[dict], selection: Selection) -> dict:
     }
 
 
-def told(summary: dict) -> list[str]:
+def summary_lines(summary: dict) -> list[str]:
     """Lines of the summary, without what is empty."""
     lines = []
     for key, value in summary.items():

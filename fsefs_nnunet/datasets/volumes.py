@@ -16,7 +16,14 @@ import pandas as pd
 
 from fsefs_nnunet.errors import InputError
 
-_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError)
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    zlib.error,
+    nib.filebasedimages.ImageFileError,
+    nib.spatialimages.HeaderDataError,
+)
 
 
 def read_header(file: Path) -> nib.Nifti1Image:
