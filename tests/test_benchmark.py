@@ -46,6 +46,11 @@ def test_misspelt_method(name, near):
         choose(["probe", name])
 
 
+def test_method_like_none():
+    with pytest.raises(InputError, match=r"There is no method 'x'\. There are zero_shot, probe, "):
+        choose(["x"])
+
+
 def test_every_method_has_a_trainer_that_nnunet_finds():
     from fsefs_nnunet.shims import fseft_trainers
 

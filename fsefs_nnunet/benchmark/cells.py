@@ -19,6 +19,8 @@ from fsefs_nnunet.evaluation.training_logs import logged_support, peak_memory
 from fsefs_nnunet.experiment import trained_parameters, training_seconds
 from fsefs_nnunet.splits import support_cases
 
+FAILURES = (RuntimeError, ValueError, OSError)  # of one cell, after which the others go on
+
 
 @dataclass(frozen=True, eq=False)
 class Cell:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import mean
 
-from fsefs_nnunet.benchmark.cells import Cell
+from fsefs_nnunet.benchmark.cells import FAILURES, Cell
 from fsefs_nnunet.benchmark.methods import METHODS, choose
 from fsefs_nnunet.benchmark.outputs import write_results
 from fsefs_nnunet.benchmark.report import write_report
@@ -67,7 +67,7 @@ def run_cells(study: Study, cells: list[Cell], command: list[str]) -> None:
             print(f"[{number}/{len(cells)}] {cell.title}{_left(cells, results, failures)}", flush=True)
             try:
                 results[cell] = cell.run()
-            except (RuntimeError, ValueError, OSError) as error:
+            except FAILURES as error:
                 failures[cell] = str(error)
                 print(f"This one failed, the others go on: {error}", flush=True)
                 continue

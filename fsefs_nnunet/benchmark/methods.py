@@ -48,6 +48,6 @@ def choose(names: list[str]) -> list[str]:
     for name in names:
         if name not in METHODS:
             near = get_close_matches(name, METHODS, 1, 0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise InputError(f"There is no method {name!r}: {hint}There are {', '.join(METHODS)}.")
+            hint = f": did you mean {near[0]!r}?" if near else "."
+            raise InputError(f"There is no method {name!r}{hint} There are {', '.join(METHODS)}.")
     return [name for name in METHODS if name in names or not names]

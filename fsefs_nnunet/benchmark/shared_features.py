@@ -8,7 +8,7 @@ import shutil
 from tqdm import tqdm
 
 from fsefs_nnunet.atomic import write_atomically
-from fsefs_nnunet.benchmark.cells import Cell
+from fsefs_nnunet.benchmark.cells import FAILURES, Cell
 from fsefs_nnunet.devices import device_named
 from fsefs_nnunet.prediction import PART_FOLDER, QueryPredictor
 from fsefs_nnunet.queries import images_in
@@ -27,7 +27,7 @@ def share_features(cells: list[Cell]) -> dict[Cell, str]:
         print(f"Training on stored features [{number}/{len(cells)}]: {cell.title}", flush=True)
         try:
             cell.train()
-        except (RuntimeError, ValueError, OSError) as error:
+        except FAILURES as error:
             failures[cell] = str(error)
             print(f"This one failed, the others go on: {error}", flush=True)
     todo = [cell for cell in cells if cell not in failures and not cell.predicted]
@@ -47,7 +47,7 @@ def _predict_together(cells: list[Cell]) -> dict[Cell, str]:
             if predictors:
                 model.network.backbone = next(iter(predictors.values())).model.network.backbone  # held in memory once
             predictors[cell] = QueryPredictor(model, memories_of(model) if cell.method.transductive else None)
-        except (RuntimeError, ValueError, OSError) as error:
+        except FAILURES as error:
             failures[cell] = str(error)
     ending = study.target.dataset_json["file_ending"]
     images = images_in(study.target.image_folder(study.experiment.work), study.target.dataset_json)
@@ -60,7 +60,7 @@ def _predict_together(cells: list[Cell]) -> dict[Cell, str]:
                 report = predictor.segment(volume, cell.predictions / f"{case}{ending}")
                 if cell.method.transductive:
                     write_atomically(cell.predictions / f"{case}_sizes.json", json.dumps(report, indent=1))
-            except (RuntimeError, ValueError, OSError) as error:
+            except FAILURES as error:
                 failures[cell] = str(error)
                 del predictors[cell]
     for cell in predictors:
