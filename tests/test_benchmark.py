@@ -309,7 +309,17 @@ def test_query_images_are_the_queries_alone(folders):
     folder = study.target.image_folder(folders[1])
     queries = load_splits(folders[0].preprocessed / "splits_fseft.json")["queries"]
     assert sorted(f.name for f in folder.iterdir()) == [f"{case}_0000.nii.gz" for case in sorted(queries)]
-    assert study.target.image_folder(folders[1]) == folder  # again
+    for name in ("foreign_0000.nii.gz", "foreign_0001.nii.gz"):  # of another dataset, of splits drawn earlier
+        (folder / name).symlink_to(folders[0].queries / "scan_0_0000.nii.gz")
+    assert study.target.image_folder(folders[1]) == folder
+    assert sorted(f.name for f in folder.iterdir()) == [f"{case}_0000.nii.gz" for case in sorted(queries)]
+    assert tuple(study.target.image_files()) == study.target.cases
+
+
+def test_default_output_is_of_the_dataset_and_plans(folders, monkeypatch):
+    monkeypatch.chdir(folders[0].root)
+    work = open_study("77", "FSEFTPlans", None, None, "cpu").experiment.work
+    assert work == folders[0].root / "fseft_benchmark" / "Dataset077_Tiny_FSEFTPlans"
 
 
 def trained_earlier(study, **changes) -> Cell:

@@ -11,7 +11,6 @@ from fsefs_nnunet.atomic import write_atomically
 from fsefs_nnunet.benchmark.cells import FAILURES, Cell
 from fsefs_nnunet.devices import device_named
 from fsefs_nnunet.prediction import PART_FOLDER, QueryPredictor
-from fsefs_nnunet.queries import images_in
 from fsefs_nnunet.support import memories_of
 from fsefs_nnunet.trained_model import TrainedModel
 
@@ -50,7 +49,7 @@ def _predict_together(cells: list[Cell]) -> dict[Cell, str]:
         except FAILURES as error:
             failures[cell] = str(error)
     ending = study.target.dataset_json["file_ending"]
-    images = images_in(study.target.image_folder(study.experiment.work), study.target.dataset_json)
+    images = study.target.image_files()
     title = f"predicting {len(images)} volumes with {len(predictors)} adapters"
     for case, files in tqdm(images.items(), desc=title, disable=not predictors):
         volume = None

@@ -63,10 +63,13 @@ class Study:
         return match_labels(foreground_names(labels, True), find_backbone(self.backbone["backbone"]).head_classes)
 
 
-def open_study(dataset_id: str, plans_name: str, test: tuple[Path, Path] | None, output: Path, device: str) -> Study:
+def open_study(
+    dataset_id: str, plans_name: str, test: tuple[Path, Path] | None, output: Path | None, device: str
+) -> Study:
     """
     Args:
         test: folders of images and labels; default: the labelled queries of the splits.
+        output: default: ./fseft_benchmark/DATASET_PLANS.
 
     Raises:
         InputError: for folders, plans, splits or a device that are not there, and without MONAI.
@@ -81,7 +84,8 @@ def open_study(dataset_id: str, plans_name: str, test: tuple[Path, Path] | None,
     splits = load_splits(preprocessed / SPLITS_FILE)
     target = test_set(*test, raw) if test else queries(splits, raw, preprocessed)
     device_named(device)  # a GPU that is not there is told before the first training
-    experiment = OwnExperiment(_writable(output), name, plans_name, device)
+    work = _writable(output or Path("fseft_benchmark") / f"{name}_{plans_name}")
+    experiment = OwnExperiment(work, name, plans_name, device)
     study = Study(experiment, json.loads(file.read_text()), splits, target)
     if not study.planned_shots:
         raise InputError(f"{file} has no K-shot configuration: plan with `fseft plan -d ID`.")
