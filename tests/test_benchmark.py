@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.stats import wilcoxon
 
@@ -25,6 +26,7 @@ from fsefs_nnunet.benchmark.study import open_study
 from fsefs_nnunet.benchmark.summary import case_dice, class_table, comparisons, fold_mean, spread, table
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.evaluation.report import size_section
 from fsefs_nnunet.evaluation.surface import surface_metrics
 from fsefs_nnunet.splits import load_splits, save_splits
 
@@ -207,6 +209,33 @@ def test_written_results(tmp_path):
     assert text.startswith("A dataset.") and text.count("| spatial adapter + size prior |") == 2
     assert "| pairs |" in text
     assert figure(results).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("ending", [".mha", ".nrrd", ".nii.gz"])
+def test_size_section_of_any_file_that_nnunet_reads(tmp_path, ending):
+    """A voxel has 10 x 10 x 5 mm = 0.5 ml."""
+    fold = tmp_path / "FSEFTTrainer__FSEFTPlans__3d_fullres_5shot" / "fold_0"
+    (fold / "validation").mkdir(parents=True)
+    plans = {"image_reader_writer": "SimpleITKIO", "configurations": {"3d_fullres_5shot": {"fseft_gamma": 0.1}}}
+    metrics = {"1": {"Dice": 0.9, "n_ref": 24, "n_pred": 20}}
+    for file, content in (
+        (fold.parent / "plans.json", plans),
+        (fold.parent / "dataset.json", {"labels": {"background": 0, "liver": 1}, "file_ending": ending}),
+        (
+            fold / "validation" / "summary.json",
+            {"metric_per_case": [{"prediction_file": f"a{ending}", "metrics": metrics}]},
+        ),
+    ):
+        file.write_text(json.dumps(content))
+    segmentation = SimpleITK.GetImageFromArray(np.ones((2, 3, 4), np.uint8))
+    segmentation.SetSpacing((10.0, 10.0, 5.0))
+    SimpleITK.WriteImage(segmentation, fold / "validation" / f"a{ending}")
+    (fold / "training_log_2026_1_1_10_00_00.txt").write_text(
+        "Size prior of liver: 11.00 ml, spread 1.00 ml, 5 cases\n"
+        "Predicted sizes of the queries in ml after training:\n  a: liver 10.00 (S 11.00)\n"
+    )
+    _, rows = size_section(fold)
+    assert "<td>12.0</td>" in rows
 
 
 def test_duration():
