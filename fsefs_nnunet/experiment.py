@@ -81,9 +81,15 @@ class Experiment:
         return self.folders["nnUNet_results"] / self.dataset / f"{trainer}__{self.plans}__{configuration}"
 
     def train(self, trainer: str, configuration: str, fold: int = 0, **environment: str) -> Path:
-        """`nnUNetv2_train`, unless it is done; returns the fold's folder."""
+        """`nnUNetv2_train`, unless it is done; returns the fold's folder.
+
+        Done is what has its final checkpoint and, unless fseft_final_validation is "0", the validation's summary.
+        """
         folder = self.model(trainer, configuration) / f"fold_{fold}"
-        if not (folder / "validation" / "summary.json").exists():
+        done = (folder / "checkpoint_final.pth").exists()
+        if environment.get("fseft_final_validation") != "0":
+            done = done and (folder / "validation" / "summary.json").exists()
+        if not done:
             args = (self.dataset, configuration, str(fold), "-tr", trainer, "-p", self.plans, "-device", self.device)
             if self.device == "cpu":
                 # augmentation in the main process: on few cores workers only compete with the training

@@ -28,6 +28,7 @@ from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.report import size_section
 from fsefs_nnunet.evaluation.surface import surface_metrics
+from fsefs_nnunet.experiment import Experiment
 from fsefs_nnunet.splits import load_splits, save_splits
 
 NAN = float("nan")
@@ -318,15 +319,21 @@ def test_no_labelled_queries(folders):
         study_of(folders)
 
 
-def test_test_sets(folders, tmp_path):
-    workspace, _ = folders
-    labels = tmp_path / "labels"
+@pytest.fixture
+def labelled_scans(workspace) -> tuple[Path, Path]:
+    """A test set."""
+    labels = workspace.root / "labels"
     labels.mkdir()
-    with pytest.raises(InputError, match="scan_0.nii.gz is missing: -l wants a reference segmentation of every case"):
-        study_of(folders, test=(workspace.queries, labels))
     for case in ("scan_0", "scan_1"):
         shutil.copy(workspace.raw / "labelsTr" / "case_0.nii.gz", labels / f"{case}.nii.gz")
-    target = study_of(folders, test=(workspace.queries, labels)).target
+    return workspace.queries, labels
+
+
+def test_test_sets(folders, tmp_path, labelled_scans):
+    workspace, _ = folders
+    with pytest.raises(InputError, match="scan_0.nii.gz is missing: -l wants a reference segmentation of every case"):
+        study_of(folders, test=(workspace.queries, tmp_path))
+    target = study_of(folders, test=labelled_scans).target
     assert target.cases == ("scan_0", "scan_1") and target.name.startswith("queries_")
     assert target.image_folder(tmp_path) == workspace.queries
     with pytest.raises(InputError, match="imagesTr holds the cases that the adapters were trained on"):
@@ -385,6 +392,40 @@ def test_scratch_alone_has_no_time(folders, monkeypatch):
     (cell,) = plan_cells(study_of(folders), [5], 1, ["scratch"])
     with pytest.raises(InputError, match="add one to --methods, or set the environment variable fseft_train_minutes"):
         cell.train()
+
+
+@pytest.fixture
+def commands_run(monkeypatch) -> list[tuple[str, dict]]:
+    """Commands and what they get in their environment, which are not run."""
+    calls = []
+    monkeypatch.setattr(Experiment, "run", lambda self, command, *args, **env: calls.append((command, env)))
+    return calls
+
+
+def test_a_training_is_done_once_it_has_its_final_checkpoint(folders, commands_run):
+    cell = Cell(study_of(folders), "probe", 5, 0)
+    (cell.folder / "validation").mkdir(parents=True)
+    (cell.folder / "validation" / "summary.json").write_text("{}")  # of an earlier training
+    cell.train()
+    cell.study.experiment.train("FSEFTTrainer_LinearProbe", cell.configuration)
+    assert [command for command, _ in commands_run] == ["nnUNetv2_train"] * 2
+    cell.checkpoint.touch()
+    cell.train()
+    cell.study.experiment.train("FSEFTTrainer_LinearProbe", cell.configuration)
+    assert len(commands_run) == 2
+    (cell.folder / "validation" / "summary.json").unlink()
+    cell.train()
+    cell.study.experiment.train("FSEFTTrainer_LinearProbe", cell.configuration, fseft_final_validation="0")
+    assert len(commands_run) == 2
+    cell.study.experiment.train("FSEFTTrainer_LinearProbe", cell.configuration)
+    assert len(commands_run) == 3
+
+
+def test_queries_are_validated_only_where_they_are_evaluated(folders, commands_run, labelled_scans):
+    for test, expected in ((None, [None, "0"]), (labelled_scans, ["0", "0"])):
+        for name in ("ft", "probe"):
+            Cell(study_of(folders, test=test), name, 5, 0).train()
+        assert [env.get("fseft_final_validation") for _, env in commands_run[-2:]] == expected
 
 
 def test_interrupt(folders, monkeypatch, capsys):

@@ -160,13 +160,12 @@ class Cell:
         return result
 
     def train(self) -> None:
-        validates = self.study.splits["queries"] and not self.method.shares_features
-        done = self.folder / "validation" / "summary.json" if validates else self.checkpoint
-        if not done.exists():
-            environment = {} if validates else {"fseft_final_validation": "0"}
-            self.study.experiment.train(
-                self.method.trainer, self.configuration, self.fold, **environment, **self._budget()
-            )
+        """`nnUNetv2_train`, unless the final checkpoint is there; its validation where that is what is wanted."""
+        if self.checkpoint.exists():
+            return
+        validates = self.study.target.is_queries and not self.method.shares_features
+        environment = {} if validates else {"fseft_final_validation": "0"}
+        self.study.experiment.train(self.method.trainer, self.configuration, self.fold, **environment, **self._budget())
 
     def _budget(self) -> dict[str, str]:
         if not self.method.from_scratch or "fseft_train_minutes" in os.environ:
