@@ -6,15 +6,18 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK
+import torch
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.stats import wilcoxon
 
 from fsefs_nnunet import prediction
+from fsefs_nnunet.benchmark import grid as grid_module
 from fsefs_nnunet.benchmark.cells import Cell
 from fsefs_nnunet.benchmark.evaluation import METRICS
 from fsefs_nnunet.benchmark.grid import _left, duration, plan_cells, run_cells
@@ -132,7 +135,7 @@ def result(method="fseft", shots=5, fold=0, dice=((0.5, 0.7), (0.9, NAN)), param
         for i, row in enumerate(dice)
     }
     support = [f"s{i}" for i in range(shots)] if METHODS[method].trainer else []
-    return Result(method, shots, fold, support, "abc", parameters, 12.4, 1.5, 20.0, cases)
+    return Result(method, shots, fold, support, "abc", parameters, 12.4, 0.0, 1.5, 20.0, cases)
 
 
 def test_result_file(tmp_path):
@@ -144,7 +147,7 @@ def test_result_file(tmp_path):
     assert repr(loaded) == repr(saved)
     for content in ("{}", "no json", '{"method": "x", "other": 1}'):
         file.write_text(content)
-        with pytest.raises(InputError, match="r.json is no result of `fseft benchmark`: remove it"):
+        with pytest.raises(InputError, match="r.json is no result of this version of `fseft benchmark`: run it again"):
             Result.load(file)
 
 
@@ -306,6 +309,13 @@ def test_mistakes(folders, capsys, argv, sentence):
     assert sentence in message and message.startswith("fseft: ") and message.count("\n") == 1
 
 
+@pytest.mark.parametrize("minutes", ["0", "-3", "nan", "inf", "long"])
+def test_minutes_are_a_positive_number(capsys, minutes):
+    with pytest.raises(SystemExit):
+        main(["benchmark", "-d", "77", f"--scratch_minutes={minutes}"])
+    assert f"'{minutes}' is no positive number of minutes" in capsys.readouterr().err
+
+
 def test_missing_results_variable(folders, monkeypatch):
     monkeypatch.delenv("nnUNet_results")
     with pytest.raises(InputError, match="nnUNet_results is not set"):
@@ -387,11 +397,104 @@ def test_results_of_other_splits(folders):
         cell.check()
 
 
+def test_result_of_an_earlier_version_is_evaluated_anew(folders):
+    cell = Cell(study_of(folders), "zero_shot", 0, 0)
+    cell.folder.mkdir()
+    metrics = {"spleen": dict.fromkeys(METRICS, 0.5)}
+    saved = replace(result("zero_shot", 0), weights=cell.weights, cases=dict.fromkeys(cell.study.target.cases, metrics))
+    saved.save(cell.file)
+    assert cell.finished() == saved
+    content = json.loads(cell.file.read_text())
+    del content["budget_seconds"]
+    cell.file.write_text(json.dumps(content))
+    assert cell.finished() is None
+
+
+def trained(cell: Cell, seconds: int, reason: str = "") -> Cell:
+    """As if nnUNetv2_train had been through."""
+    cell.folder.mkdir(parents=True)
+    (cell.folder.parent / "plans.json").write_text(json.dumps(cell.study.plans))
+    lines = (
+        "2026-01-01 10:00:00.0: start",
+        reason,
+        f"2026-01-01 10:{seconds // 60:02d}:{seconds % 60:02d}.0: Training done.",
+    )
+    (cell.folder / "training_log_2026_1_1_10_00_00.txt").write_text("\n".join(lines))
+    torch.save({"network_weights": {"head": torch.zeros(3)}}, cell.checkpoint)
+    return cell
+
+
 def test_scratch_alone_has_no_time(folders, monkeypatch):
-    monkeypatch.delenv("fseft_train_minutes", raising=False)
+    monkeypatch.setenv("fseft_train_minutes", "3")
     (cell,) = plan_cells(study_of(folders), [5], 1, ["scratch"])
-    with pytest.raises(InputError, match="add one to --methods, or set the environment variable fseft_train_minutes"):
+    with pytest.raises(InputError, match="add one to --methods, or give --scratch_minutes"):
         cell.train()
+
+
+def test_only_trainings_from_scratch_have_a_time(folders, commands_run, monkeypatch):
+    monkeypatch.setenv("fseft_train_minutes", "3")
+    study = study_of(folders)
+    assert "fseft_train_minutes" not in study.experiment.environment()
+    ft, scratch = plan_cells(study, [5], 1, ["ft", "scratch"])
+    ft.train()
+    trained(ft, 90)
+    scratch.train()
+    (cell,) = plan_cells(replace(study, scratch_minutes=2.5), [5], 1, ["scratch"])
+    cell.train()
+    assert [env.get("fseft_train_minutes") for _, env in commands_run] == [None, "1.5000", "2.5000"]
+
+
+@pytest.mark.parametrize(
+    "reason, before", [("the budget of 90 s is used", "for 90 s"), ("", "without a limit of time")]
+)
+def test_training_from_scratch_of_another_time(folders, reason, before):
+    study = study_of(folders)
+    probe, ft, scratch = plan_cells(study, [5], 1, ["probe", "ft", "scratch"])
+    trained(scratch, 95, reason)
+    refused = f"{scratch.folder} was trained {before}, now it would get 600 s: move it away"
+    with pytest.raises(InputError, match=refused):
+        plan_cells(replace(study, scratch_minutes=10), [5], 1, ["probe", "scratch"])
+    trained(probe, 90)
+    plan_cells(study, [5], 1, ["probe", "ft", "scratch"])  # as long as `ft` takes is known later
+    trained(ft, 600)
+    with pytest.raises(InputError, match=refused):
+        scratch.check_budget()
+    with pytest.raises(InputError, match=refused):
+        plan_cells(study, [5], 1, ["ft", "scratch"])
+
+
+def test_training_from_scratch_of_the_same_time(folders):
+    study = study_of(folders)
+    probe, scratch = plan_cells(study, [5], 1, ["probe", "scratch"])
+    trained(probe, 90)
+    trained(scratch, 95, "Training ends after epoch 7: the budget of 90 s is used")
+    plan_cells(study, [5], 1, ["probe", "scratch"])
+    plan_cells(study, [5], 1, ["scratch"])
+    plan_cells(replace(study, scratch_minutes=1.51), [5], 1, ["scratch"])
+
+
+def test_a_finished_training_from_scratch_is_refused_once_others_took_longer(folders, monkeypatch, capsys):
+    study = study_of(folders)
+    ft, scratch = plan_cells(study, [5], 1, ["ft", "scratch"])
+    trained(scratch, 95, "the budget of 90 s is used")
+    finished = result("scratch")
+    monkeypatch.setattr(Cell, "finished", lambda cell: finished if cell.name == "scratch" else None)
+    monkeypatch.setattr(Cell, "run", lambda cell, *seconds: trained(cell, 600) and result(cell.name))
+    monkeypatch.setattr(grid_module, "write_report", lambda *args: None)
+    with pytest.raises(InputError, match="1 of 2 cells failed: from scratch, equal time, 5 shots, fold 0"):
+        run_cells(study, [ft, scratch], ["fseft"])
+    assert "was trained for 90 s, now it would get 600 s" in capsys.readouterr().out
+    with open(study.experiment.work / "results.csv") as file:
+        assert {row["method"] for row in csv.DictReader(file)} == {"ft"}
+
+
+def test_command_that_repeats_it(folders, monkeypatch):
+    asked = ["-d", "77", "-device", "cpu", "--scratch_minutes", "2.5", "-o", str(folders[1])]
+    commands = []
+    monkeypatch.setattr(grid_module, "run_cells", lambda study, cells, command: commands.append((study, command)))
+    assert main(["benchmark", *asked, "--methods", "scratch"]) == 0
+    study, command = commands[0]
+    assert study.scratch_minutes == 2.5 and "--scratch_minutes 2.5 -o" in " ".join(command)
 
 
 @pytest.fixture
@@ -459,7 +562,6 @@ def grid(tiny, tmp_path_factory):
         for name, folder in work.environment().items():
             patch.setenv(name, folder)
         patch.setenv("nnUNet_def_n_proc", "1")
-        patch.setenv("fseft_train_minutes", "0.03")
         run.work, run.output = work, output
         assert run("--methods", "probe", "ft_last") == 0
         yield run

@@ -62,12 +62,16 @@ def run_cells(study: Study, cells: list[Cell], command: list[str]) -> None:
         sharing = [cell for cell in cells if cell not in results and cell.method.shares_features]
         failures.update(share_features(sharing))
         for number, cell in enumerate(cells, 1):
-            if cell in results or cell in failures:
+            if cell in failures:
                 continue
-            print(f"[{number}/{len(cells)}] {cell.title}{_left(cells, results, failures)}", flush=True)
             try:
+                cell.check_budget()
+                if cell in results:
+                    continue
+                print(f"[{number}/{len(cells)}] {cell.title}{_left(cells, results, failures)}", flush=True)
                 results[cell] = cell.run()
             except FAILURES as error:
+                results.pop(cell, None)
                 failures[cell] = str(error)
                 print(f"This one failed, the others go on: {error}", flush=True)
                 continue

@@ -19,12 +19,16 @@ from fsefs_nnunet.splits import SPLITS_FILE, load_splits
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """A dataset with one set of plans and splits, what it is evaluated on, and the folder of the outputs."""
+    """A dataset with one set of plans and splits, what it is evaluated on, and the folder of the outputs.
+
+    scratch_minutes: of trainings from scratch; None: as long as the longest other method.
+    """
 
     experiment: OwnExperiment
     plans: dict
     splits: dict
     target: Target
+    scratch_minutes: float | None = None
 
     @property
     def plans_file(self) -> Path:
@@ -64,7 +68,12 @@ class Study:
 
 
 def open_study(
-    dataset_id: str, plans_name: str, test: tuple[Path, Path] | None, output: Path | None, device: str
+    dataset_id: str,
+    plans_name: str,
+    test: tuple[Path, Path] | None,
+    output: Path | None,
+    device: str,
+    scratch_minutes: float | None = None,
 ) -> Study:
     """
     Args:
@@ -86,7 +95,7 @@ def open_study(
     device_named(device)  # a GPU that is not there is told before the first training
     work = _writable(output or Path("fseft_benchmark") / f"{name}_{plans_name}")
     experiment = OwnExperiment(work, name, plans_name, device)
-    study = Study(experiment, json.loads(file.read_text()), splits, target)
+    study = Study(experiment, json.loads(file.read_text()), splits, target, scratch_minutes)
     if not study.planned_shots:
         raise InputError(f"{file} has no K-shot configuration: plan with `fseft plan -d ID`.")
     return study
