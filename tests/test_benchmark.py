@@ -17,7 +17,9 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.stats import wilcoxon
 
 from fsefs_nnunet import prediction
+from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint
 from fsefs_nnunet.benchmark import grid as grid_module
+from fsefs_nnunet.benchmark import weights
 from fsefs_nnunet.benchmark.cells import Cell
 from fsefs_nnunet.benchmark.evaluation import METRICS
 from fsefs_nnunet.benchmark.grid import _left, duration, plan_cells, run_cells
@@ -422,6 +424,31 @@ def trained(cell: Cell, seconds: int, reason: str = "") -> Cell:
     (cell.folder / "training_log_2026_1_1_10_00_00.txt").write_text("\n".join(lines))
     torch.save({"network_weights": {"head": torch.zeros(3)}}, cell.checkpoint)
     return cell
+
+
+def test_results_are_of_the_weights_whatever_stands_beside_them(folders, monkeypatch):
+    cell = trained(Cell(study_of(folders), "fseft", 5, 0), 9)
+    reads = []
+    read = weights.read_checkpoint
+    monkeypatch.setattr(weights, "read_checkpoint", lambda file: reads.append(file) or read(file))
+    before = cell.weights
+    assert len(before) == 64 and cell.weights == Cell(cell.study, "transductive", 5, 0).weights == before
+    assert len(reads) == 1
+    add_to_checkpoint(cell.checkpoint, fseft_support=torch.ones(4))  # `fseft remember`
+    assert cell.weights == before
+    for changed in (torch.ones(3), torch.zeros(3, 1), torch.zeros(3).half(), torch.tensor(0).bfloat16()):
+        add_to_checkpoint(cell.checkpoint, network_weights={"head": changed})
+        assert cell.weights != before
+
+
+def test_result_beside_a_damaged_checkpoint(folders):
+    cell = trained(Cell(study_of(folders), "fseft", 5, 0), 9)
+    metrics = {"spleen": dict.fromkeys(METRICS, 0.5)}
+    saved = replace(result(), weights=cell.weights, cases=dict.fromkeys(cell.study.target.cases, metrics))
+    saved.save(cell.file)
+    assert cell.finished() == saved
+    cell.checkpoint.write_bytes(cell.checkpoint.read_bytes()[:500])
+    assert cell.finished() is None
 
 
 def test_scratch_alone_has_no_time(folders, monkeypatch):

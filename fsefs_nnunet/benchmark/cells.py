@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import time
 
-from fsefs_nnunet.backbones.store import sha256_of
 from fsefs_nnunet.benchmark.evaluation import METRICS, evaluate
 from fsefs_nnunet.benchmark.methods import METHODS, Method
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.study import Study
+from fsefs_nnunet.benchmark.weights import sha256_of_weights
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.training_logs import logged_support, peak_memory
 from fsefs_nnunet.experiment import trained_parameters, training_budget, training_seconds
@@ -85,10 +85,10 @@ class Cell:
 
     @property
     def weights(self) -> str:
-        """SHA-256 of the checkpoint, of the backbone where nothing is trained; "" where there is none."""
+        """SHA-256 of the trained weights, of the backbone where nothing is trained; "" where there is none."""
         if self.method.trainer is None:
             return self.study.backbone["sha256"]
-        return sha256_of(self.checkpoint) if self.checkpoint.exists() else ""
+        return sha256_of_weights(self.checkpoint) if self.checkpoint.exists() else ""
 
     def check(self) -> None:
         """Raises InputError if plans or splits have no such cell, or what lies in its place is of other ones."""
@@ -140,11 +140,11 @@ class Cell:
         """The result of an earlier run, if it is of these cases and metrics and of the weights that lie there."""
         try:
             result = Result.load(self.file)
-        except (FileNotFoundError, InputError):  # or of another version
+            metrics = {tuple(of_class) for of_case in result.cases.values() for of_class in of_case.values()}
+            fits = tuple(result.cases) == self.study.target.cases and metrics == {METRICS}
+            return result if fits and result.weights == self.weights else None
+        except (FileNotFoundError, InputError):  # none, one of another version, a damaged checkpoint
             return None
-        metrics = {tuple(of_class) for of_case in result.cases.values() for of_class in of_case.values()}
-        fits = tuple(result.cases) == self.study.target.cases and metrics == {METRICS}
-        return result if fits and result.weights == self.weights else None
 
     # ---- the work ----
 
