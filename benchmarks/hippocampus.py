@@ -66,13 +66,13 @@ def prepare(experiment: Experiment, source: Path) -> None:
 
 
 def benchmark(
-    experiment: Experiment, name: str, methods: list[str], shots: list[int], folds: int, test: tuple, **env: str
+    experiment: Experiment, name: str, methods: list[str], shots: list[int], folds: int, test: tuple, *more: str
 ) -> list[Result]:
     """`fseft benchmark` in the folder `name`; the results of these shots, folds and methods."""
     chosen = ("--shots", *map(str, shots), "--folds", str(folds), "--methods", *methods)
     where = ("-d", DATASET, "-p", experiment.plans, "-device", experiment.device, "-o", experiment.work / name)
     backbones = {"fseft_backbones": str(experiment.work / "backbones")}
-    experiment.run("fseft", "benchmark", *where, *chosen, *test, **backbones, **env)
+    experiment.run("fseft", "benchmark", *where, *chosen, *test, *more, **backbones)
     target = "imagesTs_*" if test else "queries"
     folder = experiment.folders["nnUNet_results"] / DATASET
     found = [
@@ -123,9 +123,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 10])
     parser.add_argument("--folds", type=int, default=5, help="the first N; default: 5")
-    parser.add_argument(
-        "--methods", nargs="+", default=["probe", "adapter", "fseft", "transductive", "scratch"], help="as fseft's"
-    )
+    methods = ["probe", "adapter", "fseft", "transductive", "scratch", "nnunet"]
+    parser.add_argument("--methods", nargs="+", default=methods, help="as those of fseft benchmark")
     parser.add_argument("--long", action="store_true", help=f"fold 0 also from scratch for {LONG_MINUTES} minutes")
     parser.add_argument("--tune", action="store_true", help="figures of the queries, imagesTs stays unseen")
     parser.add_argument("-device", default="cpu")
@@ -148,8 +147,8 @@ def main() -> None:
             results.setdefault(title, []).append(result)
     if args.long:
         long = Experiment(work, DATASET, "FSEFTPlans", args.device, "nnUNet_results_long")
-        minutes = {"fseft_train_minutes": str(LONG_MINUTES)}
-        results[LONG] = benchmark(long, f"{where}_long", ["scratch"], args.shots, 1, test, **minutes)
+        minutes = ("--scratch_minutes", str(LONG_MINUTES))
+        results[LONG] = benchmark(long, f"{where}_long", ["scratch"], args.shots, 1, test, *minutes)
     text = f"{markdown_table(over_folds(results))}\n{markdown_table(against(results))}"
     (work / f"{where}.md").write_text(text)
     print(text)

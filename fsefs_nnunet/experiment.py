@@ -81,9 +81,15 @@ class Experiment:
         return self.folders["nnUNet_results"] / self.dataset / f"{trainer}__{self.plans}__{configuration}"
 
     def train(self, trainer: str, configuration: str, fold: int = 0, **environment: str) -> Path:
-        """`nnUNetv2_train`, unless it is done; returns the fold's folder."""
+        """`nnUNetv2_train`, unless it is done; returns the fold's folder.
+
+        Done is what has its final checkpoint and, unless fseft_final_validation is "0", the validation's summary.
+        """
         folder = self.model(trainer, configuration) / f"fold_{fold}"
-        if not (folder / "validation" / "summary.json").exists():
+        done = (folder / "checkpoint_final.pth").exists()
+        if environment.get("fseft_final_validation") != "0":
+            done = done and (folder / "validation" / "summary.json").exists()
+        if not done:
             args = (self.dataset, configuration, str(fold), "-tr", trainer, "-p", self.plans, "-device", self.device)
             if self.device == "cpu":
                 # augmentation in the main process: on few cores workers only compete with the training
@@ -112,7 +118,9 @@ class OwnExperiment(Experiment):
 
     def environment(self) -> dict[str, str]:
         chosen = {name: os.environ[name] for name in ("nnUNet_def_n_proc",) if name in os.environ}
-        return {**super().environment(), **chosen}
+        environment = {**super().environment(), **chosen}
+        environment.pop("fseft_train_minutes", None)  # of trainings from scratch, which are given theirs
+        return environment
 
 
 _TIMESTAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+):")
@@ -128,6 +136,15 @@ def training_seconds(fold_folder: Path) -> float:
         if times:
             seconds += (times[-1] - times[0]).total_seconds()
     return seconds
+
+
+_BUDGET = re.compile(r"the budget of (\d+) s is used")
+
+
+def training_budget(fold_folder: Path) -> float:
+    """Seconds that a training ended after, as its last log says; 0.0 if none limited it."""
+    logs = [log.read_text() for log in sorted(Path(fold_folder).glob("training_log_*.txt"))]
+    return float(([0.0] + [match[1] for log in logs for match in _BUDGET.finditer(log)])[-1])
 
 
 def trained_parameters(checkpoint: Path) -> int:

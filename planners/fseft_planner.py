@@ -188,7 +188,7 @@ class FSEFTPlanner(ExperimentPlanner):
         }
 
     def untrained(self, child: dict) -> dict:
-        """The baseline on the same support cases: the backbone's architecture, where nnU-Net can build it."""
+        """The backbone's architecture, where nnU-Net can build it, else the stock one."""
         scratch = {key: child[key] for key in ("inherits_from", "fseft_shots")}
         if self.contract.architecture.get("kind") != "nnunet":
             return scratch
@@ -213,8 +213,10 @@ class FSEFTPlanner(ExperimentPlanner):
         # nnU-Net keeps configurations that lie in the file; those of ours are planned anew, or they would be stale
         shots = dict.fromkeys([*self.shots, *self._planned_before()])
         children = {f"3d_fullres_{k}shot": self.child(k, parent) for k in shots}
+        # the baselines on the same support cases
         scratch = {f"{name}_scratch": self.untrained(child) for name, child in children.items()}
-        plans["configurations"] = {"3d_fullres": parent, **children, **scratch}
+        stock = {f"3d_fullres_{k}shot_nnunet": {"inherits_from": "3d_fullres", "fseft_shots": k} for k in shots}
+        plans["configurations"] = {"3d_fullres": parent, **children, **scratch, **stock}
         # the fingerprint's intensities were taken over all labels, the queries' too: they leave the plans
         properties = self.contract.foreground_intensity_properties_per_channel
         plans["foreground_intensity_properties_per_channel"] = {

@@ -6,14 +6,20 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK
+import torch
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.stats import wilcoxon
 
 from fsefs_nnunet import prediction
+from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint
+from fsefs_nnunet.benchmark import grid as grid_module
+from fsefs_nnunet.benchmark import weights
 from fsefs_nnunet.benchmark.cells import Cell
 from fsefs_nnunet.benchmark.evaluation import METRICS
 from fsefs_nnunet.benchmark.grid import _left, duration, plan_cells, run_cells
@@ -21,11 +27,14 @@ from fsefs_nnunet.benchmark.methods import METHODS, choose
 from fsefs_nnunet.benchmark.outputs import figure, write_results
 from fsefs_nnunet.benchmark.report import shown
 from fsefs_nnunet.benchmark.result import Result
+from fsefs_nnunet.benchmark.shared_features import _features_of
 from fsefs_nnunet.benchmark.study import open_study
 from fsefs_nnunet.benchmark.summary import case_dice, class_table, comparisons, fold_mean, spread, table
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.evaluation.report import size_section
 from fsefs_nnunet.evaluation.surface import surface_metrics
+from fsefs_nnunet.experiment import Experiment
 from fsefs_nnunet.splits import load_splits, save_splits
 
 NAN = float("nan")
@@ -44,6 +53,11 @@ def test_methods_come_in_the_order_of_the_table():
 def test_misspelt_method(name, near):
     with pytest.raises(InputError, match=f"no method '{name}': did you mean '{near}'.* There are zero_shot, probe, "):
         choose(["probe", name])
+
+
+def test_method_like_none():
+    with pytest.raises(InputError, match=r"There is no method 'x'\. There are zero_shot, probe, "):
+        choose(["x"])
 
 
 def test_every_method_has_a_trainer_that_nnunet_finds():
@@ -124,7 +138,7 @@ def result(method="fseft", shots=5, fold=0, dice=((0.5, 0.7), (0.9, NAN)), param
         for i, row in enumerate(dice)
     }
     support = [f"s{i}" for i in range(shots)] if METHODS[method].trainer else []
-    return Result(method, shots, fold, support, "abc", parameters, 12.4, 1.5, 20.0, cases)
+    return Result(method, shots, fold, support, "abc", parameters, 12.4, 0.0, 1.5, 20.0, cases)
 
 
 def test_result_file(tmp_path):
@@ -136,7 +150,7 @@ def test_result_file(tmp_path):
     assert repr(loaded) == repr(saved)
     for content in ("{}", "no json", '{"method": "x", "other": 1}'):
         file.write_text(content)
-        with pytest.raises(InputError, match="r.json is no result of `fseft benchmark`: remove it"):
+        with pytest.raises(InputError, match="r.json is no result of this version of `fseft benchmark`: run it again"):
             Result.load(file)
 
 
@@ -202,6 +216,33 @@ def test_written_results(tmp_path):
     assert text.startswith("A dataset.") and text.count("| spatial adapter + size prior |") == 2
     assert "| pairs |" in text
     assert figure(results).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("ending", [".mha", ".nrrd", ".nii.gz"])
+def test_size_section_of_any_file_that_nnunet_reads(tmp_path, ending):
+    """A voxel has 10 x 10 x 5 mm = 0.5 ml."""
+    fold = tmp_path / "FSEFTTrainer__FSEFTPlans__3d_fullres_5shot" / "fold_0"
+    (fold / "validation").mkdir(parents=True)
+    plans = {"image_reader_writer": "SimpleITKIO", "configurations": {"3d_fullres_5shot": {"fseft_gamma": 0.1}}}
+    metrics = {"1": {"Dice": 0.9, "n_ref": 24, "n_pred": 20}}
+    for file, content in (
+        (fold.parent / "plans.json", plans),
+        (fold.parent / "dataset.json", {"labels": {"background": 0, "liver": 1}, "file_ending": ending}),
+        (
+            fold / "validation" / "summary.json",
+            {"metric_per_case": [{"prediction_file": f"a{ending}", "metrics": metrics}]},
+        ),
+    ):
+        file.write_text(json.dumps(content))
+    segmentation = SimpleITK.GetImageFromArray(np.ones((2, 3, 4), np.uint8))
+    segmentation.SetSpacing((10.0, 10.0, 5.0))
+    SimpleITK.WriteImage(segmentation, fold / "validation" / f"a{ending}")
+    (fold / "training_log_2026_1_1_10_00_00.txt").write_text(
+        "Size prior of liver: 11.00 ml, spread 1.00 ml, 5 cases\n"
+        "Predicted sizes of the queries in ml after training:\n  a: liver 10.00 (S 11.00)\n"
+    )
+    _, rows = size_section(fold)
+    assert "<td>12.0</td>" in rows
 
 
 def test_duration():
@@ -271,6 +312,13 @@ def test_mistakes(folders, capsys, argv, sentence):
     assert sentence in message and message.startswith("fseft: ") and message.count("\n") == 1
 
 
+@pytest.mark.parametrize("minutes", ["0", "-3", "nan", "inf", "long"])
+def test_minutes_are_a_positive_number(capsys, minutes):
+    with pytest.raises(SystemExit):
+        main(["benchmark", "-d", "77", f"--scratch_minutes={minutes}"])
+    assert f"'{minutes}' is no positive number of minutes" in capsys.readouterr().err
+
+
 def test_missing_results_variable(folders, monkeypatch):
     monkeypatch.delenv("nnUNet_results")
     with pytest.raises(InputError, match="nnUNet_results is not set"):
@@ -284,15 +332,21 @@ def test_no_labelled_queries(folders):
         study_of(folders)
 
 
-def test_test_sets(folders, tmp_path):
-    workspace, _ = folders
-    labels = tmp_path / "labels"
+@pytest.fixture
+def labelled_scans(workspace) -> tuple[Path, Path]:
+    """A test set."""
+    labels = workspace.root / "labels"
     labels.mkdir()
-    with pytest.raises(InputError, match="scan_0.nii.gz is missing: -l wants a reference segmentation of every case"):
-        study_of(folders, test=(workspace.queries, labels))
     for case in ("scan_0", "scan_1"):
         shutil.copy(workspace.raw / "labelsTr" / "case_0.nii.gz", labels / f"{case}.nii.gz")
-    target = study_of(folders, test=(workspace.queries, labels)).target
+    return workspace.queries, labels
+
+
+def test_test_sets(folders, tmp_path, labelled_scans):
+    workspace, _ = folders
+    with pytest.raises(InputError, match="scan_0.nii.gz is missing: -l wants a reference segmentation of every case"):
+        study_of(folders, test=(workspace.queries, tmp_path))
+    target = study_of(folders, test=labelled_scans).target
     assert target.cases == ("scan_0", "scan_1") and target.name.startswith("queries_")
     assert target.image_folder(tmp_path) == workspace.queries
     with pytest.raises(InputError, match="imagesTr holds the cases that the adapters were trained on"):
@@ -304,7 +358,17 @@ def test_query_images_are_the_queries_alone(folders):
     folder = study.target.image_folder(folders[1])
     queries = load_splits(folders[0].preprocessed / "splits_fseft.json")["queries"]
     assert sorted(f.name for f in folder.iterdir()) == [f"{case}_0000.nii.gz" for case in sorted(queries)]
-    assert study.target.image_folder(folders[1]) == folder  # again
+    for name in ("foreign_0000.nii.gz", "foreign_0001.nii.gz"):  # of another dataset, of splits drawn earlier
+        (folder / name).symlink_to(folders[0].queries / "scan_0_0000.nii.gz")
+    assert study.target.image_folder(folders[1]) == folder
+    assert sorted(f.name for f in folder.iterdir()) == [f"{case}_0000.nii.gz" for case in sorted(queries)]
+    assert tuple(study.target.image_files()) == study.target.cases
+
+
+def test_default_output_is_of_the_dataset_and_plans(folders, monkeypatch):
+    monkeypatch.chdir(folders[0].root)
+    work = open_study("77", "FSEFTPlans", None, None, "cpu").experiment.work
+    assert work == folders[0].root / "fseft_benchmark" / "Dataset077_Tiny_FSEFTPlans"
 
 
 def trained_earlier(study, **changes) -> Cell:
@@ -336,11 +400,163 @@ def test_results_of_other_splits(folders):
         cell.check()
 
 
+def test_result_of_an_earlier_version_is_evaluated_anew(folders):
+    cell = Cell(study_of(folders), "zero_shot", 0, 0)
+    cell.folder.mkdir()
+    metrics = {"spleen": dict.fromkeys(METRICS, 0.5)}
+    saved = replace(result("zero_shot", 0), weights=cell.weights, cases=dict.fromkeys(cell.study.target.cases, metrics))
+    saved.save(cell.file)
+    assert cell.finished() == saved
+    content = json.loads(cell.file.read_text())
+    del content["budget_seconds"]
+    cell.file.write_text(json.dumps(content))
+    assert cell.finished() is None
+
+
+def trained(cell: Cell, seconds: int, reason: str = "") -> Cell:
+    """As if nnUNetv2_train had been through."""
+    cell.folder.mkdir(parents=True)
+    (cell.folder.parent / "plans.json").write_text(json.dumps(cell.study.plans))
+    lines = (
+        "2026-01-01 10:00:00.0: start",
+        reason,
+        f"2026-01-01 10:{seconds // 60:02d}:{seconds % 60:02d}.0: Training done.",
+    )
+    (cell.folder / "training_log_2026_1_1_10_00_00.txt").write_text("\n".join(lines))
+    torch.save({"network_weights": {"head": torch.zeros(3)}}, cell.checkpoint)
+    return cell
+
+
+def test_results_are_of_the_weights_whatever_stands_beside_them(folders, monkeypatch):
+    cell = trained(Cell(study_of(folders), "fseft", 5, 0), 9)
+    reads = []
+    read = weights.read_checkpoint
+    monkeypatch.setattr(weights, "read_checkpoint", lambda file: reads.append(file) or read(file))
+    before = cell.weights
+    assert len(before) == 64 and cell.weights == Cell(cell.study, "transductive", 5, 0).weights == before
+    assert len(reads) == 1
+    add_to_checkpoint(cell.checkpoint, fseft_support=torch.ones(4))  # `fseft remember`
+    assert cell.weights == before
+    for changed in (torch.ones(3), torch.zeros(3, 1), torch.zeros(3).half(), torch.tensor(0).bfloat16()):
+        add_to_checkpoint(cell.checkpoint, network_weights={"head": changed})
+        assert cell.weights != before
+
+
+def test_result_beside_a_damaged_checkpoint(folders):
+    cell = trained(Cell(study_of(folders), "fseft", 5, 0), 9)
+    metrics = {"spleen": dict.fromkeys(METRICS, 0.5)}
+    saved = replace(result(), weights=cell.weights, cases=dict.fromkeys(cell.study.target.cases, metrics))
+    saved.save(cell.file)
+    assert cell.finished() == saved
+    cell.checkpoint.write_bytes(cell.checkpoint.read_bytes()[:500])
+    assert cell.finished() is None
+
+
 def test_scratch_alone_has_no_time(folders, monkeypatch):
-    monkeypatch.delenv("fseft_train_minutes", raising=False)
+    monkeypatch.setenv("fseft_train_minutes", "3")
     (cell,) = plan_cells(study_of(folders), [5], 1, ["scratch"])
-    with pytest.raises(InputError, match="add one to --methods, or set the environment variable fseft_train_minutes"):
+    with pytest.raises(InputError, match="add one to --methods, or give --scratch_minutes"):
         cell.train()
+
+
+def test_only_trainings_from_scratch_have_a_time(folders, commands_run, monkeypatch):
+    monkeypatch.setenv("fseft_train_minutes", "3")
+    study = study_of(folders)
+    assert "fseft_train_minutes" not in study.experiment.environment()
+    ft, scratch = plan_cells(study, [5], 1, ["ft", "scratch"])
+    ft.train()
+    trained(ft, 90)
+    scratch.train()
+    (cell,) = plan_cells(replace(study, scratch_minutes=2.5), [5], 1, ["scratch"])
+    cell.train()
+    assert [env.get("fseft_train_minutes") for _, env in commands_run] == [None, "1.5000", "2.5000"]
+
+
+@pytest.mark.parametrize(
+    "reason, before", [("the budget of 90 s is used", "for 90 s"), ("", "without a limit of time")]
+)
+def test_training_from_scratch_of_another_time(folders, reason, before):
+    study = study_of(folders)
+    probe, ft, scratch = plan_cells(study, [5], 1, ["probe", "ft", "scratch"])
+    trained(scratch, 95, reason)
+    refused = f"{scratch.folder} was trained {before}, now it would get 600 s: move it away"
+    with pytest.raises(InputError, match=refused):
+        plan_cells(replace(study, scratch_minutes=10), [5], 1, ["probe", "scratch"])
+    trained(probe, 90)
+    plan_cells(study, [5], 1, ["probe", "ft", "scratch"])  # as long as `ft` takes is known later
+    trained(ft, 600)
+    with pytest.raises(InputError, match=refused):
+        scratch.check_budget()
+    with pytest.raises(InputError, match=refused):
+        plan_cells(study, [5], 1, ["ft", "scratch"])
+
+
+def test_training_from_scratch_of_the_same_time(folders):
+    study = study_of(folders)
+    probe, scratch = plan_cells(study, [5], 1, ["probe", "scratch"])
+    trained(probe, 90)
+    trained(scratch, 95, "Training ends after epoch 7: the budget of 90 s is used")
+    plan_cells(study, [5], 1, ["probe", "scratch"])
+    plan_cells(study, [5], 1, ["scratch"])
+    plan_cells(replace(study, scratch_minutes=1.51), [5], 1, ["scratch"])
+
+
+def test_a_finished_training_from_scratch_is_refused_once_others_took_longer(folders, monkeypatch, capsys):
+    study = study_of(folders)
+    ft, scratch = plan_cells(study, [5], 1, ["ft", "scratch"])
+    trained(scratch, 95, "the budget of 90 s is used")
+    finished = result("scratch")
+    monkeypatch.setattr(Cell, "finished", lambda cell: finished if cell.name == "scratch" else None)
+    monkeypatch.setattr(Cell, "run", lambda cell, *seconds: trained(cell, 600) and result(cell.name))
+    monkeypatch.setattr(grid_module, "write_report", lambda *args: None)
+    with pytest.raises(InputError, match="1 of 2 cells failed: from scratch, equal time, 5 shots, fold 0"):
+        run_cells(study, [ft, scratch], ["fseft"])
+    assert "was trained for 90 s, now it would get 600 s" in capsys.readouterr().out
+    with open(study.experiment.work / "results.csv") as file:
+        assert {row["method"] for row in csv.DictReader(file)} == {"ft"}
+
+
+def test_command_that_repeats_it(folders, monkeypatch):
+    asked = ["-d", "77", "-device", "cpu", "--scratch_minutes", "2.5", "-o", str(folders[1])]
+    commands = []
+    monkeypatch.setattr(grid_module, "run_cells", lambda study, cells, command: commands.append((study, command)))
+    assert main(["benchmark", *asked, "--methods", "scratch"]) == 0
+    study, command = commands[0]
+    assert study.scratch_minutes == 2.5 and "--scratch_minutes 2.5 -o" in " ".join(command)
+
+
+@pytest.fixture
+def commands_run(monkeypatch) -> list[tuple[str, dict]]:
+    """Commands and what they get in their environment, which are not run."""
+    calls = []
+    monkeypatch.setattr(Experiment, "run", lambda self, command, *args, **env: calls.append((command, env)))
+    return calls
+
+
+def test_a_training_is_done_once_it_has_its_final_checkpoint(folders, commands_run):
+    cell = Cell(study_of(folders), "probe", 5, 0)
+    (cell.folder / "validation").mkdir(parents=True)
+    (cell.folder / "validation" / "summary.json").write_text("{}")  # of an earlier training
+    cell.train()
+    cell.study.experiment.train("FSEFTTrainer_LinearProbe", cell.configuration)
+    assert [command for command, _ in commands_run] == ["nnUNetv2_train"] * 2
+    cell.checkpoint.touch()
+    cell.train()
+    cell.study.experiment.train("FSEFTTrainer_LinearProbe", cell.configuration)
+    assert len(commands_run) == 2
+    (cell.folder / "validation" / "summary.json").unlink()
+    cell.train()
+    cell.study.experiment.train("FSEFTTrainer_LinearProbe", cell.configuration, fseft_final_validation="0")
+    assert len(commands_run) == 2
+    cell.study.experiment.train("FSEFTTrainer_LinearProbe", cell.configuration)
+    assert len(commands_run) == 3
+
+
+def test_queries_are_validated_only_where_they_are_evaluated(folders, commands_run, labelled_scans):
+    for test, expected in ((None, [None, "0"]), (labelled_scans, ["0", "0"])):
+        for name in ("ft", "probe"):
+            Cell(study_of(folders, test=test), name, 5, 0).train()
+        assert [env.get("fseft_final_validation") for _, env in commands_run[-2:]] == expected
 
 
 def test_interrupt(folders, monkeypatch, capsys):
@@ -374,7 +590,6 @@ def grid(tiny, tmp_path_factory):
         for name, folder in work.environment().items():
             patch.setenv(name, folder)
         patch.setenv("nnUNet_def_n_proc", "1")
-        patch.setenv("fseft_train_minutes", "0.03")
         run.work, run.output = work, output
         assert run("--methods", "probe", "ft_last") == 0
         yield run
@@ -458,7 +673,7 @@ def test_a_test_set(grid):
 
 
 @pytest.mark.slow
-def test_methods_on_the_same_backbone_share_one_pass_over_the_queries(grid, monkeypatch):
+def test_methods_on_the_same_backbone_share_one_pass_over_the_queries(grid, monkeypatch, capsys):
     passes = []
     once = prediction.extract_features
     monkeypatch.setattr(prediction, "extract_features", lambda *args: passes.append(args) or once(*args))
@@ -474,3 +689,30 @@ def test_methods_on_the_same_backbone_share_one_pass_over_the_queries(grid, monk
     assert (fold / "validation" / "summary.json").exists()
     sizes = sorted(file.name for file in (fold / "benchmark_transductive_queries").glob("*_sizes.json"))
     assert sizes == [f"{case}_sizes.json" for case in sorted(queries)]
+
+    # an interrupted prediction goes on, an image that cannot be read is named
+    fold = grid.work.results / "FSEFTTrainer_Adapter__FSEFTPlans__3d_fullres_5shot" / "fold_0"
+    image = grid.work.raw / "imagesTr" / f"{queries[0]}_0000.nii.gz"
+    content = image.read_bytes()
+
+    def interrupt():
+        for name in ("benchmark_adapter_queries.json", "validation/summary.json", f"validation/{queries[0]}.nii.gz"):
+            (fold / name).unlink(missing_ok=True)
+        passes.clear()
+
+    interrupt()
+    image.write_bytes(content[: len(content) // 2])
+    assert grid("--methods", "adapter") == 2
+    assert f"{image.name} was not segmented" in capsys.readouterr().out
+    interrupt()
+    image.write_bytes(content)
+    assert grid("--methods", "adapter") == 0 and len(passes) == 1
+
+
+def test_cells_that_share_features(folders):
+    """Of the same window, stages and backbone: plans may say others for some shots."""
+    study = study_of(folders)
+    one, five = Cell(study, "fseft", 1, 0), Cell(study, "probe", 5, 1)
+    assert _features_of(one) == _features_of(five)
+    study.plans["configurations"]["3d_fullres_5shot"]["patch_size"] = [8, 8, 8]
+    assert _features_of(one) != _features_of(five)

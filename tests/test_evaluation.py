@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 
 from fsefs_nnunet.evaluation import html
 from fsefs_nnunet.evaluation.overlays import _load, save_overlay
@@ -185,7 +186,7 @@ def write_model(results: Path, name: str, case: dict) -> Path:
     fold = results / name / "fold_0"
     (fold / "validation").mkdir(parents=True)
     (fold.parent / "dataset.json").write_text(json.dumps({"labels": LABELS, "file_ending": ".nii.gz"}))
-    plans = {"configurations": {"3d_fullres_5shot": {"fseft_gamma": 0.3}}}
+    plans = {"image_reader_writer": "NibabelIO", "configurations": {"3d_fullres_5shot": {"fseft_gamma": 0.3}}}
     (fold.parent / "plans.json").write_text(json.dumps(plans))
     (fold / "validation" / "summary.json").write_text(json.dumps(SUMMARY))
     for query in "abcd":
@@ -275,7 +276,7 @@ def test_cases_by_dice(fold):
 
 def test_reference_sizes(fold):
     """A voxel has 1.0 x 1.5 x 3.0 mm = 0.0045 ml."""
-    sizes = reference_sizes(fold / "validation" / "summary.json", ORGANS)
+    sizes = reference_sizes(fold / "validation" / "summary.json", ORGANS, NibabelIO())
     assert sizes["a.nii.gz"] == pytest.approx({"left <kidney> & co": 0.9, "kidney": 0.0})
     assert sizes["b.nii.gz"] == pytest.approx({"left <kidney> & co": 0.45, "kidney": 4.5})
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
 
-from fsefs_nnunet.backbones.store import sha256_of
 from fsefs_nnunet.benchmark.evaluation import METRICS, evaluate
 from fsefs_nnunet.benchmark.methods import METHODS, Method
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.study import Study
+from fsefs_nnunet.benchmark.weights import sha256_of_weights
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.training_logs import logged_support, peak_memory
-from fsefs_nnunet.experiment import trained_parameters, training_seconds
+from fsefs_nnunet.experiment import trained_parameters, training_budget, training_seconds
 from fsefs_nnunet.splits import support_cases
+
+FAILURES = (RuntimeError, ValueError, OSError)  # of one cell, after which the others go on
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class Cell:
 
     @property
     def configuration(self) -> str:
-        return f"3d_fullres_{self.shots}shot" + ("_scratch" if self.method.from_scratch else "")
+        return f"3d_fullres_{self.shots}shot" + self.method.suffix
 
     @property
     def support(self) -> list[str]:
@@ -84,10 +85,10 @@ class Cell:
 
     @property
     def weights(self) -> str:
-        """SHA-256 of the checkpoint, of the backbone where nothing is trained; "" where there is none."""
+        """SHA-256 of the trained weights, of the backbone where nothing is trained; "" where there is none."""
         if self.method.trainer is None:
             return self.study.backbone["sha256"]
-        return sha256_of(self.checkpoint) if self.checkpoint.exists() else ""
+        return sha256_of_weights(self.checkpoint) if self.checkpoint.exists() else ""
 
     def check(self) -> None:
         """Raises InputError if plans or splits have no such cell, or what lies in its place is of other ones."""
@@ -115,20 +116,42 @@ class Cell:
                     f"{self.folder} was trained on {earlier}, the splits now say {support}: move it away, or draw the "
                     "splits as before with `fseft splits`."
                 )
+        if self.study.scratch_minutes or all(other.checkpoint.exists() for other in self.others):
+            self.check_budget()
+
+    def budget(self) -> float:
+        """Seconds for a training from scratch: --scratch_minutes, else those of the longest of `others`, else 0.0."""
+        if self.study.scratch_minutes:
+            return 60 * self.study.scratch_minutes
+        return max((training_seconds(cell.folder) for cell in self.others if cell.checkpoint.exists()), default=0.0)
+
+    def check_budget(self) -> None:
+        """Raises InputError if the training from scratch that lies there had another time than `budget`."""
+        if not self.method.suffix or not self.checkpoint.exists():
+            return
+        then, now = training_budget(self.folder), self.budget()
+        if now and abs(then - now) > max(0.01 * now, 0.5):  # logs tell whole seconds
+            raise InputError(
+                f"{self.folder} was trained {f'for {then:.0f} s' if then else 'without a limit of time'}, now it would "
+                f"get {now:.0f} s: move it away, or give --methods and --scratch_minutes as before."
+            )
 
     def finished(self) -> Result | None:
         """The result of an earlier run, if it is of these cases and metrics and of the weights that lie there."""
-        if not self.file.exists():
+        try:
+            result = Result.load(self.file)
+            metrics = {tuple(of_class) for of_case in result.cases.values() for of_class in of_case.values()}
+            fits = tuple(result.cases) == self.study.target.cases and metrics == {METRICS}
+            return result if fits and result.weights == self.weights else None
+        except (FileNotFoundError, InputError):  # none, one of another version, a damaged checkpoint
             return None
-        result = Result.load(self.file)
-        metrics = {tuple(of_class) for of_case in result.cases.values() for of_class in of_case.values()}
-        fits = tuple(result.cases) == self.study.target.cases and metrics == {METRICS}
-        return result if fits and result.weights == self.weights else None
 
     # ---- the work ----
 
-    def run(self) -> Result:
+    def run(self, spent: float = 0.0) -> Result:
         """Train, predict and evaluate what is not done yet.
+
+        spent: seconds that the benchmark has taken for it already.
 
         Raises:
             RuntimeError: if a command fails.
@@ -150,32 +173,28 @@ class Cell:
             self.weights,
             trained_parameters(self.checkpoint) if trained else 0,
             training_seconds(self.folder) if trained else 0.0,
+            training_budget(self.folder) if self.method.suffix else 0.0,
             peak_memory(self.folder) if trained else float("nan"),
-            time() - start,
+            spent + time() - start,
             cases,
         )
         result.save(self.file)
         return result
 
     def train(self) -> None:
-        validates = self.study.splits["queries"] and not self.method.shares_features
-        done = self.folder / "validation" / "summary.json" if validates else self.checkpoint
-        if not done.exists():
-            environment = {} if validates else {"fseft_final_validation": "0"}
-            self.study.experiment.train(
-                self.method.trainer, self.configuration, self.fold, **environment, **self._budget()
-            )
-
-    def _budget(self) -> dict[str, str]:
-        if not self.method.from_scratch or "fseft_train_minutes" in os.environ:
-            return {}
-        seconds = [training_seconds(cell.folder) for cell in self.others if cell.checkpoint.exists()]
-        if not seconds:
-            raise InputError(
-                f"{self.method.title} is trained as long as the longest other method of its shots and fold, and none "
-                "is there: add one to --methods, or set the environment variable fseft_train_minutes."
-            )
-        return {"fseft_train_minutes": f"{max(seconds) / 60:.4f}"}
+        """`nnUNetv2_train`, unless the final checkpoint is there; its validation where that is what is wanted."""
+        if self.checkpoint.exists():
+            return
+        validates = self.study.target.is_queries and not self.method.shares_features
+        environment = {} if validates else {"fseft_final_validation": "0"}
+        if self.method.suffix:
+            if not self.budget():
+                raise InputError(
+                    f"{self.method.title} is trained as long as the longest other method of its shots and fold, and "
+                    "none is there: add one to --methods, or give --scratch_minutes."
+                )
+            environment["fseft_train_minutes"] = f"{self.budget() / 60:.4f}"
+        self.study.experiment.train(self.method.trainer, self.configuration, self.fold, **environment)
 
     def predict(self) -> None:
         """Segment the target's images into `predictions`, and let nnU-Net count their Dice."""

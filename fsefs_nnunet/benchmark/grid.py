@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import mean
 
-from fsefs_nnunet.benchmark.cells import Cell
+from fsefs_nnunet.benchmark.cells import FAILURES, Cell
 from fsefs_nnunet.benchmark.methods import METHODS, choose
 from fsefs_nnunet.benchmark.outputs import write_results
 from fsefs_nnunet.benchmark.report import write_report
@@ -37,8 +37,8 @@ def plan_cells(study: Study, shots: list[int | str], num_folds: int, methods: li
             print("No zero-shot row: the backbone's own head knows no label of the dataset.")
     for k in dict.fromkeys(shots or study.planned_shots):
         for fold in range(num_folds):
-            others = [Cell(study, m, k, fold) for m in chosen if METHODS[m].trainer and not METHODS[m].from_scratch]
-            cells += [*others, *(Cell(study, m, k, fold, tuple(others)) for m in chosen if METHODS[m].from_scratch)]
+            others = [Cell(study, m, k, fold) for m in chosen if METHODS[m].trainer and not METHODS[m].suffix]
+            cells += [*others, *(Cell(study, m, k, fold, tuple(others)) for m in chosen if METHODS[m].suffix)]
     for cell in cells:
         cell.check()
     if not cells:
@@ -56,18 +56,21 @@ def run_cells(study: Study, cells: list[Cell], command: list[str]) -> None:
     """
     output = study.experiment.work
     results = {cell: result for cell in cells if (result := cell.finished())}
-    failures: dict[Cell, str] = {}
     print(f"{study.setting} {len(cells)} cells, {len(results)} of them done before.", flush=True)
     try:
         sharing = [cell for cell in cells if cell not in results and cell.method.shares_features]
-        failures.update(share_features(sharing))
+        failures, spent = share_features(sharing)
         for number, cell in enumerate(cells, 1):
-            if cell in results or cell in failures:
+            if cell in failures:
                 continue
-            print(f"[{number}/{len(cells)}] {cell.title}{_left(cells, results, failures)}", flush=True)
             try:
-                results[cell] = cell.run()
-            except (RuntimeError, ValueError, OSError) as error:
+                cell.check_budget()
+                if cell in results:
+                    continue
+                print(f"[{number}/{len(cells)}] {cell.title}{_left(cells, results, failures)}", flush=True)
+                results[cell] = cell.run(spent.get(cell, 0.0))
+            except FAILURES as error:
+                results.pop(cell, None)
                 failures[cell] = str(error)
                 print(f"This one failed, the others go on: {error}", flush=True)
                 continue

@@ -15,14 +15,14 @@ class Method:
     trainer: what nnUNetv2_train's -tr names; None: nothing is trained.
     transductive: the trained adapter adapts to every volume before it segments it (`fseft predict`).
     shares_features: predicts from the frozen backbone's features, which all such methods get from one pass.
-    from_scratch: trained in the configurations `..._scratch`, for the time that the longest of the other methods took.
+    suffix: of the configurations trained from scratch, for the time that the longest of the other methods took.
     """
 
     title: str
     trainer: str | None
     transductive: bool = False
     shares_features: bool = False
-    from_scratch: bool = False
+    suffix: str = ""
 
 
 METHODS = {
@@ -35,7 +35,8 @@ METHODS = {
     "ft_last": Method("fine-tuning, last block", "FSEFTTrainer_FTLast"),
     "decoder": Method("fine-tuning, decoder", "FSEFTTrainer_Decoder"),
     "ft": Method("fine-tuning, everything", "FSEFTTrainer_FT"),
-    "scratch": Method("from scratch, equal time", "FSEFTTrainer_Scratch", from_scratch=True),
+    "scratch": Method("from scratch, equal time", "FSEFTTrainer_Scratch", suffix="_scratch"),
+    "nnunet": Method("nnU-Net from scratch, equal time", "FSEFTTrainer_Scratch", suffix="_nnunet"),
 }
 
 
@@ -48,6 +49,6 @@ def choose(names: list[str]) -> list[str]:
     for name in names:
         if name not in METHODS:
             near = get_close_matches(name, METHODS, 1, 0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise InputError(f"There is no method {name!r}: {hint}There are {', '.join(METHODS)}.")
+            hint = f": did you mean {near[0]!r}?" if near else "."
+            raise InputError(f"There is no method {name!r}{hint} There are {', '.join(METHODS)}.")
     return [name for name in METHODS if name in names or not names]

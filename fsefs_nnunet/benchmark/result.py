@@ -19,6 +19,7 @@ class Result:
     support: the labelled cases that it was trained on.
     weights: SHA-256 of what predicted.
     seconds: wall time of the training; the first that needs the feature bank fills it.
+    budget_seconds: what the training was limited to; 0.0 where it was not.
     peak_memory_gb: of the training process; NaN where no log tells.
     wall_seconds: what the benchmark spent on it.
     """
@@ -30,6 +31,7 @@ class Result:
     weights: str
     trained_parameters: int
     seconds: float
+    budget_seconds: float
     peak_memory_gb: float
     wall_seconds: float
     cases: CaseMetrics
@@ -45,7 +47,7 @@ class Result:
         try:
             return cls(**_replaced(json.loads(file.read_text()), lambda x: float("nan") if x is None else x))
         except (json.JSONDecodeError, TypeError) as error:
-            raise InputError(f"{file} is no result of `fseft benchmark`: remove it.") from error
+            raise InputError(f"{file} is no result of this version of `fseft benchmark`: run it again.") from error
 
 
 def _replaced(content, change):

@@ -4,64 +4,90 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import defaultdict
+from time import time
 
 from tqdm import tqdm
 
 from fsefs_nnunet.atomic import write_atomically
-from fsefs_nnunet.benchmark.cells import Cell
+from fsefs_nnunet.benchmark.cells import FAILURES, Cell
 from fsefs_nnunet.devices import device_named
 from fsefs_nnunet.prediction import QueryPredictor
-from fsefs_nnunet.queries import images_in
 from fsefs_nnunet.support import memories_of
 from fsefs_nnunet.trained_model import TrainedModel
 
+WEIGHTS_FILE = "weights.json"  # beside predictions: the SHA-256 of what they are of
 
-def share_features(cells: list[Cell]) -> dict[Cell, str]:
+
+def share_features(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, float]]:
     """Train and predict what of `cells` is not done.
 
     Returns:
-        Why cells failed.
+        Why cells failed; seconds spent on each.
     """
     failures: dict[Cell, str] = {}
+    seconds: dict[Cell, float] = {}
     for number, cell in enumerate(cells, 1):
         print(f"Training on stored features [{number}/{len(cells)}]: {cell.title}", flush=True)
+        start = time()
         try:
             cell.train()
-        except (RuntimeError, ValueError, OSError) as error:
+        except FAILURES as error:
             failures[cell] = str(error)
             print(f"This one failed, the others go on: {error}", flush=True)
-    todo = [cell for cell in cells if cell not in failures and not cell.predicted]
-    return {**failures, **(_predict_together(todo) if todo else {})}
+        seconds[cell] = time() - start
+    groups: dict[tuple, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        if cell not in failures and not cell.predicted:
+            groups[_features_of(cell)].append(cell)
+    for group in groups.values():
+        start = time()
+        failed = _predict_together(group)
+        for cell, reason in failed.items():
+            print(f"{cell.title} failed, the others go on: {reason}", flush=True)
+        failures |= failed
+        for cell in group:
+            seconds[cell] += (time() - start) / len(group)
+    return failures, seconds
+
+
+def _features_of(cell: Cell) -> tuple:
+    """What the backbone's features of a volume depend on; the plans' configurations may differ in it."""
+    configuration = cell.study.plans["configurations"][cell.configuration]
+    network = configuration["architecture"]["arch_kwargs"]
+    return network["sha256"], network["stages"], tuple(configuration["patch_size"])
 
 
 def _predict_together(cells: list[Cell]) -> dict[Cell, str]:
+    """Segment the target with `cells`, whose features are the same; returns why cells failed."""
     study = cells[0].study
     device = device_named(study.experiment.device)
     failures: dict[Cell, str] = {}
     predictors: dict[Cell, QueryPredictor] = {}
     for cell in cells:
-        shutil.rmtree(cell.predictions, ignore_errors=True)  # of other weights, or of an interrupted run
-        cell.predictions.mkdir(parents=True)
+        _keep_what_these_weights_predicted(cell)
         try:
             model = TrainedModel(cell.folder.parent, cell.configuration, [str(cell.fold)], cell.checkpoint.name, device)
             if predictors:
                 model.network.backbone = next(iter(predictors.values())).model.network.backbone  # held in memory once
             predictors[cell] = QueryPredictor(model, memories_of(model) if cell.method.transductive else None)
-        except (RuntimeError, ValueError, OSError) as error:
+        except FAILURES as error:
             failures[cell] = str(error)
-    ending = study.target.dataset_json["file_ending"]
-    images = images_in(study.target.image_folder(study.experiment.work), study.target.dataset_json)
+    images = study.target.image_files()
     title = f"predicting {len(images)} volumes with {len(predictors)} adapters"
     for case, files in tqdm(images.items(), desc=title, disable=not predictors):
-        volume = None
-        for cell, predictor in list(predictors.items()):
+        waiting = [cell for cell in predictors if not _segmented(cell, case)]
+        try:
+            volume = predictors[waiting[0]].read(files) if waiting else None
+        except Exception as error:  # readers of broken files raise whatever they like
+            return failures | dict.fromkeys(predictors, f"{files[0]} was not segmented: {error}")
+        for cell in waiting:
             try:
-                volume = volume or predictor.read(files)
-                report = predictor.segment(volume, cell.predictions / f"{case}{ending}")
+                report = predictors[cell].segment(volume, cell.predictions / f"{case}{_ending(cell)}")
                 if cell.method.transductive:
                     write_atomically(cell.predictions / f"{case}_sizes.json", json.dumps(report, indent=1))
-            except (RuntimeError, ValueError, OSError) as error:
-                failures[cell] = str(error)
+            except Exception as error:
+                failures[cell] = f"{files[0]} was not segmented: {error}"
                 del predictors[cell]
     for cell in predictors:
         try:
@@ -69,3 +95,21 @@ def _predict_together(cells: list[Cell]) -> dict[Cell, str]:
         except RuntimeError as error:
             failures[cell] = str(error)
     return failures
+
+
+def _ending(cell: Cell) -> str:
+    return cell.study.target.dataset_json["file_ending"]
+
+
+def _segmented(cell: Cell, case: str) -> bool:
+    files = [f"{case}{_ending(cell)}"] + [f"{case}_sizes.json"] * cell.method.transductive
+    return all((cell.predictions / file).exists() for file in files)
+
+
+def _keep_what_these_weights_predicted(cell: Cell) -> None:
+    """Clear the predictions of other weights; an interrupted run of these goes on."""
+    mark = cell.predictions / WEIGHTS_FILE
+    if not mark.exists() or json.loads(mark.read_text()) != cell.weights:
+        shutil.rmtree(cell.predictions, ignore_errors=True)
+        cell.predictions.mkdir(parents=True)
+        write_atomically(mark, json.dumps(cell.weights))

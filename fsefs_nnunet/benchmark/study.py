@@ -19,12 +19,16 @@ from fsefs_nnunet.splits import SPLITS_FILE, load_splits
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """A dataset with one set of plans and splits, what it is evaluated on, and the folder of the outputs."""
+    """A dataset with one set of plans and splits, what it is evaluated on, and the folder of the outputs.
+
+    scratch_minutes: of trainings from scratch; None: as long as the longest other method.
+    """
 
     experiment: OwnExperiment
     plans: dict
     splits: dict
     target: Target
+    scratch_minutes: float | None = None
 
     @property
     def plans_file(self) -> Path:
@@ -63,10 +67,18 @@ class Study:
         return match_labels(foreground_names(labels, True), find_backbone(self.backbone["backbone"]).head_classes)
 
 
-def open_study(dataset_id: str, plans_name: str, test: tuple[Path, Path] | None, output: Path, device: str) -> Study:
+def open_study(
+    dataset_id: str,
+    plans_name: str,
+    test: tuple[Path, Path] | None,
+    output: Path | None,
+    device: str,
+    scratch_minutes: float | None = None,
+) -> Study:
     """
     Args:
         test: folders of images and labels; default: the labelled queries of the splits.
+        output: default: ./fseft_benchmark/DATASET_PLANS.
 
     Raises:
         InputError: for folders, plans, splits or a device that are not there, and without MONAI.
@@ -81,8 +93,9 @@ def open_study(dataset_id: str, plans_name: str, test: tuple[Path, Path] | None,
     splits = load_splits(preprocessed / SPLITS_FILE)
     target = test_set(*test, raw) if test else queries(splits, raw, preprocessed)
     device_named(device)  # a GPU that is not there is told before the first training
-    experiment = OwnExperiment(_writable(output), name, plans_name, device)
-    study = Study(experiment, json.loads(file.read_text()), splits, target)
+    work = _writable(output or Path("fseft_benchmark") / f"{name}_{plans_name}")
+    experiment = OwnExperiment(work, name, plans_name, device)
+    study = Study(experiment, json.loads(file.read_text()), splits, target, scratch_minutes)
     if not study.planned_shots:
         raise InputError(f"{file} has no K-shot configuration: plan with `fseft plan -d ID`.")
     return study

@@ -31,21 +31,24 @@ class Target:
     def is_queries(self) -> bool:
         return self.name == "queries"
 
+    def image_files(self) -> dict[str, list[str]]:
+        """The cases' images, one file per channel."""
+        found = images_in(self.images, self.dataset_json)
+        return {case: found[case] for case in self.cases}
+
     def image_folder(self, work: Path) -> Path:
-        """A folder of the cases' images alone; of queries, links to them below `work`, copies where there are none."""
+        """A folder of the cases' images alone; of queries, new links to them below `work`, or copies."""
         if not self.is_queries:
             return self.images
-        folder = work / "query_images"
-        folder.mkdir(exist_ok=True)
-        wanted = images_in(self.images, self.dataset_json)
-        for case in self.cases:
-            for file in map(Path, wanted[case]):
-                link = folder / file.name
-                if not link.exists():
-                    try:
-                        os.symlink(file.resolve(), link)
-                    except OSError:  # not every file system has links
-                        shutil.copy(file, link)
+        folder = work / "fseft_query_images"
+        shutil.rmtree(folder, ignore_errors=True)  # of other splits, or of another dataset
+        folder.mkdir()
+        for files in self.image_files().values():
+            for file in map(Path, files):
+                try:
+                    os.symlink(file.resolve(), folder / file.name)
+                except OSError:  # not every file system has links
+                    shutil.copy(file, folder / file.name)
         return folder
 
 

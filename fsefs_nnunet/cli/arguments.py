@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
@@ -11,6 +12,16 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
 
 def add_device(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("-device", default=default, choices=["cpu", "cuda", "mps"], help=f"default: {default}")
+
+
+def minutes_argument(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number of minutes")
+    return value
 
 
 def shots_argument(text: str) -> int | str:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fsefs_nnunet.cli.arguments import add_dataset, add_device, shots_argument
+from fsefs_nnunet.cli.arguments import add_dataset, add_device, minutes_argument, shots_argument
 from fsefs_nnunet.errors import InputError
+
+if TYPE_CHECKING:
+    from fsefs_nnunet.benchmark.study import Study
 
 
 def register(verb) -> None:
@@ -26,7 +30,13 @@ def register(verb) -> None:
     parser.add_argument("-p", default="FSEFTPlans", metavar="PLANS", help="default: FSEFTPlans")
     parser.add_argument("-i", metavar="IMAGES", help="test set, in nnU-Net's naming; default: the labelled queries")
     parser.add_argument("-l", metavar="LABELS", help="reference segmentations of the test set")
-    parser.add_argument("-o", default="fseft_benchmark", metavar="FOLDER", help="default: ./fseft_benchmark")
+    parser.add_argument("-o", type=Path, metavar="FOLDER", help="default: ./fseft_benchmark/DATASET_PLANS")
+    parser.add_argument(
+        "--scratch_minutes",
+        type=minutes_argument,
+        metavar="M",
+        help="training time from scratch; default: that of the longest other method of the same shots and fold",
+    )
     add_device(parser, "cuda")
 
 
@@ -37,14 +47,15 @@ def benchmark(args: argparse.Namespace) -> None:
     if (args.i is None) != (args.l is None):
         raise InputError("-i IMAGES and -l LABELS belong together: give both for a test set, none for the queries.")
     test = (Path(args.i).resolve(), Path(args.l).resolve()) if args.i else None
-    study = open_study(args.d, args.p, test, Path(args.o), args.device)
-    run_cells(study, plan_cells(study, args.shots, args.folds, args.methods), command_of(args, test))
+    study = open_study(args.d, args.p, test, args.o, args.device, args.scratch_minutes)
+    run_cells(study, plan_cells(study, args.shots, args.folds, args.methods), command_of(args, study))
 
 
-def command_of(args: argparse.Namespace, test: tuple[Path, Path] | None) -> list[str]:
+def command_of(args: argparse.Namespace, study: Study) -> list[str]:
     """What to type to get the same again, from any folder."""
     command = ["fseft", "benchmark", "-d", args.d, "-p", args.p, "-device", args.device, "--folds", str(args.folds)]
     for flag, chosen in (("--shots", args.shots), ("--methods", args.methods)):
         command += [flag, *map(str, chosen)] if chosen else []
-    command += ["-i", str(test[0]), "-l", str(test[1])] if test else []
-    return [*command, "-o", str(Path(args.o).resolve())]
+    command += ["--scratch_minutes", f"{args.scratch_minutes:g}"] if args.scratch_minutes else []
+    command += ["-i", str(study.target.images), "-l", str(study.target.labels)] if args.i else []
+    return [*command, "-o", str(study.experiment.work)]

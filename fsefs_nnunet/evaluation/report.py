@@ -94,11 +94,14 @@ def ranked_overlays(predictions: Path, images: Path, labels: Path, dataset_json:
 
 def size_section(fold: Path) -> list[str]:
     """Chart and table of the prior, the sizes predicted on the queries, and the sizes of their labels."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
     priors, predicted = logged_sizes(fold)
     if not priors:
         return [html.paragraph("The size prior had no effect in this training.")]
-    labelled = reference_sizes(fold / "validation" / "summary.json", organs(dataset_of(fold)))
     plans = json.loads((fold.parent / "plans.json").read_text())
+    reader = PlansManager(plans).image_reader_writer_class()
+    labelled = reference_sizes(fold / "validation" / "summary.json", organs(dataset_of(fold)), reader)
     gamma = plans["configurations"][fold.parent.name.split("__")[-1]]["fseft_gamma"]
     rows = [
         {

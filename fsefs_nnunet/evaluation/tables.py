@@ -68,20 +68,22 @@ def best_median_worst(dice: dict[str, float]) -> dict[str, str]:
     return {"best": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "worst": ranked[-1]}
 
 
-def reference_sizes(summary_json_file: str | Path, labels: dict[str, int | list[int]]) -> dict[str, dict[str, float]]:
+def reference_sizes(
+    summary_json_file: str | Path, labels: dict[str, int | list[int]], reader
+) -> dict[str, dict[str, float]]:
     """Size in ml of each label by case, from the voxels that nnU-Net counted in the reference segmentations.
 
     Args:
         summary_json_file: with the predictions beside it, whose headers say how large a voxel is.
         labels: names and values as in dataset.json.
+        reader: nnU-Net's reader of these files.
     """
-    import nibabel as nib
-
     summary_json_file = Path(summary_json_file)
     sizes = {}
     for case in json.loads(summary_json_file.read_text())["metric_per_case"]:
         prediction = Path(case["prediction_file"]).name
-        voxel_ml = prod(map(float, nib.load(summary_json_file.with_name(prediction)).header.get_zooms()[:3])) / 1000
+        _, properties = reader.read_seg(str(summary_json_file.with_name(prediction)))
+        voxel_ml = prod(map(float, properties["spacing"])) / 1000
         voxels = {name: case["metrics"][summary_key(value)]["n_ref"] for name, value in labels.items()}
         sizes[prediction] = {name: count * voxel_ml for name, count in voxels.items()}
     return sizes
