@@ -8,6 +8,9 @@ converted, assembled, and pretrained on twice, by Eq. (1) (`masked`) and with mi
 (`unmasked`). The other 50 and the test cases come from a simulated scanner (`drifted`); the pretrained models, and
 the embedded backbone, are adapted to 1, 5 and 10 of them. Figures are of the 30 test cases; 40 of the 50 are queries,
 whose labels nothing sees. Stages that are done are not done again.
+
+Both pretrainings run once more, for a shorter time and to the zero-shot prediction alone, without the weight that
+PartialLabelLoss gives the voxels of small organs (`masked_unweighted`, `unmasked_unweighted`).
 """
 
 from __future__ import annotations
@@ -35,13 +38,21 @@ from fsefs_nnunet.experiment import Experiment, training_seconds
 PRETRAINING_CASES, SEED = 60, 0
 SOURCES = {11: ("anterior", 1), 12: ("posterior", 2)}  # id of the converted dataset -> what it annotates
 MASKED, UNMASKED, DRIFTED = "Dataset900_Union", "Dataset901_Unmasked", "Dataset920_DriftedHippocampus"
-PRETRAINING_PLANS, MODEL = "FSEFTPretrainingPlans", "FSEFTPretrainer__FSEFTPretrainingPlans__3d_fullres"
-BACKBONES = {"masked": MASKED, "unmasked": UNMASKED, "phantom": None}
+PRETRAINING_PLANS, TRAINER, UNWEIGHTED = "FSEFTPretrainingPlans", "FSEFTPretrainer", "FSEFTPretrainer_Unweighted"
 METHODS = {
     "masked": ("zero_shot", "adapter", "fseft", "scratch"),
     "unmasked": ("zero_shot", "adapter", "fseft"),
     "phantom": ("adapter", "fseft"),
+    "masked_unweighted": ("zero_shot",),
+    "unmasked_unweighted": ("zero_shot",),
 }
+PRETRAINED = {
+    "masked": (MASKED, TRAINER),
+    "unmasked": (UNMASKED, TRAINER),
+    "masked_unweighted": (MASKED, UNWEIGHTED),
+    "unmasked_unweighted": (UNMASKED, UNWEIGHTED),
+}
+UNWEIGHTED_SHARE = 0.3  # of --minutes
 
 
 def drifted(image: np.ndarray, case: str) -> np.ndarray:
@@ -144,11 +155,14 @@ def once(mark: Path, stage: Callable, *args) -> None:
 
 def pretrain(experiment: Experiment, name: str, minutes: float) -> None:
     """Fold `all`, then the import as backbone `name`."""
-    arguments = (experiment.dataset, "3d_fullres", "all", "-tr", "FSEFTPretrainer", "-p", PRETRAINING_PLANS)
-    budget = {"fseft_train_minutes": f"{minutes:g}", "nnUNet_n_proc_DA": "1"}
-    experiment.run("nnUNetv2_train", *arguments, "-device", experiment.device, "--c", **budget)
-    model = experiment.folders["nnUNet_results"] / experiment.dataset / MODEL
-    experiment.run("fseft", "backbones", "import", name, model)
+    trainer = PRETRAINED[name][1]
+    environment = {"fseft_train_minutes": f"{minutes:g}", "nnUNet_n_proc_DA": "1"}
+    if trainer == UNWEIGHTED:
+        environment["fseft_train_minutes"] = f"{UNWEIGHTED_SHARE * minutes:g}"
+        environment["nnUNet_extTrainer"] = str(Path(__file__).parent / "unweighted_loss")
+    arguments = (experiment.dataset, "3d_fullres", "all", "-tr", trainer, "-p", PRETRAINING_PLANS)
+    experiment.run("nnUNetv2_train", *arguments, "-device", experiment.device, "--c", **environment)
+    experiment.run("fseft", "backbones", "import", name, experiment.model(trainer, "3d_fullres"))
 
 
 def plan(experiment: Experiment, backbone: str) -> None:
@@ -189,7 +203,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=20, help="of each pretraining; default: 20")
     parser.add_argument("--folds", type=int, default=1, help="draws of the support; default: 1")
-    parser.add_argument("--only", choices=BACKBONES, nargs="+", default=list(BACKBONES), help="default: all three")
+    parser.add_argument("--only", choices=METHODS, nargs="+", default=list(METHODS), help="default: all")
     parser.add_argument("-device", default="cpu", help="as nnUNetv2_train")
     args = parser.parse_args()
     if "FSEFT_SHARED" not in os.environ:
@@ -204,25 +218,17 @@ def main() -> None:
     once(work / "unmasked", unmask, masked, unmasked)
     once(work / "drifted", write_drifted, work / "nnUNet_raw" / DRIFTED, source, others)
     folders = {}
-    for backbone, dataset in BACKBONES.items():
-        if backbone not in args.only:
-            continue
-        if dataset:
-            once(
-                work / f"pretrained_{backbone}",
-                pretrain,
-                {MASKED: masked, UNMASKED: unmasked}[dataset],
-                backbone,
-                args.minutes,
-            )
+    for backbone in args.only:
+        if backbone in PRETRAINED:
+            dataset, trainer = PRETRAINED[backbone]
+            experiment = masked if dataset == MASKED else unmasked
+            once(work / f"pretrained_{backbone}", pretrain, experiment, backbone, args.minutes)
+            seconds = training_seconds(experiment.model(trainer, "3d_fullres") / "fold_all")
+            print(f"{backbone}: pretrained for {seconds:.0f} s")
         plans = "FSEFTPlans" if backbone == "phantom" else f"FSEFTPlans_{backbone}"
         experiment = Experiment(work, DRIFTED, plans, args.device)
         once(work / f"planned_{backbone}", plan, experiment, backbone)
         folders[backbone] = adapt(experiment, backbone, args.folds)
-    for dataset, experiment in ((MASKED, masked), (UNMASKED, unmasked)):
-        fold = experiment.folders["nnUNet_results"] / dataset / MODEL / "fold_all"
-        if fold.exists():
-            print(f"{dataset}: pretrained for {training_seconds(fold):.0f} s")
     text = markdown_table(table(folders))
     (work / "table.md").write_text(text)
     print(text)

@@ -49,8 +49,12 @@ class PartialLabelLoss(nn.Module):
     def forward(self, logits: torch.Tensor, target: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """logits, target (B, K, X, Y, Z); w (B, K), with at least one annotated class in every case."""
         logits, target = logits.float(), target.float()
-        size = target.sum((2, 3, 4), keepdim=True)
-        weight = ((target[0, 0].numel() - size) / size.clamp_min(1)).sqrt().clamp_min(1)
+        weight = self.weight_of_class(target)
         bce = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none").mean((2, 3, 4))
         per_class = bce + soft_dice(torch.sigmoid(logits), target)
         return ((per_class * w).sum(1) / w.sum(1)).mean()
+
+    def weight_of_class(self, target: torch.Tensor) -> torch.Tensor:
+        """Weight (B, K, 1, 1, 1) of a class's voxels in the cross-entropy."""
+        size = target.sum((2, 3, 4), keepdim=True)
+        return ((target[0, 0].numel() - size) / size.clamp_min(1)).sqrt().clamp_min(1)
