@@ -41,12 +41,13 @@ def prepare(experiment: Experiment) -> None:
         done.touch()
 
 
-def run_demo(folder: Path, seconds: float | None = None, device: str = "cpu") -> None:
+def run_demo(folder: Path, seconds: float | None = None, device: str | None = None) -> None:
     """Run what is not done yet and write `table.md`, `report.html` and one overlay per method below `folder`.
 
     seconds: training time of the from-scratch baseline; default: as long as the adapter with the prior took.
     """
     from fsefs_nnunet.datasets.phantoms import DEMO_DRIFT
+    from fsefs_nnunet.devices import device_named
     from fsefs_nnunet.evaluation.overlays import save_overlay
     from fsefs_nnunet.evaluation.report import write_report
     from fsefs_nnunet.evaluation.tables import markdown_table, mean_dice
@@ -56,7 +57,7 @@ def run_demo(folder: Path, seconds: float | None = None, device: str = "cpu") ->
         raise InputError(f"{folder} holds other files: choose an empty or a new folder with -o.")
     if not os.access(folder.parent, os.W_OK):
         raise InputError(f"{folder.parent} cannot be written: choose another folder with -o.")
-    experiment = Experiment(folder, DATASET, device=device)
+    experiment = Experiment(folder, DATASET, device=device_named(device).type)
     start = time()
     print("1/6 phantoms, plans, preprocessing", flush=True)
     prepare(experiment)

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 import fsefs_nnunet
+from fsefs_nnunet.errors import InputError
 
 # glibc gives large activations back to the system after each layer and fetches them anew for the next, a quarter of
 # the time of Swin UNETR on a CPU; so it keeps them, for a fifth more memory
@@ -60,7 +61,7 @@ class Experiment:
         """Run a command of nnU-Net's or ours; its output goes to `work`/log.txt.
 
         Raises:
-            RuntimeError: if it fails, with the end of its output.
+            InputError: if it fails, with the end of its output.
         """
         log = self.work / "log.txt"
         line = " ".join([command, *map(str, args)])
@@ -75,7 +76,7 @@ class Experiment:
             code = subprocess.run([program, *map(str, args)], env=env, stdout=f, stderr=subprocess.STDOUT).returncode
         if code:
             tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-15:])
-            raise RuntimeError(f"`{line}` failed; {log} ends with:\n{tail}")
+            raise InputError(f"`{line}` failed; {log} ends with:\n{tail}")
 
     def model(self, trainer: str, configuration: str) -> Path:
         return self.folders["nnUNet_results"] / self.dataset / f"{trainer}__{self.plans}__{configuration}"

@@ -116,7 +116,9 @@ def zero_shot_plans(contract: BackboneContract, dataset_json: dict, images: dict
     }
 
 
-def predict_zero_shot(dataset_id: int | str, backbone_id: str, images_folder: Path, output: Path, device: str) -> None:
+def predict_zero_shot(
+    dataset_id: int | str, backbone_id: str, images_folder: Path, output: Path, device: str | None
+) -> None:
     """Segment the images of a folder into `output`, in nnU-Net's naming, by nnU-Net's sliding window.
 
     Only the dataset's dataset.json is read. Labels that the backbone's head does not know stay background.

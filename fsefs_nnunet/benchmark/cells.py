@@ -154,8 +154,7 @@ class Cell:
         spent: seconds that the benchmark has taken for it already.
 
         Raises:
-            RuntimeError: if a command fails.
-            InputError: if what it left cannot be evaluated.
+            InputError: if a command fails, or what it left cannot be evaluated.
         """
         start, target = time(), self.study.target
         self.folder.mkdir(parents=True, exist_ok=True)

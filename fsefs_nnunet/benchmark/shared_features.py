@@ -92,7 +92,7 @@ def _predict_together(cells: list[Cell]) -> dict[Cell, str]:
     for cell in predictors:
         try:
             cell.count_dice()
-        except RuntimeError as error:
+        except FAILURES as error:
             failures[cell] = str(error)
     return failures
 

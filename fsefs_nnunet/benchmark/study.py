@@ -72,7 +72,7 @@ def open_study(
     plans_name: str,
     test: tuple[Path, Path] | None,
     output: Path | None,
-    device: str,
+    device: str | None,
     scratch_minutes: float | None = None,
 ) -> Study:
     """
@@ -92,9 +92,9 @@ def open_study(
         raise InputError(f"{file} is missing: `fseft plan_and_preprocess -d ID` makes it, -p chooses other plans.")
     splits = load_splits(preprocessed / SPLITS_FILE)
     target = test_set(*test, raw) if test else queries(splits, raw, preprocessed)
-    device_named(device)  # a GPU that is not there is told before the first training
+    kind = device_named(device).type  # a GPU that is not there is told before the first training
     work = _writable(output or Path("fseft_benchmark") / f"{name}_{plans_name}")
-    experiment = OwnExperiment(work, name, plans_name, device)
+    experiment = OwnExperiment(work, name, plans_name, kind)
     study = Study(experiment, json.loads(file.read_text()), splits, target, scratch_minutes)
     if not study.planned_shots:
         raise InputError(f"{file} has no K-shot configuration: plan with `fseft plan -d ID`.")

@@ -10,8 +10,8 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", required=True, metavar="DATASET", help="id or name of a nnU-Net raw dataset")
 
 
-def add_device(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("-device", default=default, choices=["cpu", "cuda", "mps"], help=f"default: {default}")
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one, else cpu")
 
 
 def minutes_argument(text: str) -> float:

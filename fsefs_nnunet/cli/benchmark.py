@@ -37,7 +37,7 @@ def register(verb) -> None:
         metavar="M",
         help="training time from scratch; default: that of the longest other method of the same shots and fold",
     )
-    add_device(parser, "cuda")
+    add_device(parser)
 
 
 def benchmark(args: argparse.Namespace) -> None:
@@ -53,7 +53,8 @@ def benchmark(args: argparse.Namespace) -> None:
 
 def command_of(args: argparse.Namespace, study: Study) -> list[str]:
     """What to type to get the same again, from any folder."""
-    command = ["fseft", "benchmark", "-d", args.d, "-p", args.p, "-device", args.device, "--folds", str(args.folds)]
+    device = study.experiment.device
+    command = ["fseft", "benchmark", "-d", args.d, "-p", args.p, "-device", device, "--folds", str(args.folds)]
     for flag, chosen in (("--shots", args.shots), ("--methods", args.methods)):
         command += [flag, *map(str, chosen)] if chosen else []
     command += ["--scratch_minutes", f"{args.scratch_minutes:g}"] if args.scratch_minutes else []

@@ -12,7 +12,7 @@ def register(verb) -> None:
     parser = verb("demo", demo, "Synthetic data, 5 labelled cases, four methods: tables, pictures, a report.")
     parser.add_argument("-o", default="fseft_demo", metavar="FOLDER", help="default: ./fseft_demo")
     parser.add_argument("--seconds", type=float, default=None, help="training time of the from-scratch baseline")
-    add_device(parser, "cpu")
+    add_device(parser)
 
 
 def demo(args: argparse.Namespace) -> None:

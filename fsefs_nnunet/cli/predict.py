@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fsefs_nnunet.cli.arguments import add_device
 from fsefs_nnunet.errors import InputError
 
 
@@ -38,7 +39,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", default="FSEFTPlans", metavar="PLANS", help="default: FSEFTPlans")
     parser.add_argument("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="default: 0 1 2 3 4")
     parser.add_argument("-chk", default="checkpoint_final.pth", metavar="FILE", help="default: checkpoint_final.pth")
-    parser.add_argument("-device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one, else cpu")
+    add_device(parser)
 
 
 def _model(args: argparse.Namespace):

@@ -14,7 +14,7 @@ def register(verb) -> None:
     parser.add_argument("-b", default="phantom", metavar="BACKBONE", help="see `fseft backbones list`")
     parser.add_argument("-i", required=True, metavar="FOLDER", help="images in nnU-Net's naming")
     parser.add_argument("-o", required=True, metavar="FOLDER", help="segmentations")
-    add_device(parser, "cuda")
+    add_device(parser)
 
 
 def zero_shot(args: argparse.Namespace) -> None:
