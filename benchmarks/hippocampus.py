@@ -36,6 +36,13 @@ CONTROLS = {"random": "control: random backbone", "raw": "control: raw image"}
 CLASSES = ("Anterior", "Posterior")
 
 
+def decathlon_folder() -> Path:
+    """Task04_Hippocampus, where the environment variable FSEFT_SHARED says."""
+    if "FSEFT_SHARED" not in os.environ:
+        sys.exit("Set FSEFT_SHARED to the folder that holds data/Task04_Hippocampus.")
+    return Path(os.environ["FSEFT_SHARED"]) / "data" / "Task04_Hippocampus"
+
+
 def write_controls(folder: Path) -> None:
     """Backbones `random` (the embedded one's architecture, untrained) and `raw` (the image itself)."""
     import torch
@@ -129,9 +136,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="figures of the queries, imagesTs stays unseen")
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
-    if "FSEFT_SHARED" not in os.environ:
-        sys.exit("Set FSEFT_SHARED to the folder that holds data/Task04_Hippocampus.")
-    source = Path(os.environ["FSEFT_SHARED"]) / "data" / "Task04_Hippocampus"
+    source = decathlon_folder()
     args.work.mkdir(parents=True, exist_ok=True)
     work = args.work.resolve()
     prepare(Experiment(work, DATASET), source)

@@ -15,11 +15,11 @@ import filecmp
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from hippocampus import decathlon_folder
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 
 from fsefs_nnunet.evaluation.tables import markdown_table, mean_dice
@@ -108,9 +108,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
-    if "FSEFT_SHARED" not in os.environ:
-        sys.exit("Set FSEFT_SHARED to the folder that holds data/Task04_Hippocampus.")
-    source = Path(os.environ["FSEFT_SHARED"]) / "data" / "Task04_Hippocampus"
+    source = decathlon_folder()
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     rows = []

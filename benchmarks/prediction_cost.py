@@ -8,13 +8,11 @@ Uses the trainings of benchmarks/hippocampus.py at K = 5 in the same folder; tra
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import sys
 from pathlib import Path
 from time import monotonic
 
-from hippocampus import DATASET, prepare
+from hippocampus import DATASET, decathlon_folder, prepare
 
 from fsefs_nnunet.evaluation.tables import markdown_table
 from fsefs_nnunet.experiment import Experiment
@@ -33,11 +31,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="the fastest counts; default: 2")
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
-    if "FSEFT_SHARED" not in os.environ:
-        sys.exit("Set FSEFT_SHARED to the folder that holds data/Task04_Hippocampus.")
     work = args.work.resolve()
     experiment = Experiment(work, DATASET, device=args.device)
-    prepare(experiment, Path(os.environ["FSEFT_SHARED"]) / "data" / "Task04_Hippocampus")
+    prepare(experiment, decathlon_folder())
     for fold in FOLDS:
         if not (experiment.model(TRAINER, CONFIGURATION) / f"fold_{fold}" / "checkpoint_final.pth").exists():
             experiment.train(TRAINER, CONFIGURATION, int(fold))

@@ -20,7 +20,6 @@ import csv
 import json
 import os
 import shutil
-import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from hippocampus import decathlon_folder
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from pretrain_phantom import FEATURES
 from scipy.ndimage import gaussian_filter, zoom
@@ -206,9 +206,7 @@ def main() -> None:
     parser.add_argument("--only", choices=METHODS, nargs="+", default=list(METHODS), help="default: all")
     parser.add_argument("-device", default="cpu", help="as nnUNetv2_train")
     args = parser.parse_args()
-    if "FSEFT_SHARED" not in os.environ:
-        sys.exit("Set FSEFT_SHARED to the folder that holds data/Task04_Hippocampus.")
-    source = Path(os.environ["FSEFT_SHARED"]) / "data" / "Task04_Hippocampus"
+    source = decathlon_folder()
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     os.environ["fseft_backbones"] = str(work / "backbones")

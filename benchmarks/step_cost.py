@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from time import monotonic
 
 import numpy as np
 import torch
-from hippocampus import DATASET, prepare
+from hippocampus import DATASET, decathlon_folder, prepare
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.bank_disk import used_bytes
@@ -96,10 +95,8 @@ def main() -> None:
     if args.way:
         print(json.dumps(measure(work, args.way, args.steps)))
         return
-    if "FSEFT_SHARED" not in os.environ:
-        sys.exit("Set FSEFT_SHARED to the folder that holds data/Task04_Hippocampus.")
     experiment = Experiment(work, DATASET)
-    prepare(experiment, Path(os.environ["FSEFT_SHARED"]) / "data" / "Task04_Hippocampus")
+    prepare(experiment, decathlon_folder())
     rows = []
     env = {**experiment.environment(), "nnUNet_results": str(work / "step_cost"), "nnUNet_n_proc_DA": "0"}
     for way in ("bank", *WAYS):  # the first fills the bank
