@@ -1,5 +1,6 @@
 """What all converters share: the command, resuming, bad input."""
 
+import contextlib
 import errno
 import gzip
 import json
@@ -274,6 +275,38 @@ def die(case: int) -> None:
 def test_a_process_that_is_killed():
     with pytest.raises(InputError, match="One of 2 processes was killed.*again with a smaller -np"):
         run_jobs(die, [(1,), (2,)], 2, "dying")
+
+
+def test_results_come_in_the_order_of_the_jobs():
+    assert run_jobs(pow, [(i, 2) for i in range(9)], 2, "squares") == [i**2 for i in range(9)]
+
+
+def test_an_error_ends_what_runs():
+    started = time.monotonic()
+    with pytest.raises(TypeError):
+        run_jobs(time.sleep, [("no number",), (100,), (100,)], 2, "sleeping")
+    assert time.monotonic() - started < 60
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    """SIGKILL, as a cluster sends it, leaves the command no time to end its workers."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import time\n"
+        "from fsefs_nnunet.datasets.building import run_jobs\n"
+        "if __name__ == '__main__':\n"
+        "    run_jobs(time.sleep, [(1,)] * 1000, 2, 'sleeping')\n"
+    )
+    # the workers hold the other end of stderr: it closes with the last of them
+    process = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        assert process.stderr.read(1)  # the progress bar
+        time.sleep(5)
+        process.kill()
+        process.communicate(timeout=30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_two_cases_of_one_name():

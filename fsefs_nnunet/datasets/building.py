@@ -8,11 +8,12 @@ import os
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from tqdm import tqdm
@@ -96,6 +97,13 @@ class UnfinishedDataset:
 def _quiet_worker() -> None:
     # the parent tells the user
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # an executor's workers outlive a parent that is killed, and wait for ever
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
 
 
 def _returning(job: tuple[Callable, tuple]) -> object:
@@ -123,7 +131,9 @@ def run_jobs(function: Callable, jobs: Iterable[tuple], num_processes: int, text
             try:
                 return _collected(pool.map(_returning, todo), len(todo), text)
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # what runs is finished, what waits is not begun
+                # shutdown would wait for what runs, minutes for a large case; public from Python 3.14 on
+                for worker in list(pool._processes.values()):
+                    worker.terminate()
                 raise
     except BrokenProcessPool:
         raise InputError(
