@@ -1,3 +1,4 @@
+import errno
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from source_trees import AFFINES, SHAPE, save
 
 from fsefs_nnunet.cli.main import main
+from fsefs_nnunet.datasets import volumes
 from fsefs_nnunet.datasets.common_labels import common_labels
 from fsefs_nnunet.datasets.conversion import convert
 from fsefs_nnunet.datasets.tables import tables
@@ -222,6 +224,51 @@ def test_refused_assemblies(raw, capsys):
     finished = raw / "Dataset900_Universal"
     assert (finished / "labelsTr" / "One_x.nii.gz").lstat().st_mtime_ns == started
     assert not unfinished.exists() and not (finished / "records").exists()
+
+
+def test_unfinished_assembly_of_other_datasets(raw, capsys):
+    """Finished cases are taken over by the same datasets with the same labels in the same order alone."""
+    one = write_dataset(raw, 11, "One", ["liver", "spleen"], {"x": stripes(2)})
+    write_dataset(raw, 12, "Two", ["liver", "spleen"], {"x": stripes(3)}, seed=1)
+    write_dataset(raw, 13, "Three", ["liver", "spleen"], {"x": stripes(2)}, seed=2)
+    assert "has values [3]" in refused(capsys, "-d", 11, 12, "-o", 900)
+    begun = "was begun with other options, labels or cases: delete it first"
+    assert begun in refused(capsys, "-d", 11, 13, "-o", 900)
+    assert begun in refused(capsys, "-d", 12, 11, "-o", 900)
+    content = json.loads((one / "dataset.json").read_text())
+    content["labels"] = {"background": 0, "liver": 2, "spleen": 1}
+    (one / "dataset.json").write_text(json.dumps(content))
+    assert begun in refused(capsys, "-d", 11, 12, "-o", 900)
+
+
+def test_no_space_left(raw, monkeypatch, capsys):
+    """The disk fills up at the second case; with space again the same command goes on."""
+    write_dataset(raw, 11, "One", ["liver", "spleen"], {"x": stripes(2)})
+    write_dataset(raw, 12, "Two", ["liver", "spleen"], {"x": stripes(2)}, seed=1)
+    link = volumes.os.symlink
+
+    def full(source, target):
+        if "Two_x" in str(target):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        link(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(volumes.os, "symlink", full)
+        assert "run the same command again" in refused(capsys, "-d", 11, 12, "-o", 900)
+    first = (raw / ".Dataset900_Universal.part" / "imagesTr" / "One_x_0000.nii.gz").lstat().st_mtime_ns
+    assert assemble("-d", 11, 12, "-o", 900) == 0
+    out = raw / "Dataset900_Universal"
+    assert (out / "imagesTr" / "One_x_0000.nii.gz").lstat().st_mtime_ns == first
+    assert json.loads((out / "dataset.json").read_text())["numTraining"] == 2
+
+
+def test_cases_whose_short_names_are_one(raw):
+    """A + 1_x and A_1 + x."""
+    write_dataset(raw, 11, "A", ["liver", "spleen"], {"1_x": stripes(2)})
+    write_dataset(raw, 12, "A_1", ["liver", "spleen"], {"x": stripes(2)}, seed=1)
+    assert assemble("-d", 11, 12, "-o", 900) == 0
+    names = sorted(file.name for file in (raw / "Dataset900_Universal" / "labelsTr").iterdir())
+    assert names == ["Dataset011_A_1_x.nii.gz", "Dataset012_A_1_x.nii.gz"]
 
 
 # ---- nnU-Net, our planner, our pretrainer ----

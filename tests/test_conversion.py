@@ -244,7 +244,7 @@ def test_interrupt_and_resume(tree, raw, capsys):
     done = {file.stem for file in (building / "records").glob("*.json")}
     assert 0 < len(done) < 600
     message = refused(capsys, "BTCV", "-i", tree.folder, "-d", 11, "--classes", "liver")
-    assert "is unfinished and was begun with other options: delete it first" in message
+    assert "is unfinished and was begun with other options, labels or cases: delete it first" in message
     written = {case: (building / "labelsTr" / f"{case}.nii.gz").lstat().st_mtime_ns for case in done - {"img0040"}}
     assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 1) == 0
     out = raw / "Dataset011_BTCV"

@@ -79,9 +79,11 @@ def assemble(dataset_ids: list[int | str], dataset_id: int, template: str, num_p
     target = new_dataset(dataset_id, template.capitalize())
     for line in conflicts(members, common):
         print(line)
-    prefix = short_names([member.name for member in members])
+    prefix = short_names(members)
     names = {m.name: {case: f"{prefix[m.name]}_{case}" for case in m.files} for m in members}
-    building = UnfinishedDataset(target, {"assembly": names, "labels": common.labels})
+    # a list: which member comes first decides who keeps a repeated patient
+    made_of = [[m.name, m.labels, names[m.name]] for m in members]
+    building = UnfinishedDataset(target, {"assembly": made_of, "labels": common.labels})
     jobs = [
         (name, m.files[case], {0: 0, **{m.labels[label]: new for label, new in common.values[m.name].items()}})
         for m in members
@@ -114,10 +116,13 @@ def assemble(dataset_ids: list[int | str], dataset_id: int, template: str, num_p
     return target
 
 
-def short_names(names: list[str]) -> dict[str, str]:
-    """Names of datasets without DatasetXXX_, where that tells them apart."""
+def short_names(members: list[Member]) -> dict[str, str]:
+    """Names of datasets without DatasetXXX_, where that tells them and their cases apart."""
+    names = [member.name for member in members]
     short = [name.split("_", 1)[1] for name in names]
-    return dict(zip(names, short if len(set(short)) == len(short) else names))
+    cases = [f"{prefix}_{case}" for prefix, member in zip(short, members) for case in member.files]
+    apart = len(set(short)) == len(short) and len(set(cases)) == len(cases)
+    return dict(zip(names, short if apart else names))
 
 
 def image_file(folder: Path, case: str, channel: int) -> Path:

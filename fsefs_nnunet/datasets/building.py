@@ -65,7 +65,9 @@ class UnfinishedDataset:
         self.folder = target.parent / f".{target.name}.part"
         file = self.folder / "options.json"
         if file.exists() and json.loads(file.read_text()) != options:
-            raise InputError(f"{self.folder} is unfinished and was begun with other options: delete it first.")
+            raise InputError(
+                f"{self.folder} is unfinished and was begun with other options, labels or cases: delete it first."
+            )
         try:
             for name in ("imagesTr", "labelsTr", RECORDS):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
