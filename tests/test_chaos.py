@@ -10,6 +10,7 @@ import SimpleITK as sitk
 from source_trees import truncate
 
 from fsefs_nnunet.datasets.conversion import convert
+from fsefs_nnunet.errors import InputError
 
 COLUMNS, ROWS, SLICES = 9, 7, 5
 PIXEL, STEP = (0.5, 0.8), 3.0  # mm between columns, rows, slices
@@ -81,6 +82,13 @@ def test_slices_and_masks_lie_where_the_header_says(source, raw):
         ((voxel,),) = (np.argwhere(hu == HU),)
         position = nib.affines.apply_affine(image.affine, voxel)
         np.testing.assert_allclose(position, lps_of_the_liver() * (-1, -1, 1), atol=1e-4)  # NIfTI is RAS
+
+
+@pytest.mark.parametrize("patient", ["Train_Sets/CT/1", "Test_Sets/CT/3"])
+def test_one_patient_in_two_places(source, raw, patient):
+    write_patient(source / "again" / patient, head_first=False)
+    with pytest.raises(InputError, match=f"/{patient}/.* and .*/{patient}/.* are both case CHAOS_CT_"):
+        convert("CHAOS", source, 11, [], num_processes=1)
 
 
 def test_broken_patients_are_left_out(source, raw, tmp_path):

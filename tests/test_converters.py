@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -10,6 +11,7 @@ from fsefs_nnunet.datasets.conversion import convert
 from fsefs_nnunet.datasets.sides import split_sides
 from fsefs_nnunet.datasets.sources import find_source
 from fsefs_nnunet.datasets.tables import select, tables
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import TEMPLATE_29, normalised
 
 LABELS = {
@@ -65,6 +67,17 @@ def test_names_of_all_tables_are_canonical():
         for names in (source.get("labels", {}), source.get("v1", []), source.get("v2", [])):
             assert all(normalised(name) in (name, name.lower()) for name in names)
     assert all(normalised(name) == name for name in TEMPLATE_29)
+
+
+def test_one_case_in_two_places(raw, tmp_path):
+    kits = TREES["KiTS"](tmp_path / "kits")
+    shutil.copytree(kits.folder / "dataset", kits.folder / "again")
+    total_segmentator(tmp_path / "ts" / "one", "v1", ("s0000",))
+    shutil.copytree(tmp_path / "ts" / "one", tmp_path / "ts" / "two")
+    for name, folder, case in (("KiTS", kits.folder, "case_00000"), ("TotalSegmentator", tmp_path / "ts", "s0000")):
+        with pytest.raises(InputError, match=f"/{case}/.* and .*/{case}.* are both case {case}"):
+            convert(name, folder, 11, [], num_processes=1)
+    assert not list(raw.iterdir())
 
 
 # ---- TotalSegmentator ----

@@ -24,5 +24,5 @@ class AMOS22(Source):
         images, labels = self._ct(folder, "imagesTr", "imagesVa"), self._ct(folder, "labelsTr", "labelsVa")
         return paired(images, labels, "amos_{}")
 
-    def test_images(self, folder: Path) -> dict[str, Path]:
-        return {f"amos_{n}": file for n, file in self._ct(folder, "imagesTs").items()}
+    def test_images(self, folder: Path) -> list[Case]:
+        return paired(self._ct(folder, "imagesTs"), {}, "amos_{}")

@@ -19,6 +19,6 @@ class BTCV(Source):
         labels = numbered(folder.rglob("Training/label/*.nii.gz"), r"label(\d+)\.nii\.gz")
         return paired(images, labels, "img{}")
 
-    def test_images(self, folder: Path) -> dict[str, Path]:
+    def test_images(self, folder: Path) -> list[Case]:
         images = numbered(folder.rglob("Testing/img/*.nii.gz"), r"img(\d+)\.nii\.gz")
-        return {f"img{n}": file for n, file in images.items()}
+        return paired(images, {}, "img{}")

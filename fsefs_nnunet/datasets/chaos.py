@@ -33,9 +33,9 @@ class CHAOS(Source):
             for p in patients
         ]
 
-    def test_images(self, folder: Path) -> dict[str, Path]:
+    def test_images(self, folder: Path) -> list[Case]:
         patients = [p for p in self._patients(folder) if "Test_Sets" in p.parts]
-        return {f"CHAOS_CT_{p.name}": p / "DICOM_anon" for p in patients}
+        return [Case(f"CHAOS_CT_{p.name}", p / "DICOM_anon", None) for p in patients]
 
     def image_files(self, image: Path, scratch: Path) -> list[Path]:
         import SimpleITK as sitk

@@ -81,7 +81,8 @@ def find_cases(source: Source, folder: Path) -> tuple[list[Case], list[Case]]:
     cases = source.cases(folder)
     _refuse_repeated(cases)
     if any(case.image and case.label for case in cases):
-        tests = [Case(name, image, None) for name, image in source.test_images(folder).items()]
+        tests = source.test_images(folder)
+        _refuse_repeated(tests)
         return cases, tests
     packed = archives_in(folder)
     found = f"unpack {', '.join(packed[:3])} first" if packed else f"found {_listing(folder)}"

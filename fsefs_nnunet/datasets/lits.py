@@ -20,6 +20,6 @@ class LiTS(Source):
         labels = numbered(folder.rglob("segmentation-*.nii*"), r"segmentation-(\d+)\.nii(?:\.gz)?")
         return paired(images, labels, "volume-{}")
 
-    def test_images(self, folder: Path) -> dict[str, Path]:
+    def test_images(self, folder: Path) -> list[Case]:
         images = numbered(folder.rglob("test-volume-*.nii*"), r"test-volume-(\d+)\.nii(?:\.gz)?")
-        return {f"test-volume-{n}": file for n, file in images.items()}
+        return paired(images, {}, "test-volume-{}")

@@ -44,8 +44,8 @@ class MSD(Source):
         self._json(folder)
         return paired(self._files(folder / "imagesTr"), self._files(folder / "labelsTr"))
 
-    def test_images(self, folder: Path) -> dict[str, Path]:
-        return self._files(folder / "imagesTs")
+    def test_images(self, folder: Path) -> list[Case]:
+        return paired(self._files(folder / "imagesTs"), {})
 
     @staticmethod
     def _files(folder: Path) -> dict[str, Path]:

@@ -41,9 +41,9 @@ class Source:
         """Cases with labels; an image or a label without its counterpart is listed too."""
         raise NotImplementedError
 
-    def test_images(self, folder: Path) -> dict[str, Path]:
-        """Images that are published without labels, by case name."""
-        return {}
+    def test_images(self, folder: Path) -> list[Case]:
+        """Images that are published without labels."""
+        return []
 
     def image_files(self, image: Path, scratch: Path) -> list[Path]:
         """NIfTI files of a case's channels; those that have to be made first are made in the folder `scratch`."""
