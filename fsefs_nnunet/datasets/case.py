@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -51,7 +52,7 @@ def convert_case(job: Job, case: Case, test: bool = False) -> dict:
         if shutil.disk_usage(job.folder).free < 2**20:  # some libraries do not say why they cannot write
             raise OSError(errno.ENOSPC, "No space left on device") from error
         record = {"skipped": str(error)}
-        for file in (*folder.glob(f"{case.name}_????{job.ending}"), *([] if test else [label_file])):
+        for file in (*folder.glob(f"{glob.escape(case.name)}_????{job.ending}"), *([] if test else [label_file])):
             file.unlink(missing_ok=True)
     record = {"case": case.name, "test": test, **record}
     write_atomically(job.record(case, test), json.dumps(record))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from tqdm import tqdm
 
+from fsefs_nnunet.datasets.building import run_jobs
 from fsefs_nnunet.phantom import LABELS, PhantomConfig, make_phantom, pretraining_config
 
 # What the embedded backbone learns. The stomach is in every phantom and in no source: it is the organ that the
@@ -52,11 +51,6 @@ def write_case(
     nib.save(nib.Nifti1Image(labels, affine), folder / "labelsTr" / f"{case}.nii.gz")
 
 
-def _write_numbered(job: tuple, folder: Path) -> None:
-    case, seed, config, numbers, spacing = job
-    write_case(folder, case, seed, config, numbers, spacing)
-
-
 def write_dataset(folder: Path, jobs: list[tuple], labels: dict, num_processes: int, **dataset_json) -> None:
     """Write the cases `jobs` = (case, seed, config, label numbers, spacing or None) and the dataset.json."""
     from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
@@ -64,14 +58,7 @@ def write_dataset(folder: Path, jobs: list[tuple], labels: dict, num_processes: 
     folder = Path(folder)
     for name in ("imagesTr", "labelsTr"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    with get_context("spawn").Pool(num_processes) as pool:
-        list(
-            tqdm(
-                pool.imap_unordered(partial(_write_numbered, folder=folder), jobs, chunksize=8),
-                total=len(jobs),
-                desc="writing phantoms",
-            )
-        )
+    run_jobs(partial(write_case, folder), jobs, num_processes, "writing phantoms")
     generate_dataset_json(
         str(folder),
         {0: "CT"},
