@@ -27,7 +27,7 @@ from fsefs_nnunet.benchmark.methods import METHODS, choose
 from fsefs_nnunet.benchmark.outputs import figure, write_results
 from fsefs_nnunet.benchmark.report import shown
 from fsefs_nnunet.benchmark.result import Result
-from fsefs_nnunet.benchmark.shared_features import _features_of
+from fsefs_nnunet.benchmark.shared_features import _features_of, share_features
 from fsefs_nnunet.benchmark.study import open_study
 from fsefs_nnunet.benchmark.summary import case_dice, class_table, comparisons, fold_mean, spread, table
 from fsefs_nnunet.cli.main import main
@@ -287,9 +287,11 @@ def test_grid(folders):
 def test_estimate_of_the_time_left(folders):
     cells = plan_cells(study_of(folders), [1, 5], 1, ["probe", "fseft"])
     done = {cells[0]: result("probe")}  # 20 s
-    assert _left(cells, {}, {}) == ""
-    assert _left(cells, done, {}) == "; about 60 s left"
-    assert _left(cells, done, {cells[1]: "failed"}) == "; about 40 s left"
+    assert _left(cells, {}, {}, {}) == ""
+    assert _left(cells, done, {}, {}) == "; about 60 s left"
+    assert _left(cells, done, {cells[1]: "failed"}, {}) == "; about 40 s left"
+    spent = {cells[1]: 15.0, cells[2]: 30.0}  # trained and predicted already
+    assert _left(cells, done, {}, spent) == "; about 25 s left"
 
 
 @pytest.mark.parametrize(
@@ -450,6 +452,13 @@ def test_result_beside_a_damaged_checkpoint(folders):
     assert cell.finished() == saved
     cell.checkpoint.write_bytes(cell.checkpoint.read_bytes()[:500])
     assert cell.finished() is None
+
+
+def test_a_damaged_checkpoint_fails_its_cell_alone(folders):
+    cell = trained(Cell(study_of(folders), "fseft", 5, 0), 9)
+    cell.checkpoint.write_bytes(cell.checkpoint.read_bytes()[:500])
+    failures, _ = share_features([cell])
+    assert "checkpoint_final.pth is damaged or incomplete" in failures[cell]
 
 
 def test_scratch_alone_has_no_time(folders, monkeypatch):

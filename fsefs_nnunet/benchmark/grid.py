@@ -67,7 +67,7 @@ def run_cells(study: Study, cells: list[Cell], command: list[str]) -> None:
                 cell.check_budget()
                 if cell in results:
                     continue
-                print(f"[{number}/{len(cells)}] {cell.title}{_left(cells, results, failures)}", flush=True)
+                print(f"[{number}/{len(cells)}] {cell.title}{_left(cells, results, failures, spent)}", flush=True)
                 results[cell] = cell.run(spent.get(cell, 0.0))
             except FAILURES as error:
                 results.pop(cell, None)
@@ -89,8 +89,11 @@ def run_cells(study: Study, cells: list[Cell], command: list[str]) -> None:
         )
 
 
-def _left(cells: list[Cell], results: dict[Cell, Result], failures: dict[Cell, str]) -> str:
-    """Estimate of the time left: each cell as long as those of its method took, else as long as all others did."""
+def _left(cells: list[Cell], results: dict[Cell, Result], failures: dict[Cell, str], spent: dict[Cell, float]) -> str:
+    """Estimate of the time left: each cell as long as those of its method took, else as long as all others did.
+
+    spent: seconds that cells took already.
+    """
     if not results:
         return ""
     every = [result.wall_seconds for result in results.values()]
@@ -98,7 +101,7 @@ def _left(cells: list[Cell], results: dict[Cell, Result], failures: dict[Cell, s
     for cell in cells:
         if cell not in results and cell not in failures:
             same = [result.wall_seconds for result in results.values() if result.method == cell.name]
-            seconds += mean(same or every)
+            seconds += max(0.0, mean(same or every) - spent.get(cell, 0.0))
     return f"; about {duration(seconds)} left"
 
 

@@ -16,7 +16,7 @@ from fsefs_nnunet.prediction import QueryPredictor
 from fsefs_nnunet.support import memories_of
 from fsefs_nnunet.trained_model import TrainedModel
 
-WEIGHTS_FILE = "weights.json"  # beside predictions: the SHA-256 of what they are of
+MADE_OF_FILE = "made_of.json"  # beside predictions: the SHA-256 of the weights, and the cases
 
 
 def share_features(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, float]]:
@@ -53,7 +53,9 @@ def share_features(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, float
 
 def _features_of(cell: Cell) -> tuple:
     """What the backbone's features of a volume depend on; the plans' configurations may differ in it."""
-    configuration = cell.study.plans["configurations"][cell.configuration]
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    configuration = PlansManager(cell.study.plans).get_configuration(cell.configuration).configuration
     network = configuration["architecture"]["arch_kwargs"]
     return network["sha256"], network["stages"], tuple(configuration["patch_size"])
 
@@ -65,8 +67,8 @@ def _predict_together(cells: list[Cell]) -> dict[Cell, str]:
     failures: dict[Cell, str] = {}
     predictors: dict[Cell, QueryPredictor] = {}
     for cell in cells:
-        _keep_what_these_weights_predicted(cell)
         try:
+            _keep_what_these_weights_predicted(cell)
             model = TrainedModel(cell.folder.parent, cell.configuration, [str(cell.fold)], cell.checkpoint.name, device)
             if predictors:
                 model.network.backbone = next(iter(predictors.values())).model.network.backbone  # held in memory once
@@ -107,9 +109,10 @@ def _segmented(cell: Cell, case: str) -> bool:
 
 
 def _keep_what_these_weights_predicted(cell: Cell) -> None:
-    """Clear the predictions of other weights; an interrupted run of these goes on."""
-    mark = cell.predictions / WEIGHTS_FILE
-    if not mark.exists() or json.loads(mark.read_text()) != cell.weights:
+    """Clear the predictions of other weights or cases; an interrupted run of these goes on."""
+    mark = cell.predictions / MADE_OF_FILE
+    made_of = json.dumps({"weights": cell.weights, "cases": cell.study.target.cases})
+    if not mark.exists() or mark.read_text() != made_of:
         shutil.rmtree(cell.predictions, ignore_errors=True)
         cell.predictions.mkdir(parents=True)
-        write_atomically(mark, json.dumps(cell.weights))
+        write_atomically(mark, made_of)
