@@ -9,6 +9,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.losses import soft_dice
 from fsefs_nnunet.partial_labels import PartialLabelLoss, annotation_masks
 from fsefs_nnunet.trainers.pretrainer import FSEFTPretrainer, RandomAppearanceTransform, mask_summary
 
@@ -44,6 +45,20 @@ def test_what_an_unannotated_class_holds_does_not_matter(batch):
     other = torch.where(w[:, :, None, None, None] == 1, target, 1 - target)
     assert loss(logits, other, w) == loss(logits, target, w)
     assert loss(logits, other, torch.ones(2, 3)) != loss(logits, target, torch.ones(2, 3))
+
+
+def test_soft_dice_hardly_minds_a_class_that_is_missing_from_a_whole_case():
+    """Why missing labels taken for background do little harm: they are a thousandth of the labels' force."""
+    organ = torch.zeros(1, 1, 40, 56, 40)
+    organ[:, :, 14:24, 20:36, 14:24] = 1
+
+    def force(target: torch.Tensor) -> float:
+        logits = torch.where(organ > 0, 0.0, -4.6).requires_grad_()  # p = 0.5 in the organ, 0.01 elsewhere
+        soft_dice(torch.sigmoid(logits), target).mean().backward()
+        return -(logits.grad * organ).sum().item()
+
+    assert force(organ) == pytest.approx(0.184, abs=1e-3)
+    assert force(torch.zeros_like(organ)) == pytest.approx(-0.00014, abs=1e-5)
 
 
 def test_equation_1_by_hand():
