@@ -8,12 +8,9 @@ import os
 import re
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from multiprocessing import TimeoutError, get_context
 from pathlib import Path
 
 from tqdm import tqdm
@@ -99,13 +96,6 @@ class UnfinishedDataset:
 def _quiet_worker() -> None:
     # the parent tells the user
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # an executor's workers outlive a parent that is killed, and wait for ever
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent_process().join()
-    os._exit(1)
 
 
 def _returning(job: tuple[Callable, tuple]) -> object:
@@ -129,21 +119,26 @@ def run_jobs(function: Callable, jobs: Iterable[tuple], num_processes: int, text
     try:
         if num_processes == 1:
             return _collected(map(_returning, todo), len(todo), text)
-        with ProcessPoolExecutor(min(num_processes, len(todo)), get_context("spawn"), _quiet_worker) as pool:
-            try:
-                return _collected(pool.map(_returning, todo), len(todo), text)
-            except BaseException:
-                # shutdown would wait for what runs, minutes for a large case; public from Python 3.14 on
-                for worker in list(pool._processes.values()):
-                    worker.terminate()
-                raise
-    except BrokenProcessPool:
-        raise InputError(
-            f"One of {num_processes} processes was killed, for want of memory as a rule: run the same command again "
-            "with a smaller -np to go on."
-        ) from None
+        with get_context("spawn").Pool(min(num_processes, len(todo)), _quiet_worker) as pool:
+            return _collected(_watched(pool, pool.imap(_returning, todo)), len(todo), text)
     except KeyboardInterrupt:
         raise InputError("Interrupted: run the same command again to go on.") from None
+
+
+def _watched(pool, results) -> Iterator:
+    """What `results`, of the pool's imap, give; a pool waits for ever for the result of a worker that was killed."""
+    workers = list(pool._pool)  # as nnU-Net watches its own
+    while True:
+        try:
+            yield results.next(timeout=0.5)
+        except StopIteration:
+            return
+        except TimeoutError:
+            if not all(worker.is_alive() for worker in workers):
+                raise InputError(
+                    f"One of {len(workers)} processes was killed, for want of memory as a rule: run the same command "
+                    "again with a smaller -np to go on."
+                ) from None
 
 
 def _collected(iterator: Iterable, total: int, text: str) -> list:
