@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.store import find_backbone, load_weights
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import match_labels
@@ -49,7 +50,10 @@ def start_from(network: nn.Module, backbone_id: str, classes: list[str]) -> str:
     )
 
 
-def _copy_head(network: nn.Module, weights: dict[str, torch.Tensor], contract, classes: list[str]) -> list[str]:
+def _copy_head(
+    network: nn.Module, weights: dict[str, torch.Tensor], contract: BackboneContract, classes: list[str]
+) -> list[str]:
+    """Returns the classes whose rows were copied."""
     head = network.decoder.seg_layers[-1]
     last = f"{HEAD}{len(network.decoder.seg_layers) - 1}"
     known = weights.get(f"{last}.weight")
