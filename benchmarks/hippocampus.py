@@ -5,6 +5,7 @@
 FOLDER/data/Task04_Hippocampus is the Decathlon's folder, with labelsTs for the test cases. K = 1, 5, 10, five draws of
 the support, by `fseft benchmark`: once with the embedded backbone and once with each of two controls, the same network
 untrained and the raw image. What is done is not done again. `--tune` reports the queries instead of imagesTs.
+Trainings from scratch get the time of the longest one that leaves the backbone frozen.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ OURS = METHODS["fseft"].title
 LONG_MINUTES, LONG = 30, "from scratch, 30 minutes"
 BACKBONES = {"phantom": "FSEFTPlans", "random": "FSEFTPlans_random", "raw": "FSEFTPlans_raw"}
 CONTROLS = {"random": "control: random backbone", "raw": "control: raw image"}
+FINE_TUNING = ("ft_last", "decoder", "ft")
 CLASSES = ("Anterior", "Posterior")
 
 
@@ -68,12 +70,17 @@ def prepare(experiment: Experiment, source: Path) -> None:
         experiment.run("nnUNetv2_convert_MSD_dataset", "-i", copy, "-np", "2")
     for backbone, plans in BACKBONES.items():
         if not list(experiment.preprocessed.glob(f"{plans}_3d_fullres")):
-            args = ("-d", DATASET, "-b", backbone, "-np", "2", "--num_queries", NUM_QUERIES, "--shots", "1", "5", "10")
+            shots = ("--shots", "1", "5", "10", "all")
+            args = ("-d", DATASET, "-b", backbone, "-np", "2", "--num_queries", NUM_QUERIES, *shots)
             experiment.run("fseft", "plan_and_preprocess", *args, fseft_backbones=str(backbones))
 
 
+def shots_argument(text: str) -> int | str:
+    return text if text == "all" else int(text)
+
+
 def benchmark(
-    experiment: Experiment, name: str, methods: list[str], shots: list[int], folds: int, test: tuple, *more: str
+    experiment: Experiment, name: str, methods: list[str], shots: list[int | str], folds: int, test: tuple, *more: str
 ) -> list[Result]:
     """`fseft benchmark` in the folder `name`; the results of these shots, folds and methods."""
     chosen = ("--shots", *map(str, shots), "--folds", str(folds), "--methods", *methods)
@@ -87,13 +94,18 @@ def benchmark(
         for method in methods
         for file in folder.glob(f"*__{experiment.plans}__*/fold_*/benchmark_{method}_{target}.json")
     ]
-    return sorted((r for r in found if r.shots in shots and r.fold < folds), key=lambda r: (r.shots, r.fold))
+    return sorted((r for r in found if r.shots in shots and r.fold < folds), key=lambda r: (len(r.support), r.fold))
+
+
+def in_order(results: dict[str, list[Result]]) -> list[int | str]:
+    labels = {r.shots: len(r.support) for group in results.values() for r in group}
+    return sorted(labels, key=labels.get)
 
 
 def over_folds(results: dict[str, list[Result]]) -> list[dict]:
     """One row per shots and method; Dice by class and size errors are means over the folds."""
     rows = []
-    for shots in sorted({r.shots for group in results.values() for r in group}):
+    for shots in in_order(results):
         for title, group in results.items():
             if some := [r for r in group if r.shots == shots]:
                 by_class = {m: np.mean([mean_over(values(r, m), 0) for r in some], 0) for m in (DICE, SIZE_ERROR)}
@@ -116,19 +128,19 @@ def over_folds(results: dict[str, list[Result]]) -> list[dict]:
 def against(results: dict[str, list[Result]]) -> list[dict]:
     """Dice points by which the adapter with the size prior is ahead of each other row, per fold."""
     rows = []
-    for title, group in results.items():
-        for shots in sorted({r.shots for r in group}) if title != OURS else ():
-            ours = {r.fold: fold_mean(r, DICE) for r in results[OURS] if r.shots == shots}
-            ahead = [100 * (ours[r.fold] - fold_mean(r, DICE)) for r in group if r.shots == shots and r.fold in ours]
-            if ahead:
+    for shots in in_order(results):
+        ours = {r.fold: fold_mean(r, DICE) for r in results[OURS] if r.shots == shots}
+        for title, group in results.items():
+            pairs = [r for r in group if r.shots == shots and r.fold in ours and title != OURS]
+            if ahead := [100 * (ours[r.fold] - fold_mean(r, DICE)) for r in pairs]:
                 rows.append({"shots": shots, "ahead of": title, "smallest": min(ahead), "mean": mean(ahead)})
-    return sorted(rows, key=lambda row: row["shots"])
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 10])
+    parser.add_argument("--shots", type=shots_argument, nargs="+", default=[1, 5, 10], help="or all")
     parser.add_argument("--folds", type=int, default=5, help="the first N; default: 5")
     methods = ["probe", "adapter", "fseft", "transductive", "scratch", "nnunet"]
     parser.add_argument("--methods", nargs="+", default=methods, help="as those of fseft benchmark")
@@ -144,12 +156,13 @@ def main() -> None:
     test = () if args.tune else ("-i", work / "nnUNet_raw" / DATASET / "imagesTs", "-l", source / "labelsTs")
     results: dict[str, list[Result]] = {METHODS[method].title: [] for method in args.methods}
     for backbone, plans in BACKBONES.items():
-        experiment, methods = Experiment(work, DATASET, plans, args.device), args.methods
-        if backbone in CONTROLS:
-            methods = ["fseft"]
-        for result in benchmark(experiment, f"{where}_{backbone}", methods, args.shots, args.folds, test):
-            title = CONTROLS.get(backbone, METHODS[result.method].title)
-            results.setdefault(title, []).append(result)
+        experiment = Experiment(work, DATASET, plans, args.device)
+        tuned = [method for method in args.methods if method in FINE_TUNING]
+        others = [method for method in args.methods if method not in FINE_TUNING]
+        for methods in (["fseft"],) if backbone in CONTROLS else filter(None, (others, tuned)):
+            for result in benchmark(experiment, f"{where}_{backbone}", methods, args.shots, args.folds, test):
+                title = CONTROLS.get(backbone, METHODS[result.method].title)
+                results.setdefault(title, []).append(result)
     if args.long:
         long = Experiment(work, DATASET, "FSEFTPlans", args.device, "nnUNet_results_long")
         minutes = ("--scratch_minutes", str(LONG_MINUTES))
