@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from fsefs_nnunet.atomic import write_atomically
+from fsefs_nnunet.atomic import read_json, write_atomically
 from fsefs_nnunet.bank_layout import pooled, pooling_factor
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features import extract_features
@@ -65,11 +66,12 @@ class Volume:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What adaptation did in one fold. `after` is `before` where there was none."""
+    """What adaptation did in one fold, and its wall time. `after` is `before` where there was none."""
 
     before: PredictedSizes
     after: PredictedSizes
     steps: int = 0
+    seconds: float = 0.0
 
 
 class QueryPredictor:
@@ -102,8 +104,22 @@ class QueryPredictor:
         )
         if not np.isfinite(data).all():
             raise InputError(f"{files[0]} holds NaN or infinite values: repair the image.")
+        self._warn_of_another_modality(files[0], data)
         image, window = torch.from_numpy(np.asarray(data, np.float32)), tuple(model.configuration.patch_size)
         return Volume(extract_features(model.network.backbone, image, window, model.device).half(), properties)
+
+    def _warn_of_another_modality(self, file: str, data: np.ndarray) -> None:
+        """Where the dataset is of CTs, of an image (channels, X, Y, Z) that shows nothing below 0 HU, as CTs do."""
+        model = self.model
+        is_ct = model.dataset_json["channel_names"]["0"].casefold() == "ct"
+        if not is_ct or model.configuration.normalization_schemes[0] != "CTNormalization":
+            return
+        intensities = model.plans_manager.foreground_intensity_properties_per_channel["0"]
+        water = (max(0.0, intensities["percentile_00_5"]) - intensities["mean"]) / intensities["std"]
+        if data[0].min() > water:
+            tqdm.write(
+                f"{file} has no value below 0, unlike a CT in HU: is it another modality, or has it an offset?"
+            )
 
     def segment(self, volume: Volume, output: Path, keep_largest: bool = False) -> dict:
         """Segment a volume that `read` gave, or that of another model on the same backbone and plans."""
@@ -124,17 +140,19 @@ class QueryPredictor:
         before = sizes_of(logits, self.voxel_ml, self.has_regions)
         if self.memories is None:
             return logits, Prediction(before, before)
+        start = monotonic()
         volume = averaged(features, self.voxel_ml)
         with torch.no_grad():
             scale = scale_between(volume.predict(network, self.has_regions).soft.cpu(), before.soft)
         volume = QueryVolume(volume.features, volume.voxels_ml, scale.to(self.model.device))
         prior = torch.tensor([float("nan") if p is None else p.size for p in self.model.priors[fold]])
         transduction = Transduction(prior, self.model.gamma, self.memories[fold], self.loss, self.has_regions)
-        steps = transduction.adapt(network, volume)
+        steps = transduction.adapt(network, volume, before)
         if not steps:
-            return logits, Prediction(before, before)
+            return logits, Prediction(before, before, seconds=monotonic() - start)
         logits = volume_logits(network, features)
-        return logits, Prediction(before, sizes_of(logits, self.voxel_ml, self.has_regions), steps)
+        after = sizes_of(logits, self.voxel_ml, self.has_regions)
+        return logits, Prediction(before, after, steps, monotonic() - start)
 
     def _export(self, logits: torch.Tensor, properties: dict, output: Path, keep_largest: bool) -> None:
         from nnunetv2.inference.export_prediction import export_prediction_from_logits
@@ -142,7 +160,8 @@ class QueryPredictor:
         model, ending = self.model, self.model.dataset_json["file_ending"]
         stem = output.name[: -len(ending)]
         folder = output.parent / f"{PART_FOLDER}_{stem}"  # its own: other parts of the folder are predicted beside
-        folder.mkdir(exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # of a prediction that was killed
+        folder.mkdir()
         try:
             export_prediction_from_logits(
                 logits,
@@ -179,7 +198,12 @@ class QueryPredictor:
                 why = ["seems absent"] * absent + ["reaches the border of the volume"] * at_border
                 entry["not_enlarged_because"] = " and ".join(why) or None
             classes[name] = entry
-        return {"transductive": self.memories is not None, "steps": [fold.steps for fold in folds], "classes": classes}
+        return {
+            "transductive": self.memories is not None,
+            "steps": [fold.steps for fold in folds],
+            "adaptation_seconds": round(sum(fold.seconds for fold in folds), 3),
+            "classes": classes,
+        }
 
 
 def keep_largest_components(file: Path, model: TrainedModel) -> None:
@@ -227,7 +251,8 @@ def predict_folder(
         segmentation = output / f"{case}{model.dataset_json['file_ending']}"
         sizes = output / f"{case}_sizes.json"
         if continue_prediction and segmentation.exists() and sizes.exists():
-            continue
+            if read_json(sizes)["transductive"] == (predictor.memories is not None):
+                continue
         try:
             report = predictor.predict(cases[case], segmentation, keep_largest)
             write_atomically(sizes, json.dumps(report, indent=1))

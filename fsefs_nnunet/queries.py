@@ -54,7 +54,7 @@ def images_in(folder: Path, dataset_json: dict) -> dict[str, list[str]]:
     """Cases of a folder in nnU-Net's naming, `<case>_0000<file ending>` and so on per channel.
 
     Raises:
-        InputError: if the folder has no such image, or a case lacks a channel.
+        InputError: if the folder has no such image, or a case lacks a channel or has one too many.
     """
     ending, channels = dataset_json["file_ending"], len(dataset_json["channel_names"])
     first = sorted(Path(folder).glob(f"*_0000{ending}"))
@@ -67,4 +67,6 @@ def images_in(folder: Path, dataset_json: dict) -> dict[str, list[str]]:
         for name in cases[case]:
             if not Path(name).exists():
                 raise InputError(f"{name} is missing: every case needs {channels} channel(s).")
+        if (odd := file.with_name(f"{case}_{channels:04d}{ending}")).exists():
+            raise InputError(f"{odd} is a channel too many: the dataset has {channels}. Move it away.")
     return cases

@@ -10,7 +10,7 @@ import torch
 from fsefs_nnunet.memory import SupportMemory
 from fsefs_nnunet.network import AdaptedNetwork
 from fsefs_nnunet.precision import reduced_precision
-from fsefs_nnunet.query_sizes import QueryVolume
+from fsefs_nnunet.query_sizes import PredictedSizes, QueryVolume
 from fsefs_nnunet.size_prior import size_penalty
 
 WEIGHT = 1.0
@@ -35,17 +35,25 @@ class Transduction:
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     has_regions: bool
 
-    def adapt(self, network: AdaptedNetwork, volume: QueryVolume) -> int:
-        """Train `network` in place. Returns the number of steps."""
+    def adapt(self, network: AdaptedNetwork, volume: QueryVolume, before: PredictedSizes) -> int:
+        """Train `network` in place.
+
+        before: what it predicts on the whole volume, which `volume` may show averaged over blocks; decides which
+            classes may grow.
+
+        Returns:
+            The number of steps.
+        """
         optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=0.0)
         device = network.feature_mean.device
         known = self.prior_ml.isfinite()
         prior = self.prior_ml[known].to(device)
+        seen_whole = before.seen_whole(self.prior_ml)[known].to(device)
         for step in range(MAX_STEPS):
             features, target = (tensor.to(device) for tensor in self.memory.batch(step))
             with reduced_precision(device):
-                predicted = volume.predict(network, self.has_regions)[known]
-                penalty = size_penalty(predicted.soft, prior, self.gamma, predicted.seen_whole(prior)).sum()
+                predicted = volume.predict(network, self.has_regions).soft[known]
+                penalty = size_penalty(predicted, prior, self.gamma, seen_whole).sum()
                 if not penalty > 0:
                     return step
                 loss = self.loss(network.adapt(features).float(), target) + WEIGHT * penalty

@@ -22,7 +22,7 @@ from fsefs_nnunet.benchmark import grid as grid_module
 from fsefs_nnunet.benchmark import weights
 from fsefs_nnunet.benchmark.cells import Cell
 from fsefs_nnunet.benchmark.evaluation import METRICS
-from fsefs_nnunet.benchmark.grid import _left, duration, plan_cells, run_cells
+from fsefs_nnunet.benchmark.grid import _left, plan_cells, run_cells
 from fsefs_nnunet.benchmark.methods import METHODS, choose
 from fsefs_nnunet.benchmark.outputs import figure, write_results
 from fsefs_nnunet.benchmark.report import shown
@@ -34,6 +34,7 @@ from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.report import size_section
 from fsefs_nnunet.evaluation.surface import surface_metrics
+from fsefs_nnunet.evaluation.tables import duration
 from fsefs_nnunet.experiment import Experiment
 from fsefs_nnunet.splits import load_splits, save_splits
 
@@ -138,7 +139,7 @@ def result(method="fseft", shots=5, fold=0, dice=((0.5, 0.7), (0.9, NAN)), param
         for i, row in enumerate(dice)
     }
     support = [f"s{i}" for i in range(shots)] if METHODS[method].trainer else []
-    return Result(method, shots, fold, support, "abc", parameters, 12.4, 0.0, 1.5, 20.0, cases)
+    return Result(method, shots, fold, support, "abc", "def", "ghi", parameters, 12.4, 0.0, 0.0, 1.5, 20.0, cases)
 
 
 def test_result_file(tmp_path):
@@ -168,9 +169,11 @@ def test_table_over_folds():
     sd = np.std(means, ddof=1)
     assert row[0]["Dice"] == f"0.600 ± {sd:.3f} (0.500)"
     assert row[0]["HD95 mm"].startswith("4.000 ±") and row[0]["HD95 mm"].endswith("(5.000)")  # the largest is worst
-    assert (row[0]["labels spent"], row[0]["folds"], row[0]["seconds"]) == (5, 2, 12)
+    assert (row[0]["labels spent"], row[0]["folds"], row[0]["seconds"]) == (5, 2, "12")
     assert row[1]["Dice"] == "0.200" and row[1]["trained parameters"] == "1,350"
-    assert spread([0.5], 0.5) == "0.500"
+    assert spread([0.5], 0.5) == "0.500" and spread([0.5, NAN], NAN) == "-"
+    (adapting,) = table([replace(folds[0], volume_seconds=1.25)])
+    assert adapting["seconds"] == "12 + 1.2 a volume"
     classes = class_table(folds)[0]
     assert (classes["liver"], classes["spleen"]) == pytest.approx(((0.7 + 0.4) / 2, (0.7 + 0.6) / 2))
 
@@ -237,12 +240,9 @@ def test_size_section_of_any_file_that_nnunet_reads(tmp_path, ending):
     segmentation = SimpleITK.GetImageFromArray(np.ones((2, 3, 4), np.uint8))
     segmentation.SetSpacing((10.0, 10.0, 5.0))
     SimpleITK.WriteImage(segmentation, fold / "validation" / f"a{ending}")
-    (fold / "training_log_2026_1_1_10_00_00.txt").write_text(
-        "Size prior of liver: 11.00 ml, spread 1.00 ml, 5 cases\n"
-        "Predicted sizes of the queries in ml after training:\n  a: liver 10.00 (S 11.00)\n"
-    )
-    _, rows = size_section(fold)
-    assert "<td>12.0</td>" in rows
+    (fold / "training_log_2026_1_1_10_00_00.txt").write_text("Size prior of liver: 11.00 ml, spread 1.00 ml, 5 cases\n")
+    _, rows = size_section(fold, fold / "validation")
+    assert "<td>12.0</td>" in rows and "<td>10.0</td>" in rows and "<td>11.0</td>" in rows
 
 
 def test_duration():
@@ -277,7 +277,7 @@ def test_grid(folders):
     assert names == [("zero_shot", 0, 0), *per_cell]
     scratch = cells[3]
     assert [other.name for other in scratch.others] == ["probe", "fseft"] and scratch.configuration.endswith("_scratch")
-    assert [cell.shots for cell in plan_cells(study, [], 1, ["probe"])] == [1, 5, "all"]
+    assert [cell.shots for cell in plan_cells(study, [], 1, ["probe"])] == [0, 1, 5, "all"]  # zero-shot always beside
     first, second = cells[1], cells[7]
     assert set(first.support) <= set(second.support) and len(second.support) == 5  # 1 shot in 5
     assert [(cell.name, cell.shots, cell.fold) for cell in shown(cells)] == [("fseft", 1, 0), ("fseft", 5, 0)]
@@ -285,7 +285,7 @@ def test_grid(folders):
 
 
 def test_estimate_of_the_time_left(folders):
-    cells = plan_cells(study_of(folders), [1, 5], 1, ["probe", "fseft"])
+    cells = plan_cells(study_of(folders), [1, 5], 1, ["probe", "fseft"])[1:]
     done = {cells[0]: result("probe")}  # 20 s
     assert _left(cells, {}, {}, {}) == ""
     assert _left(cells, done, {}, {}) == "; about 60 s left"
@@ -402,11 +402,54 @@ def test_results_of_other_splits(folders):
         cell.check()
 
 
+def of_cell(saved: Result, cell: Cell) -> Result:
+    """As if it had been evaluated with the present weights, images and labels."""
+    target = cell.study.target
+    cases = dict.fromkeys(target.cases, {"spleen": dict.fromkeys(METRICS, 0.5)})
+    digests = {"images": target.images_sha256, "labels": target.labels_sha256}
+    return replace(saved, weights=cell.weights, cases=cases, **digests)
+
+
+@pytest.mark.parametrize("folder", ["imagesTr", "gt_segmentations"])
+def test_results_are_of_the_images_and_labels_that_lie_there(folders, folder):
+    study = study_of(folders)
+    cell = Cell(study, "zero_shot", 0, 0)
+    cell.folder.mkdir()
+    of_cell(result("zero_shot", 0), cell).save(cell.file)
+    assert Cell(study_of(folders), "zero_shot", 0, 0).finished()
+    first = study.target.cases[0]
+    base = study.target.images if folder == "imagesTr" else study.target.labels
+    file = next(base.glob(f"{first}*"))
+    file.write_bytes(file.read_bytes() + b"corrected")
+    assert Cell(study_of(folders), "zero_shot", 0, 0).finished() is None
+
+
+def test_a_query_without_its_image(folders):
+    study = study_of(folders)
+    next(study.target.images.glob(f"{study.target.cases[0]}_*")).unlink()
+    with pytest.raises(InputError, match=f"no image of '{study.target.cases[0]}', which the splits name: put it back"):
+        study.target.image_files()
+
+
+def test_files_that_were_written_in_part(folders):
+    """nnU-Net's own JSON files, of a run that was killed."""
+    study = study_of(folders)
+    cell = trained(Cell(study, "fseft", 5, 0), 9)
+    cell.predictions.mkdir()
+    summary = cell.predictions / "summary.json"
+    summary.write_text("{}")
+    assert cell.predicted
+    summary.write_text('{"metric_per')
+    assert not cell.predicted
+    (cell.folder.parent / "plans.json").write_text('{"configura')
+    with pytest.raises(InputError, match="plans.json is damaged .*: move it away"):
+        cell.check()
+
+
 def test_result_of_an_earlier_version_is_evaluated_anew(folders):
     cell = Cell(study_of(folders), "zero_shot", 0, 0)
     cell.folder.mkdir()
-    metrics = {"spleen": dict.fromkeys(METRICS, 0.5)}
-    saved = replace(result("zero_shot", 0), weights=cell.weights, cases=dict.fromkeys(cell.study.target.cases, metrics))
+    saved = of_cell(result("zero_shot", 0), cell)
     saved.save(cell.file)
     assert cell.finished() == saved
     content = json.loads(cell.file.read_text())
@@ -446,8 +489,7 @@ def test_results_are_of_the_weights_whatever_stands_beside_them(folders, monkeyp
 
 def test_result_beside_a_damaged_checkpoint(folders):
     cell = trained(Cell(study_of(folders), "fseft", 5, 0), 9)
-    metrics = {"spleen": dict.fromkeys(METRICS, 0.5)}
-    saved = replace(result(), weights=cell.weights, cases=dict.fromkeys(cell.study.target.cases, metrics))
+    saved = of_cell(result(), cell)
     saved.save(cell.file)
     assert cell.finished() == saved
     cell.checkpoint.write_bytes(cell.checkpoint.read_bytes()[:500])
@@ -463,7 +505,7 @@ def test_a_damaged_checkpoint_fails_its_cell_alone(folders):
 
 def test_scratch_alone_has_no_time(folders, monkeypatch):
     monkeypatch.setenv("fseft_train_minutes", "3")
-    (cell,) = plan_cells(study_of(folders), [5], 1, ["scratch"])
+    _, cell = plan_cells(study_of(folders), [5], 1, ["scratch"])
     with pytest.raises(InputError, match="add one to --methods, or give --scratch_minutes"):
         cell.train()
 
@@ -472,11 +514,11 @@ def test_only_trainings_from_scratch_have_a_time(folders, commands_run, monkeypa
     monkeypatch.setenv("fseft_train_minutes", "3")
     study = study_of(folders)
     assert "fseft_train_minutes" not in study.experiment.environment()
-    ft, scratch = plan_cells(study, [5], 1, ["ft", "scratch"])
+    _, ft, scratch = plan_cells(study, [5], 1, ["ft", "scratch"])
     ft.train()
     trained(ft, 90)
     scratch.train()
-    (cell,) = plan_cells(replace(study, scratch_minutes=2.5), [5], 1, ["scratch"])
+    _, cell = plan_cells(replace(study, scratch_minutes=2.5), [5], 1, ["scratch"])
     cell.train()
     assert [env.get("fseft_train_minutes") for _, env in commands_run] == [None, "1.5000", "2.5000"]
 
@@ -486,7 +528,7 @@ def test_only_trainings_from_scratch_have_a_time(folders, commands_run, monkeypa
 )
 def test_training_from_scratch_of_another_time(folders, reason, before):
     study = study_of(folders)
-    probe, ft, scratch = plan_cells(study, [5], 1, ["probe", "ft", "scratch"])
+    _, probe, ft, scratch = plan_cells(study, [5], 1, ["probe", "ft", "scratch"])
     trained(scratch, 95, reason)
     refused = f"{scratch.folder} was trained {before}, now it would get 600 s: move it away"
     with pytest.raises(InputError, match=refused):
@@ -502,7 +544,7 @@ def test_training_from_scratch_of_another_time(folders, reason, before):
 
 def test_training_from_scratch_of_the_same_time(folders):
     study = study_of(folders)
-    probe, scratch = plan_cells(study, [5], 1, ["probe", "scratch"])
+    _, probe, scratch = plan_cells(study, [5], 1, ["probe", "scratch"])
     trained(probe, 90)
     trained(scratch, 95, "Training ends after epoch 7: the budget of 90 s is used")
     plan_cells(study, [5], 1, ["probe", "scratch"])
@@ -512,7 +554,7 @@ def test_training_from_scratch_of_the_same_time(folders):
 
 def test_a_finished_training_from_scratch_is_refused_once_others_took_longer(folders, monkeypatch, capsys):
     study = study_of(folders)
-    ft, scratch = plan_cells(study, [5], 1, ["ft", "scratch"])
+    _, ft, scratch = plan_cells(study, [5], 1, ["ft", "scratch"])
     trained(scratch, 95, "the budget of 90 s is used")
     finished = result("scratch")
     monkeypatch.setattr(Cell, "finished", lambda cell: finished if cell.name == "scratch" else None)
@@ -610,11 +652,12 @@ def commands(grid) -> list[str]:
 
 @pytest.mark.slow
 def test_a_grid(grid):
-    assert commands(grid) == ["nnUNetv2_train", "nnUNetv2_evaluate_folder", "nnUNetv2_train"]
+    predicted = ["nnUNetv2_train", "nnUNetv2_evaluate_folder"]  # on stored features
+    assert commands(grid) == [*predicted, "fseft", "nnUNetv2_evaluate_folder", "nnUNetv2_train"]
     with open(grid.output / "results.csv") as file:
         rows = list(csv.DictReader(file))
     queries = load_splits(grid.work.preprocessed / "splits_fseft.json")["queries"]
-    assert len(rows) == 2 * len(queries) * 3
+    assert len(rows) == 3 * len(queries) * 3 and rows[0]["method"] == "zero_shot"
     for trainer, method in (("FSEFTTrainer_LinearProbe", "probe"), ("FSEFTTrainer_FTLast", "ft_last")):
         fold = grid.work.results / f"{trainer}__FSEFTPlans__3d_fullres_5shot" / "fold_0"
         summary = json.loads((fold / "validation" / "summary.json").read_text())
@@ -652,10 +695,10 @@ def test_what_is_done_stays_done_and_a_failure_stops_nothing(grid, capsys):
     broken.write_bytes(b"no checkpoint")
     assert grid("--methods", "probe", "adapter", "ft_last", "zero_shot") == 2
     captured = capsys.readouterr()
-    assert "4 cells, 2 of them done before" in captured.out
+    assert "4 cells, 3 of them done before" in captured.out
     assert "1 of 4 cells failed: spatial adapter, 5 shots, fold 0." in captured.err
     assert "no checkpoint" in broken.read_text() and "What failed" in (grid.output / "report.html").read_text()
-    assert commands(grid)[len(before) :] == ["nnUNetv2_train", "fseft", "nnUNetv2_evaluate_folder"]
+    assert commands(grid)[len(before) :] == ["nnUNetv2_train"]
     shutil.rmtree(broken.parent.parent)
     with open(grid.output / "results.csv") as file:
         assert {row["method"] for row in csv.DictReader(file)} == {"zero_shot", "probe", "ft_last"}
@@ -669,10 +712,13 @@ def test_a_test_set(grid):
     images.mkdir(), labels.mkdir()
     shutil.copy(grid.work.raw / "imagesTr" / f"{case}_0000.nii.gz", images / "new_0000.nii.gz")
     shutil.copy(grid.work.raw / "labelsTr" / f"{case}.nii.gz", labels / "new.nii.gz")
-    before = commands(grid)
-    test = ("-i", str(images), "-l", str(labels), "-o", str(grid.work.root / "test_set"), "--methods", "ft_last")
-    assert grid(*test) == 0
-    assert commands(grid) == before  # its log is another
+    output = grid.work.root / "test_set"
+    assert grid("-i", str(images), "-l", str(labels), "-o", str(output), "--methods", "ft_last") == 0
+    predictions = [line for line in (output / "log.txt").read_text().splitlines() if line.startswith("$ ")]
+    assert [line.split()[1] for line in predictions] == [
+        *("fseft", "nnUNetv2_evaluate_folder"),
+        *("nnUNetv2_predict", "nnUNetv2_evaluate_folder"),
+    ]
     fold = grid.work.results / "FSEFTTrainer_FTLast__FSEFTPlans__3d_fullres_5shot" / "fold_0"
     saved = Result.load(next(fold.glob("benchmark_ft_last_images_*.json")))
     validated = Result.load(fold / "benchmark_ft_last_queries.json")
@@ -691,7 +737,7 @@ def test_methods_on_the_same_backbone_share_one_pass_over_the_queries(grid, monk
     assert len(passes) == len(queries)
     with open(grid.output / "results.csv") as file:
         rows = list(csv.DictReader(file))
-    assert {row["method"] for row in rows} == {"adapter", "fseft", "transductive"}
+    assert {row["method"] for row in rows} == {"zero_shot", "adapter", "fseft", "transductive"}
     fold = grid.work.results / "FSEFTTrainer__FSEFTPlans__3d_fullres_5shot" / "fold_0"
     log = next(fold.glob("training_log_*.txt")).read_text()
     assert "The final validation is skipped: fseft_final_validation is 0." in log

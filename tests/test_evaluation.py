@@ -21,13 +21,12 @@ from fsefs_nnunet.evaluation.report import write_report
 from fsefs_nnunet.evaluation.tables import (
     best_median_worst,
     case_dice,
+    counted_sizes,
     markdown_table,
     mean_dice,
-    reference_sizes,
     summary_key,
 )
-from fsefs_nnunet.evaluation.training_logs import LearningCurve, learning_curve, logged_sizes
-from fsefs_nnunet.query_sizes import PredictedSizes
+from fsefs_nnunet.evaluation.training_logs import LearningCurve, learning_curve, logged_priors
 from fsefs_nnunet.size_prior import SizePrior
 
 SPACING = (1.0, 1.5, 3.0)
@@ -152,6 +151,12 @@ def test_summary_key_is_nnunets():
 LABELS = {"background": 0, "left <kidney> & co": 1, "kidney": 2}
 ORGANS = {name: value for name, value in LABELS.items() if value}
 PRIORS = {"left <kidney> & co": SizePrior(1.5, 0.25, 4), "kidney": SizePrior(20.0, 0.0, 1)}
+
+
+def counts(dice: float, voxels: int) -> dict:
+    return {"Dice": dice, "n_ref": voxels, "n_pred": 2 * voxels}
+
+
 SUMMARY = {
     "foreground_mean": {"Dice": 0.5},
     "mean": {"1": {"Dice": 0.6}, "2": {"Dice": 0.4}},
@@ -159,10 +164,10 @@ SUMMARY = {
         # nnU-Net writes the paths of the training's machine
         {"prediction_file": f"/elsewhere/{case}.nii.gz", "metrics": metrics}
         for case, metrics in {
-            "a": {"1": {"Dice": 0.5, "n_ref": 200}, "2": {"Dice": math.nan, "n_ref": 0}},
-            "b": {"1": {"Dice": 0.9, "n_ref": 100}, "2": {"Dice": 0.8, "n_ref": 1000}},
-            "c": {"1": {"Dice": 0.1, "n_ref": 0}, "2": {"Dice": 0.3, "n_ref": 400}},
-            "d": {"1": {"Dice": 0.6, "n_ref": 0}, "2": {"Dice": 0.6, "n_ref": 0}},
+            "a": {"1": counts(0.5, 200), "2": counts(math.nan, 0)},
+            "b": {"1": counts(0.9, 100), "2": counts(0.8, 1000)},
+            "c": {"1": counts(0.1, 0), "2": counts(0.3, 400)},
+            "d": {"1": counts(0.6, 0), "2": counts(0.6, 0)},
         }.items()
     ],
 }
@@ -170,14 +175,8 @@ LOG = """
 2026-01-01 10:00:04.446321: Size prior of left <kidney> & co: 1.50 ml, spread 0.25 ml, 4 cases
 2026-01-01 10:00:04.446400: Size prior of kidney: 20.00 ml, spread 0.00 ml, 1 cases
 2026-01-01 10:00:04.446500: Size prior of spleen: none
-2026-01-01 10:00:04.459410: Predicted sizes of the queries in ml before this training:
-  a: left <kidney> & co 900.00 (S 1.50), kidney 901.00 (S 20.00)
 2026-01-01 10:00:05.379841: train_loss 0.4693
-2026-01-01 10:01:01.433180: Predicted sizes of the queries in ml after training:
-  a: left <kidney> & co 1.25 (S 1.50), kidney 18.00 (S 20.00)
-  b: left <kidney> & co 1.75 (S 1.50), kidney 26.00 (S 20.00)
 2026-01-01 10:01:01.545958: Training done.
-  c: left <kidney> & co 7.00 (S 1.50), kidney 7.00 (S 20.00)
 """
 
 
@@ -212,24 +211,15 @@ def test_learning_curve_counts_the_time_of_the_epochs(fold):
     assert curve == LearningCurve(seconds=[3.0, 7.0], loss=[0.5, -0.25], pseudo_dice=[0.125, 0.75])
 
 
-def test_logged_sizes(fold):
-    priors, predicted = logged_sizes(fold)
-    assert priors == PRIORS
-    assert predicted == {
-        "a": {"left <kidney> & co": 1.25, "kidney": 18.0},
-        "b": {"left <kidney> & co": 1.75, "kidney": 26.0},
-    }
+def test_logged_priors(fold):
+    assert logged_priors(fold) == PRIORS
+    later = LOG.replace("20.00 ml, spread", "19.00 ml, spread")
+    (fold / "training_log_2026_01_01_11_00_00.txt").write_text(later)  # the training was continued
+    assert logged_priors(fold)["kidney"].size == 19.0
+    assert logged_priors(fold.parent) == {}
 
 
-def test_logged_sizes_of_a_continued_training(fold):
-    later = LOG.replace("18.00 (S", "19.00 (S")
-    (fold / "training_log_2026_01_01_11_00_00.txt").write_text(later)
-    (fold / "training_log_2026_01_01_12_00_00.txt").write_text("2026-01-01 12:00:00.0: predicting a\n")  # --val
-    assert logged_sizes(fold)[1]["a"]["kidney"] == 19.0
-    assert logged_sizes(fold.parent) == ({}, {})
-
-
-def test_logged_sizes_are_those_that_the_trainer_writes(tmp_path):
+def test_logged_priors_are_those_that_the_trainer_writes(tmp_path):
     """The trainer's own methods and nnU-Net's log file, on label maps of 4 and 50 voxels of 1 ml."""
     from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 
@@ -255,15 +245,8 @@ def test_logged_sizes_are_those_that_the_trainer_writes(tmp_path):
     trainer.print_to_log_file = lambda *args, **kwargs: FSEFTTrainer.print_to_log_file(trainer, *args, **kwargs)
     trainer.why_no_prior = lambda: FSEFTTrainer.why_no_prior(trainer)
     FSEFTTrainer.estimate_priors(trainer)
-    sizes = PredictedSizes(torch.tensor([1.5, 60.25, 9.0]), torch.tensor([False, False, False]))
-    trainer.query_sizes = SimpleNamespace(
-        calibrate=lambda network, regions: None, predict=lambda network, query, regions: sizes
-    )
-    FSEFTTrainer.log_query_sizes(trainer, "after training")
-    trainer.print_to_log_file("Training done.")
-    priors, predicted = logged_sizes(tmp_path)
-    assert priors == {"left <kidney> & co": SizePrior(4.0, 0.0, 1), "kidney": SizePrior(50.0, 0.0, 1)}
-    assert predicted == dict.fromkeys(("q_1", "q_2"), {"left <kidney> & co": 1.5, "kidney": 60.25})
+    expected = {"left <kidney> & co": SizePrior(4.0, 0.0, 1), "kidney": SizePrior(50.0, 0.0, 1)}
+    assert logged_priors(tmp_path) == expected
 
 
 def test_cases_by_dice(fold):
@@ -272,11 +255,14 @@ def test_cases_by_dice(fold):
     assert best_median_worst(dice) == {"best": "b.nii.gz", "median": "d.nii.gz", "worst": "c.nii.gz"}
     assert best_median_worst({"x": 0.1, "y": 0.2, "z": 0.3}) == {"best": "z", "median": "y", "worst": "x"}
     assert set(best_median_worst({"x": 0.1}).values()) == {"x"}
+    assert best_median_worst({}) == {}
 
 
-def test_reference_sizes(fold):
+def test_counted_sizes(fold):
     """A voxel has 1.0 x 1.5 x 3.0 mm = 0.0045 ml."""
-    sizes = reference_sizes(fold / "validation" / "summary.json", ORGANS, NibabelIO())
+    sizes = counted_sizes(fold / "validation" / "summary.json", ORGANS, NibabelIO(), "n_ref")
+    twice = counted_sizes(fold / "validation" / "summary.json", ORGANS, NibabelIO(), "n_pred")
+    assert twice["b.nii.gz"]["kidney"] == 2 * sizes["b.nii.gz"]["kidney"]
     assert sizes["a.nii.gz"] == pytest.approx({"left <kidney> & co": 0.9, "kidney": 0.0})
     assert sizes["b.nii.gz"] == pytest.approx({"left <kidney> & co": 0.45, "kidney": 4.5})
 
@@ -340,9 +326,9 @@ def test_report_tables(report):
         *("method", "Dice", "seconds"),
         *("A <&> B", "0.123", "7"),
         *("probe", "-"),  # no text in the empty cell
-        *("sizes in ml", "prior S", "spread", "support cases", "queries, predicted", "queries, labels"),
-        *("left <kidney> & co", "1.5", "0.2", "4", "1.5", "0.3"),
-        *("kidney", "20.0", "0.0", "1", "22.0", "1.6"),
+        *("sizes in ml", "prior S", "spread", "support cases", "predicted", "labelled"),
+        *("left <kidney> & co", "1.5", "0.2", "4", "0.7", "0.3"),
+        *("kidney", "20.0", "0.0", "1", "3.1", "1.6"),
     ]
 
 
@@ -359,7 +345,7 @@ def test_report_without_a_prior(tmp_path, fold):
     from fsefs_nnunet.evaluation.report import size_section
 
     (fold / "training_log_2026_01_01_10_00_00.txt").write_text("The size prior has no effect: it is switched off.\n")
-    assert size_section(fold) == ["<p>The size prior had no effect in this training.</p>"]
+    assert size_section(fold, fold / "validation") == ["<p>The size prior had no effect in this training.</p>"]
 
 
 def test_page_escapes_its_title():

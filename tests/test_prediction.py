@@ -14,13 +14,16 @@ from scipy.ndimage import label
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.cli.main import main
+from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.network import AdaptedNetwork
-from fsefs_nnunet.prediction import PART_FOLDER, QueryPredictor, volume_logits
+from fsefs_nnunet.prediction import PART_FOLDER, QueryPredictor, averaged, volume_logits
+from fsefs_nnunet.query_sizes import PredictedSizes
 from fsefs_nnunet.size_prior import SizePrior
 from fsefs_nnunet.splits import load_splits
 from fsefs_nnunet.support import memories_of, memory_from_bank
 from fsefs_nnunet.trained_model import MEMORY_KEY, PRIOR_KEY, TrainedModel
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
+from fsefs_nnunet.transduction import Transduction
 
 FIVE = "3d_fullres_5shot"
 CPU = torch.device("cpu")
@@ -156,6 +159,22 @@ def test_an_organ_that_seems_absent_is_left_alone(work):
         assert report["classes"]["spleen"]["prior_ml"] is None
 
 
+def test_an_organ_at_the_border_is_not_enlarged(work):
+    """Of features averaged over blocks, which cover the border; the volume itself decides."""
+    model = load(work)
+    memory = memory_from_bank(model, 0)
+    network = model.network
+    network.load_state_dict(model.weights[0])
+    prior = torch.tensor([4.0, float("nan"), float("nan")])
+    transduction = Transduction(prior, 0.1, memory, SoftDiceLoss(False, None), False)
+    volume = averaged(torch.randn(network.backbone.out_channels, 8, 8, 8), 1.0)
+    sizes = torch.tensor([1.0, 1.0, 1.0])
+    assert volume.predict(network, False).soft[0] < 3
+    for at_border, steps in ((True, 0), (False, 30)):
+        before = PredictedSizes(sizes, torch.tensor([at_border, False, False]))
+        assert transduction.adapt(network, volume, before) == steps
+
+
 def test_a_model_that_travels_alone_adapts_as_at_home(work, monkeypatch):
     model = load(work)
     priors = [[SizePrior(1.5 * p.size, 0.0, p.num_cases) for p in fold] for fold in model.priors]
@@ -218,6 +237,47 @@ def test_an_interrupted_prediction_goes_on(work):
     assert predict(work, "output", "--inductive", "--continue_prediction") == 0
     assert first.stat().st_mtime_ns == untouched and second.stat().st_mtime_ns > written
     assert len(reports(work, "output")) == 2
+
+
+def test_inductive_predictions_are_no_transductive_ones(work):
+    assert predict(work, "output", "--inductive") == 0
+    main(["remember", "-d", "77", "-c", FIVE, "-f", "0", "-device", "cpu"])
+    assert predict(work, "output", "--continue_prediction") == 0
+    assert all(report["transductive"] for report in reports(work, "output").values())
+
+
+def test_leftovers_of_a_killed_prediction_stay_out(work):
+    case = next(iter((work.root / "images").iterdir())).name[: -len("_0000.nii.gz")]
+    left = work.root / "output" / f"{PART_FOLDER}_{case}"
+    left.mkdir(parents=True)
+    (left / f"{case}.npz").write_bytes(b"of other weights")
+    assert predict(work, "output", "--inductive") == 0
+    assert not left.exists() and not list((work.root / "output").glob("*.npz"))
+
+
+def test_interrupt(work, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(QueryPredictor, "predict", interrupt)
+    assert predict(work, "output", "--inductive") == 2
+    assert "Interrupted: --continue_prediction leaves out the cases that are done" in capsys.readouterr().err
+
+
+def test_a_channel_too_many(work, capsys):
+    image = next(iter((work.root / "images").iterdir()))
+    shutil.copy(image, image.with_name(image.name.replace("_0000", "_0001")))
+    assert predict(work, "output", "--inductive") == 2
+    assert "_0001.nii.gz is a channel too many: the dataset has 1" in capsys.readouterr().err
+
+
+def test_an_image_without_air_is_told(work, capsys):
+    first, second = sorted((work.root / "images").iterdir())
+    volume = nib.load(first)
+    nib.save(nib.Nifti1Image(np.asarray(volume.dataobj, np.float32) + 1024, volume.affine), first)
+    assert predict(work, "output", "--inductive") == 0
+    told = capsys.readouterr()
+    assert f"{first} has no value below 0" in told.out + told.err and str(second) not in told.out + told.err
 
 
 def test_parts_share_the_cases(work):

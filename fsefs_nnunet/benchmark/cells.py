@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from time import time
 
+from fsefs_nnunet.atomic import read_json
 from fsefs_nnunet.benchmark.evaluation import METRICS, evaluate
 from fsefs_nnunet.benchmark.methods import METHODS, Method
 from fsefs_nnunet.benchmark.result import Result
@@ -77,6 +78,10 @@ class Cell:
         summary = self.predictions / "summary.json"
         if self.predictions.name != "validation" or not summary.exists():
             return False
+        try:
+            read_json(summary)
+        except InputError:  # nnU-Net was killed while it wrote
+            return False
         return summary.stat().st_mtime >= self.checkpoint.stat().st_mtime
 
     @property
@@ -104,7 +109,7 @@ class Cell:
         model = self.folder.parent
         if not self.folder.exists() or not (model / "plans.json").exists():
             return
-        then = json.loads((model / "plans.json").read_text())["configurations"]
+        then = read_json(model / "plans.json")["configurations"]
         if any(then.get(key) != plans[key] for key in ("3d_fullres", self.configuration)):
             raise InputError(
                 f"{model} was trained with other plans than the present {name!r}: move it away, or give the plans that "
@@ -137,12 +142,14 @@ class Cell:
             )
 
     def finished(self) -> Result | None:
-        """The result of an earlier run, if it is of these cases and metrics and of the weights that lie there."""
+        """The result of an earlier run, if it is of these images, labels and metrics and the weights that lie there."""
         try:
             result = Result.load(self.file)
             metrics = {tuple(of_class) for of_case in result.cases.values() for of_class in of_case.values()}
-            fits = tuple(result.cases) == self.study.target.cases and metrics == {METRICS}
-            return result if fits and result.weights == self.weights else None
+            target = self.study.target
+            fits = tuple(result.cases) == target.cases and metrics == {METRICS}
+            then, now = (result.images, result.labels), (target.images_sha256, target.labels_sha256)
+            return result if fits and then == now and result.weights == self.weights else None
         except (FileNotFoundError, InputError):  # none, one of another version, a damaged checkpoint
             return None
 
@@ -170,8 +177,11 @@ class Cell:
             self.fold,
             self.support,
             self.weights,
+            target.images_sha256,
+            target.labels_sha256,
             trained_parameters(self.checkpoint) if trained else 0,
             training_seconds(self.folder) if trained else 0.0,
+            self.volume_seconds(),
             training_budget(self.folder) if self.method.suffix else 0.0,
             peak_memory(self.folder) if trained else float("nan"),
             spent + time() - start,
@@ -179,6 +189,12 @@ class Cell:
         )
         result.save(self.file)
         return result
+
+    def volume_seconds(self) -> float:
+        """Mean time of adapting to a volume; 0.0 if the method does not."""
+        if not self.method.transductive:
+            return 0.0
+        return mean(read_json(file)["adaptation_seconds"] for file in self.predictions.glob("*_sizes.json"))
 
     def train(self) -> None:
         """`nnUNetv2_train`, unless the final checkpoint is there; its validation where that is what is wanted."""

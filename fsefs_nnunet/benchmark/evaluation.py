@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 
+from fsefs_nnunet.atomic import read_json
 from fsefs_nnunet.benchmark.result import CaseMetrics
 from fsefs_nnunet.benchmark.target import Target
 from fsefs_nnunet.errors import InputError
@@ -34,7 +34,7 @@ def evaluate(predictions: Path, target: Target, reader) -> CaseMetrics:
         InputError: if the summary is of other cases, or a segmentation has another shape than its reference.
     """
     labels, ending = target.dataset_json["labels"], target.dataset_json["file_ending"]
-    summary = json.loads((predictions / "summary.json").read_text())
+    summary = read_json(predictions / "summary.json")
     counted = {
         Path(case["prediction_file"]).name.removesuffix(ending): case["metrics"] for case in summary["metric_per_case"]
     }

@@ -13,10 +13,13 @@ from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.shared_features import share_features
 from fsefs_nnunet.benchmark.study import Study
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.evaluation.tables import duration
 
 
 def plan_cells(study: Study, shots: list[int | str], num_folds: int, methods: list[str]) -> list[Cell]:
-    """The grid: shots outside, then folds, then methods; zero-shot, which has neither shots nor folds, first.
+    """The grid: shots outside, then folds, then methods; first of all zero-shot, which has neither shots nor folds.
+
+    Zero-shot stands beside the others wherever the backbone's own head knows a label, chosen or not.
 
     Args:
         shots: default: those of the plans.
@@ -30,11 +33,10 @@ def plan_cells(study: Study, shots: list[int | str], num_folds: int, methods: li
     if num_folds < 1:
         raise InputError(f"{num_folds} folds: give at least 1.")
     cells = []
-    if "zero_shot" in chosen:
-        if study.known_labels():
-            cells.append(Cell(study, "zero_shot", 0, 0))
-        else:
-            print("No zero-shot row: the backbone's own head knows no label of the dataset.")
+    if study.known_labels():
+        cells.append(Cell(study, "zero_shot", 0, 0))
+    else:
+        print("No zero-shot row: the backbone's own head knows no label of the dataset.")
     for k in dict.fromkeys(shots or study.planned_shots):
         for fold in range(num_folds):
             others = [Cell(study, m, k, fold) for m in chosen if METHODS[m].trainer and not METHODS[m].suffix]
@@ -75,13 +77,13 @@ def run_cells(study: Study, cells: list[Cell], command: list[str]) -> None:
                 print(f"This one failed, the others go on: {error}", flush=True)
                 continue
             write_results([results[c] for c in cells if c in results], output, study.setting)
+        if results:
+            ordered = {cell: results[cell] for cell in cells if cell in results}
+            write_results(list(ordered.values()), output, study.setting)
+            write_report(study, ordered, failures, command)
+            print(f"\n{(output / 'table.md').read_text()}\n{output}: report.html, table.md, results.csv, figure.png.")
     except KeyboardInterrupt:
         raise InputError("Interrupted. The same command goes on; what is done is not done again.") from None
-    if results:
-        ordered = {cell: results[cell] for cell in cells if cell in results}
-        write_results(list(ordered.values()), output, study.setting)
-        write_report(study, ordered, failures, command)
-        print(f"\n{(output / 'table.md').read_text()}\n{output}: report.html, table.md, results.csv, figure.png.")
     if failures:
         raise InputError(
             f"{len(failures)} of {len(cells)} cells failed: {'; '.join(cell.title for cell in failures)}. "
@@ -103,10 +105,3 @@ def _left(cells: list[Cell], results: dict[Cell, Result], failures: dict[Cell, s
             same = [result.wall_seconds for result in results.values() if result.method == cell.name]
             seconds += max(0.0, mean(same or every) - spent.get(cell, 0.0))
     return f"; about {duration(seconds)} left"
-
-
-def duration(seconds: float) -> str:
-    """E.g. "45 s", "12 min", "3.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -67,9 +67,11 @@ def _pictures(cell: Cell) -> list[str]:
     else:
         overlays = ranked_overlays(predictions, target.images, target.labels, target.dataset_json)
         parts += [html.overlay(png, caption) for caption, png in overlays.items()]
-    if (cell.folder / "validation" / "summary.json").exists():
-        heading = f"Size prior and predicted sizes of the queries: {cell.title}"
-        parts += [html.heading(heading), *size_section(cell.folder)]
+        if not overlays:
+            parts.append(html.paragraph("No case shows a class, neither labelled nor predicted."))
+    if (predictions / "summary.json").exists():
+        heading = f"Size prior and predicted sizes: {cell.title}"
+        parts += [html.heading(heading), *size_section(cell.folder, predictions)]
     return parts
 
 

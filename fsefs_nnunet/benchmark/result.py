@@ -18,7 +18,9 @@ class Result:
     """
     support: the labelled cases that it was trained on.
     weights: SHA-256 of what predicted.
+    images, labels: SHA-256 of what it predicted from and was compared with, as Target has them.
     seconds: wall time of the training; the first that needs the feature bank fills it.
+    volume_seconds: of adapting to a volume, their mean; 0.0 where nothing adapts to it.
     budget_seconds: what the training was limited to; 0.0 where it was not.
     peak_memory_gb: of the training process; NaN where no log tells.
     wall_seconds: what the benchmark spent on it.
@@ -29,8 +31,11 @@ class Result:
     fold: int
     support: list[str]
     weights: str
+    images: str
+    labels: str
     trained_parameters: int
     seconds: float
+    volume_seconds: float
     budget_seconds: float
     peak_memory_gb: float
     wall_seconds: float

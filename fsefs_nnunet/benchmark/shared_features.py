@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
+from statistics import mean
 from time import time
 
 from tqdm import tqdm
@@ -12,11 +13,12 @@ from tqdm import tqdm
 from fsefs_nnunet.atomic import write_atomically
 from fsefs_nnunet.benchmark.cells import FAILURES, Cell
 from fsefs_nnunet.devices import device_named
+from fsefs_nnunet.evaluation.tables import duration
 from fsefs_nnunet.prediction import QueryPredictor
 from fsefs_nnunet.support import memories_of
 from fsefs_nnunet.trained_model import TrainedModel
 
-MADE_OF_FILE = "made_of.json"  # beside predictions: the SHA-256 of the weights, and the cases
+MADE_OF_FILE = "made_of.json"  # beside predictions: the SHA-256 of weights and images, and the cases
 
 
 def share_features(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, float]]:
@@ -28,7 +30,9 @@ def share_features(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, float
     failures: dict[Cell, str] = {}
     seconds: dict[Cell, float] = {}
     for number, cell in enumerate(cells, 1):
-        print(f"Training on stored features [{number}/{len(cells)}]: {cell.title}", flush=True)
+        left = mean(seconds.values()) * (len(cells) - len(seconds)) if seconds else 0.0
+        estimate = f"; about {duration(left)} of training left" if seconds else ""
+        print(f"Training on stored features [{number}/{len(cells)}]: {cell.title}{estimate}", flush=True)
         start = time()
         try:
             cell.train()
@@ -111,7 +115,8 @@ def _segmented(cell: Cell, case: str) -> bool:
 def _keep_what_these_weights_predicted(cell: Cell) -> None:
     """Clear the predictions of other weights or cases; an interrupted run of these goes on."""
     mark = cell.predictions / MADE_OF_FILE
-    made_of = json.dumps({"weights": cell.weights, "cases": cell.study.target.cases})
+    target = cell.study.target
+    made_of = json.dumps({"weights": cell.weights, "cases": target.cases, "images": target.images_sha256})
     if not mark.exists() or mark.read_text() != made_of:
         shutil.rmtree(cell.predictions, ignore_errors=True)
         cell.predictions.mkdir(parents=True)

@@ -44,7 +44,9 @@ def case_dice(result: Result) -> dict[str, float]:
 
 
 def spread(numbers: list[float], worst: float) -> str:
-    """E.g. "0.731 ± 0.012 (0.702)": mean, standard deviation, worst; of one number, itself."""
+    """E.g. "0.731 ± 0.012 (0.702)": mean, standard deviation, worst; of one number, itself; "-" of NaN."""
+    if any(map(math.isnan, numbers)):
+        return "-"
     text = f"{mean(numbers):.3f}"
     return text if len(numbers) == 1 else f"{text} ± {stdev(numbers):.3f} ({worst:.3f})"
 
@@ -65,11 +67,17 @@ def table(results: list[Result]) -> list[dict]:
                 "folds": len(group),
                 **metrics,
                 "trained parameters": f"{round(mean(r.trained_parameters for r in group)):,}",
-                "seconds": round(mean(r.seconds for r in group)),
+                "seconds": _seconds(group),
                 "peak memory GB": mean(r.peak_memory_gb for r in group),
             }
         )
     return rows
+
+
+def _seconds(group: list[Result]) -> str:
+    """E.g. "120", "120 + 1.3 a volume"."""
+    of_volume = mean(r.volume_seconds for r in group)
+    return f"{mean(r.seconds for r in group):.0f}" + (f" + {of_volume:.1f} a volume" if of_volume else "")
 
 
 def class_table(results: list[Result]) -> list[dict]:

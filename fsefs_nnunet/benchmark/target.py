@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
@@ -32,9 +33,30 @@ class Target:
         return self.name == "queries"
 
     def image_files(self) -> dict[str, list[str]]:
-        """The cases' images, one file per channel."""
+        """The cases' images, one file per channel. Raises InputError if one is missing."""
         found = images_in(self.images, self.dataset_json)
+        for case in self.cases:
+            if case not in found:
+                raise InputError(f"{self.images} has no image of {case!r}, which the splits name: put it back.")
         return {case: found[case] for case in self.cases}
+
+    @cached_property
+    def images_sha256(self) -> str:
+        """Of the images' sizes and dates: scans are too large to be read for it."""
+        files = [Path(file) for files in self.image_files().values() for file in files]
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return sha256(repr(stats).encode()).hexdigest()
+
+    @cached_property
+    def labels_sha256(self) -> str:
+        """Of the reference segmentations' content. Raises InputError if one is missing."""
+        digest, ending = sha256(), self.dataset_json["file_ending"]
+        for case in self.cases:
+            file = self.labels / f"{case}{ending}"
+            if not file.exists():
+                raise InputError(f"{file} is missing: `fseft plan_and_preprocess -d ID` puts it there.")
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
 
     def image_folder(self, work: Path) -> Path:
         """A folder of the cases' images alone; of queries, new links to them below `work`, or copies."""

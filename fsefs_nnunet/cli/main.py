@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"fseft: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("fseft: Interrupted. What was finished stays, and the same command makes the rest.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -60,7 +60,10 @@ def predict(args: argparse.Namespace) -> None:
     model = _model(args)
     predictor = QueryPredictor(model, None if args.inductive else memories_of(model), args.save_probabilities)
     options = (args.continue_prediction, args.largest_component, args.num_parts, args.part_id)
-    failures = predict_folder(predictor, Path(args.i), Path(args.o), *options)
+    try:
+        failures = predict_folder(predictor, Path(args.i), Path(args.o), *options)
+    except KeyboardInterrupt:
+        raise InputError("Interrupted: --continue_prediction leaves out the cases that are done.") from None
     if failures:
         raise InputError(f"{len(failures)} case(s) failed:\n" + "\n".join(failures))
 

@@ -10,8 +10,8 @@ from statistics import mean
 from fsefs_nnunet.evaluation import html
 from fsefs_nnunet.evaluation.overlays import save_overlay
 from fsefs_nnunet.evaluation.plots import plot_learning_curves, plot_sizes
-from fsefs_nnunet.evaluation.tables import best_median_worst, case_dice, reference_sizes
-from fsefs_nnunet.evaluation.training_logs import learning_curve, logged_sizes
+from fsefs_nnunet.evaluation.tables import best_median_worst, case_dice, counted_sizes
+from fsefs_nnunet.evaluation.training_logs import learning_curve, logged_priors
 from fsefs_nnunet.labels import foreground
 
 
@@ -50,7 +50,7 @@ def write_report(
         html.heading(f"Best, median and worst query: {adapted}"),
         *(html.overlay(png, caption) for caption, png in overlays.items()),
         html.heading(f"Size prior and predicted sizes: {adapted}"),
-        *size_section(fold),
+        *size_section(fold, fold / "validation"),
         html.heading("What to run next"),
         *(html.paragraph(purpose) + html.commands(*lines) for purpose, lines in next_steps.items()),
     ]
@@ -79,7 +79,10 @@ def dataset_of(fold: Path) -> dict:
 
 
 def ranked_overlays(predictions: Path, images: Path, labels: Path, dataset_json: dict) -> dict[str, bytes]:
-    """PNGs by caption of the best, median and worst case of a folder with nnU-Net's summary.json."""
+    """PNGs by caption of the best, median and worst case of a folder with nnU-Net's summary.json.
+
+    None of a folder where no case shows a class, labelled or predicted.
+    """
     ending = dataset_json["file_ending"]
     dice = case_dice(predictions / "summary.json")
     overlays = {}
@@ -92,16 +95,19 @@ def ranked_overlays(predictions: Path, images: Path, labels: Path, dataset_json:
     return overlays
 
 
-def size_section(fold: Path) -> list[str]:
-    """Chart and table of the prior, the sizes predicted on the queries, and the sizes of their labels."""
+def size_section(fold: Path, predictions: Path) -> list[str]:
+    """Chart and table of the prior and of the predicted and labelled sizes of a folder with nnU-Net's summary.json."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    priors, predicted = logged_sizes(fold)
+    priors = logged_priors(fold)
     if not priors:
         return [html.paragraph("The size prior had no effect in this training.")]
     plans = json.loads((fold.parent / "plans.json").read_text())
     reader = PlansManager(plans).image_reader_writer_class()
-    labelled = reference_sizes(fold / "validation" / "summary.json", organs(dataset_of(fold)), reader)
+    predicted, labelled = (
+        counted_sizes(predictions / "summary.json", organs(dataset_of(fold)), reader, count)
+        for count in ("n_pred", "n_ref")
+    )
     gamma = plans["configurations"][fold.parent.name.split("__")[-1]]["fseft_gamma"]
     rows = [
         {
@@ -109,10 +115,10 @@ def size_section(fold: Path) -> list[str]:
             "prior S": f"{prior.size:.1f}",
             "spread": f"{prior.spread:.1f}",
             "support cases": prior.num_cases,
-            "queries, predicted": f"{mean(sizes[name] for sizes in predicted.values()):.1f}",
-            "queries, labels": f"{mean(sizes[name] for sizes in labelled.values()):.1f}",
+            "predicted": f"{mean(sizes[name] for sizes in predicted.values()):.1f}",
+            "labelled": f"{mean(sizes[name] for sizes in labelled.values()):.1f}",
         }
         for name, prior in priors.items()
     ]
-    caption = "Soft sizes predicted after training, and sizes of the labels, which serve this evaluation alone."
+    caption = "Sizes of the segmentations, and of the labels, which serve this evaluation alone."
     return [html.charts({caption: plot_sizes(priors, predicted, labelled, gamma)}), html.table(rows)]

@@ -32,6 +32,13 @@ def cell_text(value) -> str:
     return str(value)
 
 
+def duration(seconds: float) -> str:
+    """E.g. "45 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def summary_key(value: int | list[int]) -> str:
     """How nnU-Net's summary.json names a label or region of dataset.json: "1", "(1, 2)"."""
     return str(tuple(value)) if isinstance(value, (list, tuple)) else str(value)
@@ -63,20 +70,23 @@ def case_dice(summary_json_file: str | Path) -> dict[str, float]:
 
 
 def best_median_worst(dice: dict[str, float]) -> dict[str, str]:
-    """Names of the cases with the highest, the middle and the lowest Dice; of two middle ones the better."""
+    """Names of the cases with the highest, middle and lowest Dice, of two middle ones the better; {} of no cases."""
     ranked = sorted(dice, key=dice.get, reverse=True)
+    if not ranked:
+        return {}
     return {"best": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "worst": ranked[-1]}
 
 
-def reference_sizes(
-    summary_json_file: str | Path, labels: dict[str, int | list[int]], reader
+def counted_sizes(
+    summary_json_file: str | Path, labels: dict[str, int | list[int]], reader, count: str
 ) -> dict[str, dict[str, float]]:
-    """Size in ml of each label by case, from the voxels that nnU-Net counted in the reference segmentations.
+    """Size in ml of each label by case, from the voxels that nnU-Net counted.
 
     Args:
         summary_json_file: with the predictions beside it, whose headers say how large a voxel is.
         labels: names and values as in dataset.json.
         reader: nnU-Net's reader of these files.
+        count: "n_ref", of the reference segmentations, or "n_pred", of the predictions.
     """
     summary_json_file = Path(summary_json_file)
     sizes = {}
@@ -84,6 +94,6 @@ def reference_sizes(
         prediction = Path(case["prediction_file"]).name
         _, properties = reader.read_seg(str(summary_json_file.with_name(prediction)))
         voxel_ml = prod(map(float, properties["spacing"])) / 1000
-        voxels = {name: case["metrics"][summary_key(value)]["n_ref"] for name, value in labels.items()}
+        voxels = {name: case["metrics"][summary_key(value)][count] for name, value in labels.items()}
         sizes[prediction] = {name: count * voxel_ml for name, count in voxels.items()}
     return sizes

@@ -54,29 +54,10 @@ def peak_memory(fold_folder: str | Path) -> float:
 
 
 _PRIOR = re.compile(r"Size prior of (.+): (\S+) ml, spread (\S+) ml, (\d+) cases")
-_AFTER_TRAINING = "Predicted sizes of the queries in ml after training:"
 
 
-def logged_sizes(fold_folder: str | Path) -> tuple[dict[str, SizePrior], dict[str, dict[str, float]]]:
-    """Size priors by class, and the soft sizes in ml predicted after training, by query and class.
-
-    The last ones where a training was continued; both empty where the prior had no effect.
-    """
-    logs = sorted(Path(fold_folder).glob("training_log_*.txt"))
-    lines = [line for log in logs for line in log.read_text().splitlines()]
-    found = [match for line in lines if (match := _PRIOR.search(line))]
-    priors = {m[1]: SizePrior(float(m[2]), float(m[3]), int(m[4])) for m in found}
-    starts = [i for i, line in enumerate(lines) if _AFTER_TRAINING in line]
-    predicted = {}
-    for line in lines[starts[-1] + 1 :] if starts else []:
-        if not line.startswith("  "):  # nnU-Net's timestamps start at the margin
-            break
-        query, _, sizes = line.strip().partition(": ")
-        predicted[query] = _sizes(sizes, priors)
-    return priors, predicted
-
-
-def _sizes(text: str, priors: dict[str, SizePrior]) -> dict[str, float]:
-    """Of "liver 1500.00 (S 1480.00), left kidney 150.00 (S 160.00)"; class names may hold spaces and commas."""
-    found = {name: re.search(rf"(?:^|, ){re.escape(name)} (\S+) \(S ", text) for name in priors}
-    return {name: float(match[1]) for name, match in found.items() if match}
+def logged_priors(fold_folder: str | Path) -> dict[str, SizePrior]:
+    """Size priors by class, the last ones where a training was continued; {} where the prior had no effect."""
+    logs = [log.read_text() for log in sorted(Path(fold_folder).glob("training_log_*.txt"))]
+    found = [match for log in logs for match in _PRIOR.finditer(log)]
+    return {m[1]: SizePrior(float(m[2]), float(m[3]), int(m[4])) for m in found}
