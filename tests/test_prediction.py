@@ -15,6 +15,7 @@ from scipy.ndimage import label
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.losses import SoftDiceLoss
+from fsefs_nnunet.memory import MAX_CROPS
 from fsefs_nnunet.network import AdaptedNetwork
 from fsefs_nnunet.prediction import PART_FOLDER, QueryPredictor, averaged, volume_logits
 from fsefs_nnunet.query_sizes import PredictedSizes
@@ -237,6 +238,16 @@ def test_an_interrupted_prediction_goes_on(work):
     assert predict(work, "output", "--inductive", "--continue_prediction") == 0
     assert first.stat().st_mtime_ns == untouched and second.stat().st_mtime_ns > written
     assert len(reports(work, "output")) == 2
+
+
+def test_support_features_keep_to_their_bytes(work, monkeypatch):
+    whole = memory_from_bank(load(work), 0)
+    a_crop = whole.features[0].nbytes + whole.targets[0].nbytes
+    assert len(whole.features) == MAX_CROPS and MAX_CROPS * a_crop < 50_000_000
+    for limit, crops in ((3 * a_crop, 3), (3 * a_crop - 1, 2), (1, 1)):
+        monkeypatch.setattr("fsefs_nnunet.memory.MAX_BYTES", limit)
+        memory = memory_from_bank(load(work), 0)
+        assert len(memory.features) == crops and torch.equal(memory.features, whole.features[:crops])
 
 
 def test_inductive_predictions_are_no_transductive_ones(work):
