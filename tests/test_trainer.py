@@ -1,3 +1,4 @@
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -5,14 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nnunetv2.experiment_planning import plan_and_preprocess_api
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, infer_dataset_class
 
 from fsefs_nnunet import planning
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.backbones.store import load_weights, save_backbone
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.losses import SoftDiceLoss
+from fsefs_nnunet.shims import fseft_trainers
 from fsefs_nnunet.splits import load_splits, query_cases
+from fsefs_nnunet.trained_model import TrainedModel
+from fsefs_nnunet.trainers.fine_tuning import FSEFTTrainer_FTLast
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer, FSEFTTrainer_Adapter, FSEFTTrainer_LinearProbe
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
 
@@ -528,12 +535,118 @@ def test_several_gpus_are_refused(work, cls):
         torch.distributed.destroy_process_group()
 
 
+def spawned(rank, plans, dataset_json):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=rank, world_size=1)
+    FSEFTTrainer(plans, FIVE, 0, dataset_json, torch.device("cpu"))
+
+
+def test_several_gpus_end_in_the_sentence(work):
+    """The processes of -num_gpus are spawned, and what the command prints of them at last is our sentence."""
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException) as error:
+        torch.multiprocessing.spawn(spawned, (work.plans(**TINY), work.dataset_json()))
+    report = str(error.value)
+    assert report.endswith("InputError: FSEFTTrainer trains on one device: leave -num_gpus at 1.\n")
+    assert "File " not in report
+
+
 def test_damaged_checkpoint_is_refused(work):
     trainer = trained(work, epochs=1)
     file = Path(trainer.output_folder) / "checkpoint_final.pth"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="checkpoint_final.pth is damaged or incomplete"):
         make_trainer(work).load_checkpoint(str(file))
+
+
+def test_cut_latest_checkpoint_names_the_remedy_that_works(work):
+    trainer = make_trainer(work)
+    latest = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    latest.parent.mkdir(parents=True)
+    latest.write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(InputError, match="checkpoint_latest.pth cannot be read.*delete it, and `--c` continues from"):
+        trainer.load_checkpoint(str(latest))
+
+
+def test_checkpoint_of_another_backbone_of_the_same_id(work, tmp_path, monkeypatch, contract):
+    """Ours names the checkpoint; nnUNetv2_predict, which knows the model folder's plans alone, refuses as well."""
+    folder = Path(trained(work, epochs=1).output_folder)
+    model = load_weights(contract)
+    first = next(iter(model))
+    monkeypatch.setenv("fseft_backbones", str(tmp_path / "backbones"))
+    other = save_backbone(contract, {**model, first: model[first] + 1}, tmp_path / "backbones")
+    plans = work.plans(**TINY)
+    for configuration in plans["configurations"].values():
+        if "fseft_backbone" in configuration:
+            configuration["architecture"]["arch_kwargs"]["sha256"] = other.sha256
+    mismatch = f"trained on .*SHA-256 {contract.sha256[:12]}, the .* 'phantom' of {other.sha256[:12]}: restore plans"
+    with pytest.raises(InputError, match=f"checkpoint_final.pth was {mismatch}"):
+        make_trainer(work, plans=plans).load_checkpoint(str(folder / "checkpoint_final.pth"))
+    # as a later training leaves it
+    (folder.parent / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(InputError, match=f"fold_0/checkpoint_final.pth was {mismatch}"):
+        TrainedModel(folder.parent, FIVE, ["0"], "checkpoint_final.pth", torch.device("cpu"))
+    monkeypatch.setenv("nnUNet_extTrainer", str(Path(fseft_trainers.__file__).parent))
+    with pytest.raises(InputError, match=f"The checkpoint was {mismatch}"):
+        nnUNetPredictor(device=torch.device("cpu")).initialize_from_trained_model_folder(str(folder.parent), (0,))
+
+
+@pytest.mark.parametrize("cls, configuration", [(FSEFTTrainer_FTLast, FIVE), (FSEFTTrainer_Scratch, f"{FIVE}_scratch")])
+def test_nan_in_the_support_of_a_patch_training(work, cls, configuration):
+    case = splits_of(work)["folds"][0][1]
+    edit_images(work, case, with_nan)
+    with pytest.raises(InputError, match=f"image of {case} in .*FSEFTPlans_3d_fullres holds NaN or infinite values"):
+        make_trainer(work, cls, configuration=configuration).run_training()
+
+
+def test_nan_in_a_labelled_case_is_refused_when_it_is_preprocessed(work, monkeypatch):
+    case = splits_of(work)["queries"][0]
+    edit_images(work, case, with_nan)
+    monkeypatch.setattr(plan_and_preprocess_api, "preprocess", lambda *arguments: None)  # nnU-Net's lets it pass
+    with pytest.raises(InputError, match=rf"imagesTr/{case}_0000\.nii\.gz holds NaN or infinite values: repair"):
+        planning.preprocess(77, "FSEFTPlans", 1, {})
+
+
+def with_nan(image: np.ndarray) -> np.ndarray:
+    image[0, 3, 3, 3] = np.nan
+    return image
+
+
+@pytest.mark.parametrize("kind", ["query", "support", "unlabelled", "everything"])
+def test_case_of_the_splits_without_preprocessed_data(work, kind):
+    splits, folder, options = splits_of(work), work.preprocessed / "FSEFTPlans_3d_fullres", ""
+    if kind == "everything":
+        shutil.rmtree(folder)
+        case = sorted([*splits["folds"][0], *splits["queries"]])[0]
+    elif kind == "unlabelled":
+        case, options = splits["unlabelled_queries"][1], " --queries FOLDER"
+        (work.preprocessed / "FSEFTPlans_3d_fullres_queries" / f"{case}.npy").unlink()
+    else:
+        case = splits["queries"][0] if kind == "query" else splits["folds"][0][0]
+        for file in folder.glob(f"{case}*"):
+            file.unlink()
+    with pytest.raises(
+        InputError, match=f"e.g. {case}: preprocess them with `fseft plan_and_preprocess -d ID{options}`"
+    ):
+        make_trainer(work).run_training()
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"fseft_loss": "softdice"}, 'fseft_loss .* is \'softdice\': make it "nnunet" or "soft_dice"'),
+        (
+            {"fseft_gamma": 1.5},
+            "fseft_gamma of '3d_fullres_5shot' in FSEFTPlans.json is 1.5: make it a number from 0 on",
+        ),
+        ({"fseft_lambda": "0.1"}, "fseft_lambda .* is '0.1': make it a number"),
+        ({"fseft_steps_per_epoch": 0}, "fseft_steps_per_epoch .* is 0: make it a whole number from 1 on"),
+        ({"fseft_crop_size": [12, 12]}, "fseft_crop_size .*: make it three whole numbers"),
+        ({"fseft_stop_at_plateau": "no"}, "fseft_stop_at_plateau .*: make it true or false"),
+        ({"fseft_seed": None}, "fseft_seed .* is None: make it a whole number"),
+    ],
+)
+def test_impossible_values_in_the_plans(work, settings, sentence):
+    with pytest.raises(InputError, match=sentence):
+        make_trainer(work, **settings)
 
 
 def test_scratch_baseline_takes_our_support(work):
