@@ -17,8 +17,8 @@ def _number(value: object) -> bool:
 
 
 _Rule = tuple[Callable[[object], bool], str]
-_COUNT: _Rule = (lambda value: _whole(value, 1), "a whole number from 1 on")
-_COUNT_OR_NONE: _Rule = (lambda value: _whole(value, 0), "a whole number from 0 on")
+_FROM_ONE: _Rule = (lambda value: _whole(value, 1), "a whole number from 1 on")
+_FROM_ZERO: _Rule = (lambda value: _whole(value, 0), "a whole number from 0 on")
 _DEVIATION: _Rule = (lambda value: _number(value) and 0 <= value < 1, "a number from 0 on, below 1")
 
 # fseft_shots and fseft_bank_gb are checked where the splits and the disk are known
@@ -27,16 +27,16 @@ _KEYS: dict[str, _Rule] = {
         lambda value: isinstance(value, (list, tuple)) and len(value) == 3 and all(_whole(n, 1) for n in value),
         "three whole numbers from 1 on",
     ),
-    "fseft_views": _COUNT_OR_NONE,
-    "fseft_steps_per_epoch": _COUNT,
+    "fseft_views": _FROM_ZERO,
+    "fseft_steps_per_epoch": _FROM_ONE,
     "fseft_loss": (lambda value: value in ("nnunet", "soft_dice"), '"nnunet" or "soft_dice"'),
     "fseft_lambda": (lambda value: _number(value) and value >= 0, "a number from 0 on"),
     "fseft_gamma": _DEVIATION,
     "fseft_predict_gamma": _DEVIATION,
-    "fseft_prior_from_epoch": _COUNT_OR_NONE,
-    "fseft_pool": _COUNT,
+    "fseft_prior_from_epoch": _FROM_ZERO,
+    "fseft_pool": _FROM_ONE,
     "fseft_stop_at_plateau": (lambda value: isinstance(value, bool), "true or false"),
-    "fseft_seed": _COUNT_OR_NONE,
+    "fseft_seed": _FROM_ZERO,
 }
 
 

@@ -18,26 +18,15 @@ BIN = Path(sys.executable).parent
 
 
 def commands(page: Path) -> list[str]:
-    """Shell commands of the page's code blocks, without prompts, variables set before them, and comments."""
-    blocks = re.findall(r"^```(?:bash|sh|shell|console)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    parts = [part.strip().removeprefix("$ ") for line in lines for part in re.split(r"&&|;|\|", line)]
+    """Shell commands of the page's code blocks, without variables set before them."""
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = "\n".join(text for language, text in blocks if language in ("", "bash")).replace("\\\n", " ").splitlines()
+    parts = [part.strip() for line in lines for part in re.split(r"&&|;|\|", line)]
     found = [re.sub(r"^(\w+=\S+\s+)+", "", part) for part in parts]
     return [command for command in found if re.match(r"(fseft|nnUNetv2_\w+|python)\b", command)]
 
 
 CASES = [pytest.param(c, id=f"{page.stem}-{c[:60]}") for page in PAGES for c in commands(page)]
-
-
-def accepted(parse, arguments: list[str]) -> str:
-    """What argparse says to the arguments; nothing if it takes them."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        try:
-            parse(arguments)
-        except SystemExit as end:
-            return said.getvalue() if end.code else ""
-    return ""
 
 
 def help_of(script: Path, patch: pytest.MonkeyPatch) -> str:
@@ -59,7 +48,8 @@ def test_the_pages_have_commands():
 def test_command(command, monkeypatch):
     program, *arguments = shlex.split(command, comments=True)
     if program == "fseft":
-        assert not accepted(parser().parse_args, arguments)
+        with contextlib.suppress(SystemExit if "--version" in arguments else ()):
+            parser().parse_args(arguments)
     elif program.startswith("nnUNetv2_"):
         assert (BIN / program).exists()
     elif arguments[0] != "-m":

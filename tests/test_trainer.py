@@ -28,6 +28,7 @@ from fsefs_nnunet.preprocessed import require_finite
 from fsefs_nnunet.queries import UnlabelledQueries, images_in
 from fsefs_nnunet.shims import fseft_trainers
 from fsefs_nnunet.splits import load_splits, query_cases, save_splits
+from fsefs_nnunet.support import memory_from_bank
 from fsefs_nnunet.trained_model import TrainedModel
 from fsefs_nnunet.trainers.fine_tuning import FSEFTTrainer_FTLast
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer, FSEFTTrainer_Adapter, FSEFTTrainer_LinearProbe
@@ -795,6 +796,15 @@ def test_case_of_the_splits_without_preprocessed_data(work, kind):
         InputError, match=f"e.g. {case}: preprocess them with `fseft plan_and_preprocess -d ID{options}`"
     ):
         make_trainer(work).run_training()
+
+
+def test_model_whose_support_is_no_longer_preprocessed(work):
+    trainer = trained(work, epochs=1)
+    for file in Path(trainer.preprocessed_dataset_folder).glob(f"{trainer.support[0]}*"):
+        file.unlink()
+    model = TrainedModel(Path(trainer.output_folder_base), FIVE, ["0"], "checkpoint_final.pth", torch.device("cpu"))
+    with pytest.raises(InputError, match=f"e.g. {trainer.support[0]}: preprocess them with"):
+        memory_from_bank(model, 0)
 
 
 @pytest.mark.parametrize(
