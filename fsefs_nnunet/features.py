@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.bank_disk import gigabytes, require_space, used_bytes
 from fsefs_nnunet.bank_layout import Layout
-from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.preprocessed import require_finite
 
 TILE_STEP_SIZE = 0.5
 FORMAT = 2  # raise it when the entries change: older ones are left alone then
@@ -235,8 +235,7 @@ class FeatureBank:
 
 def _finite_image(case: str, load_image: Callable[[str], np.ndarray]) -> np.ndarray:
     image = np.ascontiguousarray(load_image(case), dtype=np.float32)
-    if not np.isfinite(image).all():
-        raise InputError(f"The preprocessed image of {case} holds NaN or infinite values: repair the raw image.")
+    require_finite(image, [f"The preprocessed image of {case}"] * len(image))
     return image
 
 

@@ -78,8 +78,11 @@ def normalised(name: str) -> str:
     return _CANONICAL.get(name, name)
 
 
-def match_labels(names: list[str], classes: tuple[str, ...]) -> dict[str, str]:
+def match_labels(names: list[str], classes: tuple[str, ...], file: str = "dataset.json") -> dict[str, str]:
     """Which of the dataset's label `names` the backbone knows, and as which of its `classes`.
+
+    Args:
+        file: where the names stand, for the error.
 
     Raises:
         InputError: if two of the backbone's classes, or two labels, are the same structure.
@@ -88,9 +91,9 @@ def match_labels(names: list[str], classes: tuple[str, ...]) -> dict[str, str]:
     for name in names:
         known = [c for c in classes if normalised(c) == normalised(name)]
         if len(known) > 1:
-            raise InputError(f"Label {name!r} matches the backbone's classes {known}: rename it in dataset.json.")
+            raise InputError(f"Label {name!r} matches the backbone's classes {known}: rename it in {file}.")
         if known and known[0] in matches.values():
-            raise InputError(f"Two labels match the backbone's class {known[0]!r}: rename one of them in dataset.json.")
+            raise InputError(f"Two labels match the backbone's class {known[0]!r}: rename one of them in {file}.")
         if known:
             matches[name] = known[0]
     return matches

@@ -111,6 +111,24 @@ class AdaptedNetwork(nn.Module):
             self.head.bias[row] = bias[k] + (weight[k] * mean[:n].to(weight)).sum()
         return matches
 
+    # In the state_dict's metadata, the SHA-256 adds no entry, and checkpoints without it load as ever. nnUNetv2_predict
+    # builds the network from the model folder's plans, which a later training on another backbone replaces.
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["backbone_sha256"] = self.backbone.contract.sha256
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        contract = self.backbone.contract
+        trained_on = local_metadata.get("backbone_sha256", contract.sha256)
+        if trained_on != contract.sha256:
+            raise InputError(
+                f"The checkpoint was trained on a backbone of SHA-256 {trained_on[:12]}, the model's plans.json names "
+                f"{contract.id!r} of {contract.sha256[:12]}: restore plans and backbone of before, or train anew."
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Image (B, input_channels, X, Y, Z) -> logits (B, num_classes, X, Y, Z)."""
         return self.adapt(self.backbone(x))

@@ -88,24 +88,38 @@ def query_images(raw: Path, folder: str | None, labelled_queries: bool) -> dict[
     return images
 
 
-def write_splits(
+def draw_splits(
     dataset_id: int | str, shots: list[int | str], queries: str | None, num_queries: int, num_folds: int, seed: int
-) -> dict:
-    """Draw the K-shot folds and write them beside nnU-Net's own splits, which stay as they are."""
-    _, raw, preprocessed = dataset_folders(dataset_id)
+) -> tuple[dict, dict[str, list[str]]]:
+    """The K-shot folds, and the files of the unlabelled queries by case; nothing is written."""
+    _, raw, _ = dataset_folders(dataset_id)
     labelled = labelled_cases(raw)
     numbers = [k for k in fitting_shots(shots, len(labelled)) if k != "all"] or [1]
     images = query_images(raw, queries, len(labelled) > max(numbers) and num_queries > 0)
-    splits = make_splits(labelled, list(images), numbers, num_queries, num_folds, seed)
+    return make_splits(labelled, list(images), numbers, num_queries, num_folds, seed), images
+
+
+def keep_splits(dataset_id: int | str, splits: dict) -> None:
+    """Write what draw_splits drew beside nnU-Net's own splits, which stay as they are."""
+    preprocessed = dataset_folders(dataset_id)[2]
     preprocessed.mkdir(parents=True, exist_ok=True)
     file = preprocessed / SPLITS_FILE
     if file.exists() and load_splits(file) != splits:
         print(f"{file} is replaced by other draws: results of earlier K-shot trainings no longer belong to it.")
     save_splits(splits, file)
+    pool, queries, unlabelled = map(len, (splits["folds"][0], splits["queries"], splits["unlabelled_queries"]))
     print(
-        f"{file}: {len(labelled)} labelled cases; {len(splits['queries'])} of them and {len(images)} unlabelled "
-        f"ones are queries; {num_folds} seeded draws of the support from the other {len(splits['folds'][0])}."
+        f"{file}: {pool + queries} labelled cases; {queries} of them and {unlabelled} unlabelled ones are queries; "
+        f"{splits['num_folds']} seeded draws of the support from the other {pool}."
     )
+
+
+def write_splits(
+    dataset_id: int | str, shots: list[int | str], queries: str | None, num_queries: int, num_folds: int, seed: int
+) -> dict[str, list[str]]:
+    """Draw the K-shot folds and keep them; returns the files of the unlabelled queries by case."""
+    splits, images = draw_splits(dataset_id, shots, queries, num_queries, num_folds, seed)
+    keep_splits(dataset_id, splits)
     return images
 
 
@@ -151,17 +165,35 @@ def plan(
 
 
 def preprocess(dataset_id: int | str, plans_name: str, num_processes: int, query_files: dict[str, list[str]]) -> None:
-    """nnU-Net's preprocessing of the parent configuration, and the unlabelled queries beside it."""
+    """The unlabelled queries, and beside them nnU-Net's preprocessing of the parent configuration.
+
+    Raises:
+        InputError: for an image that holds NaN or infinite values, or a query that cannot be read.
+    """
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess as nnunet_preprocess
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     from fsefs_nnunet.queries import UnlabelledQueries
 
     name, raw, preprocessed = dataset_folders(dataset_id)
-    nnunet_preprocess([int(name[7:10])], plans_name, ("3d_fullres",), [num_processes])
     manager = PlansManager(str(preprocessed / f"{plans_name}.json"))
     configuration = manager.get_configuration("3d_fullres")
-    if query_files:
+    if query_files:  # first: a broken one is refused before nnU-Net clears what it preprocessed earlier
         dataset_json = json.loads((raw / "dataset.json").read_text())
         queries = UnlabelledQueries(preprocessed / configuration.data_identifier)
         queries.preprocess(query_files, manager, configuration, dataset_json)
+    nnunet_preprocess([int(name[7:10])], plans_name, ("3d_fullres",), [num_processes])
+    _require_finite_cases(raw, str(preprocessed / configuration.data_identifier))
+
+
+def _require_finite_cases(raw: Path, folder: str) -> None:
+    """nnU-Net preprocesses NaN without a word."""
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    from fsefs_nnunet.preprocessed import require_finite
+
+    files = get_filenames_of_train_images_and_targets(str(raw))
+    dataset = infer_dataset_class(folder)(folder, list(files))
+    for case in files:
+        require_finite(dataset.load_case(case)[0][:], files[case]["images"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.preprocessed import require_finite
 
 
 class UnlabelledQueries:
@@ -32,22 +34,46 @@ class UnlabelledQueries:
         """Preprocess `images`, case -> one file per channel, and forget the queries of earlier calls.
 
         Raises:
-            InputError: if an image holds NaN or infinite values.
+            InputError: if an image cannot be read or holds NaN or infinite values; the earlier queries stay then.
         """
         from tqdm import tqdm
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for case in set(self.cases) - images.keys():
-            (self.folder / f"{case}.npy").unlink()
+        made = self.folder.with_name(f"{self.folder.name}.part")
+        shutil.rmtree(made, ignore_errors=True)  # of a call that was interrupted
+        made.mkdir(parents=True)
         preprocessor = configuration_manager.preprocessor_class(verbose=False)
-        for case, files in tqdm(images.items(), desc="preprocessing queries"):
-            data, _, _ = preprocessor.run_case(files, None, plans_manager, configuration_manager, dataset_json)
-            if not np.isfinite(data).all():
-                raise InputError(f"{files[0]} holds NaN or infinite values: repair the image or leave it out.")
-            part = self.folder / f"{case}.part"
-            with open(part, "wb") as f:
-                np.save(f, data.astype(np.float32, copy=False))
-            os.replace(part, self.folder / f"{case}.npy")
+        reader = plans_manager.image_reader_writer_class()
+        try:
+            for case, files in tqdm(images.items(), desc="preprocessing queries"):
+                image, properties = _read(reader, files)
+                data, _, _ = preprocessor.run_case_npy(
+                    image, None, properties, plans_manager, configuration_manager, dataset_json
+                )
+                require_finite(data, files)
+                np.save(made / f"{case}.npy", data.astype(np.float32, copy=False))
+            self._replace_by(made)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+    def _replace_by(self, made: Path) -> None:
+        self.folder.mkdir(exist_ok=True)
+        new = [file.name for file in made.iterdir()]
+        for name in new:
+            os.replace(made / name, self.folder / name)
+        for case in self.cases:
+            if f"{case}.npy" not in new:
+                (self.folder / f"{case}.npy").unlink()
+
+
+def _read(reader, files: list[str]) -> tuple[np.ndarray, dict]:
+    """Image (channels, ...) and properties, as nnU-Net's `reader` gives them."""
+    try:
+        return reader.read_images(files)
+    except Exception as error:  # each of the libraries that read images has errors of its own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(
+            f"{', '.join(files)} cannot be read ({reason}): repair it, or leave the case out of the queries."
+        ) from error
 
 
 def images_in(folder: Path, dataset_json: dict) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ from fsefs_nnunet.crops import CropLoader, region_transform
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features import FeatureBank
 from fsefs_nnunet.memory import CROP_SIZE, SupportMemory
+from fsefs_nnunet.preprocessed import require_cases
 from fsefs_nnunet.size_prior import estimate_sizes, support_sizes_ml
 from fsefs_nnunet.splits import SPLITS_FILE, fold_seed, load_splits, support_cases
 from fsefs_nnunet.trained_model import MEMORY_KEY, TrainedModel
@@ -57,6 +58,7 @@ def memory_from_bank(model: TrainedModel, index: int) -> SupportMemory:
     fold = model.folds[index]
     number = fold if fold == "all" else int(fold)
     cases = support_cases(load_splits(base / SPLITS_FILE), model.settings["fseft_shots"], number)
+    require_cases(cases, folder)
     dataset = infer_dataset_class(str(folder))(str(folder), cases)
     segmentations = {case: np.asarray(dataset.load_case(case)[1][:]) for case in cases}
     _check_priors(model, index, segmentations)

@@ -17,6 +17,26 @@ from fsefs_nnunet.size_prior import SizePrior
 PRIOR_KEY, MEMORY_KEY = "fseft_prior", "fseft_support"  # what our trainers add to nnU-Net's checkpoints
 
 
+def require_backbone_of(file: str | Path, checkpoint: dict, settings: dict) -> None:
+    """Raises InputError if `checkpoint`, read from `file`, was trained on other weights than `settings` name.
+
+    settings: the K-shot configuration of the present plans; a baseline's names no backbone.
+    """
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    if "fseft_backbone" not in settings:
+        return
+    init = checkpoint["init_args"]  # with the plans of its training, whatever became of the file of plans
+    then = PlansManager(init["plans"]).get_configuration(init["configuration"]).configuration
+    trained_on, present = (s["architecture"]["arch_kwargs"].get("sha256") for s in (then, settings))
+    if trained_on != present:
+        raise InputError(
+            f"{file} was trained on backbone {then.get('fseft_backbone')!r} of SHA-256 {str(trained_on)[:12]}, the "
+            f"plans name {settings['fseft_backbone']!r} of {str(present)[:12]}: restore plans and backbone of before, "
+            "or train anew, without --c."
+        )
+
+
 class TrainedModel:
     """The folds of an adapter with their size priors; one network serves all of them.
 
@@ -50,6 +70,8 @@ class TrainedModel:
                 f"{(without or self.files)[0]} holds no adapter with size priors: train one with FSEFTTrainer, or use "
                 "nnUNetv2_predict."
             )
+        for file, content in zip(self.files, checkpoints):
+            require_backbone_of(file, content, self.settings)
         self.priors = [[p and SizePrior(*p) for p in content[PRIOR_KEY]] for content in checkpoints]
         self.memories = [content.get(MEMORY_KEY) for content in checkpoints]
         trainer = checkpoints[0]["trainer_name"]

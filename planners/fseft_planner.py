@@ -82,6 +82,9 @@ class FSEFTPlanner(ExperimentPlanner):
         self._check_dataset()
         file = join(self.raw_dataset_folder, "dataset.json")
         self.contract.check_channels(list(self.dataset_json["channel_names"].values()), file)
+        # here, since a training refuses the same labels: nothing is overwritten yet
+        names = list(foreground(self.dataset_json["labels"]))
+        self.known_labels = match_labels(names, self.contract.head_classes, file)
         self.reader = find_reader(self.contract, self.dataset_json["file_ending"])
         self._reorient_fingerprint()
 
@@ -229,7 +232,6 @@ class FSEFTPlanner(ExperimentPlanner):
     def _explain(self, parent: dict, children: dict) -> None:
         contract = self.contract
         child = next(iter(children.values()))
-        names = list(foreground(self.dataset_json["labels"]))
         spacing = "the backbone's" if contract.spacing is not None else "the dataset's, the backbone leaves it open"
         turned = (
             "turned to RAS" if reorients(self.reader.__name__) else "as stored, which must be as the backbone's were"
@@ -248,7 +250,7 @@ class FSEFTPlanner(ExperimentPlanner):
             f"multiples of {list(contract.divisor)}, at most {list(contract.patch_size)}.\n"
             f"Features of stages: {child['architecture']['arch_kwargs']['stages']}.\n"
             f"Training: {child['batch_size']} crops of {child['fseft_crop_size']} from the feature bank a step.\n"
-            f"Labels that the backbone knows by name: {match_labels(names, contract.head_classes) or 'none'}.\n"
+            f"Labels that the backbone knows by name: {self.known_labels or 'none'}.\n"
             f"Configurations: {', '.join(children)}; 3d_fullres is stock nnU-Net on the same data."
         )
         if contract.encoder_only:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import fsefs_nnunet
+from fsefs_nnunet import linking
 from fsefs_nnunet.cli.main import main
 
 FSEFT = str(Path(sys.executable).parent / "fseft")
@@ -175,6 +176,36 @@ def test_import_of_a_folder_that_is_no_model(tmp_path, capsys):
 
 
 # ---- verbs that work ----
+
+
+def test_bank(workspace, capsys):
+    """Listed, one key removed, all removed; an unknown key is refused."""
+    bank = workspace.preprocessed / "fseft_features"
+    for key in ("0123456789ab", "ba9876543210"):
+        (bank / f"phantom_{key}").mkdir(parents=True)
+        (bank / f"phantom_{key}" / "case_0_1.json").write_text("{}")
+    assert main(["bank", "-d", "77"]) == 0
+    listed = capsys.readouterr().out
+    assert f"2 feature banks in {bank}" in listed and "0123456789ab (phantom): 1 entries" in listed
+    assert "No feature bank 00" in refused(capsys, "bank", "-d", "77", "--clear", "00")
+    assert main(["bank", "-d", "77", "--clear", "0123456789ab"]) == 0
+    assert [folder.name for folder in bank.iterdir()] == ["phantom_ba9876543210"]
+    assert main(["bank", "-d", "77", "--clear"]) == 0
+    assert not list(bank.iterdir())
+    assert "1 feature banks removed" in capsys.readouterr().out
+
+
+def test_link_and_unlink(tmp_path, monkeypatch, capsys):
+    files = [tmp_path / name for name in linking.SHIMS]
+    for file in files:
+        file.parent.mkdir(parents=True)
+    monkeypatch.setattr(linking, "nnunet_folder", lambda: tmp_path)
+    assert main(["link"]) == 0
+    assert all(file.read_text().startswith(linking.MARKER) for file in files)
+    assert main(["unlink"]) == 0
+    assert not any(file.exists() for file in files)
+    files[0].write_text("theirs")
+    assert "was not written by `fseft link` and stays as it is" in refused(capsys, "link")
 
 
 def test_splits(workspace, capsys):

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -204,6 +205,18 @@ def test_state_dicts_go_into_a_fresh_network_one_after_another(contract, image):
             assert torch.equal(outputs[-1], network(image))
     assert torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], outputs[1])
     assert set(fresh.state_dict()) == TRAINED | BUFFERS
+
+
+def test_state_knows_its_backbone_through_a_file(contract, tmp_path):
+    """As nnU-Net's predictor reads it and as we do; a state without the entry, of an earlier version, loads."""
+    torch.save(build(contract).state_dict(), tmp_path / "state.pth")
+    fresh = build(contract)
+    fresh.backbone.contract = replace(contract, sha256="0" * 64)
+    for weights_only in (False, True):
+        state = torch.load(tmp_path / "state.pth", weights_only=weights_only)
+        with pytest.raises(ValueError, match=f"SHA-256 {contract.sha256[:12]}, .* 'phantom' of 000000000000: restore"):
+            fresh.load_state_dict(state)
+    fresh.load_state_dict(dict(state))
 
 
 def test_state_of_another_network_is_refused(contract):

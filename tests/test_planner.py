@@ -1,6 +1,8 @@
 import json
+import re
 from dataclasses import replace
 
+import nibabel as nib
 import numpy as np
 import pytest
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
@@ -8,6 +10,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from fsefs_nnunet import planning
 from fsefs_nnunet.backbones.store import EMBEDDED, load_weights, save_backbone
+from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 from fsefs_nnunet.queries import UnlabelledQueries, images_in
 from fsefs_nnunet.splits import load_splits
@@ -228,6 +231,25 @@ def test_missing_environment_variable(workspace, monkeypatch):
         planning.plan(77, "phantom", [], 1, 8, None)
 
 
+@pytest.mark.parametrize(
+    "labels, sentence",
+    [
+        ({"Left Kidney": 4}, "Two labels match the backbone's class 'kidney_left': rename one of them in {file}"),
+        ({"liver": 4}, r"Label 'liver' matches the backbone's classes \['liver', 'Liver'\]: rename it in {file}"),
+    ],
+)
+def test_ambiguous_labels_leave_the_plans_alone(workspace, monkeypatch, tmp_path, contract, labels, sentence):
+    file = workspace.raw / "dataset.json"
+    edit(file, lambda content: content["labels"].update(labels))
+    monkeypatch.setenv("fseft_backbones", str(tmp_path))
+    classes = tuple("Liver" if name == "spleen" else name for name in contract.classes)
+    save_backbone(replace(contract, id="twice", classes=classes), load_weights(contract), tmp_path)
+    before = (workspace.preprocessed / "FSEFTPlans.json").read_bytes()
+    with pytest.raises(ValueError, match=sentence.format(file=file)):
+        plan(workspace, backbone="twice", plans_name="FSEFTPlans")
+    assert (workspace.preprocessed / "FSEFTPlans.json").read_bytes() == before
+
+
 # ---- splits and preprocessed data ----
 
 
@@ -292,6 +314,37 @@ def test_an_unlabelled_query_is_preprocessed_as_a_labelled_case(workspace):
     assert queries.cases == ["again"]  # earlier ones are forgotten
     stored = infer_dataset_class(str(folder))(str(folder)).load_case("case_0")[0][:]
     np.testing.assert_allclose(queries.load("again"), stored, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "broken, sentence",
+    [
+        ("NaN", r"scan_1_0000\.nii\.gz holds NaN or infinite values: repair"),
+        ("cut", r"scan_1_0000\.nii\.gz cannot be read \(.*\): repair it, or leave the case out of the queries"),
+    ],
+)
+def test_a_broken_query_leaves_earlier_results_alone(workspace, capsys, broken, sentence):
+    file = workspace.queries / "scan_1_0000.nii.gz"
+    if broken == "NaN":
+        image = nib.load(file)
+        data = image.get_fdata()
+        data[3, 3, 3] = np.nan
+        nib.save(nib.Nifti1Image(data, image.affine), file)
+    else:
+        file.write_bytes(file.read_bytes()[:1000])
+    (workspace.queries / "scan_0_0000.nii.gz").rename(workspace.queries / "another_0000.nii.gz")
+    made = [
+        workspace.preprocessed / "splits_fseft.json",
+        *sorted((workspace.preprocessed / "FSEFTPlans_3d_fullres_queries").iterdir()),
+        *sorted((workspace.preprocessed / "FSEFTPlans_3d_fullres").iterdir()),
+    ]
+    before = [file.read_bytes() for file in made]
+    arguments = ["-d", "77", "--shots", "5", "--seed", "1", "-np", "1", "--queries", str(workspace.queries)]
+    assert main(["plan_and_preprocess", *arguments]) == 2
+    assert re.search(sentence, capsys.readouterr().err)
+    assert [file.read_bytes() for file in made] == before
+    assert UnlabelledQueries(workspace.preprocessed / "FSEFTPlans_3d_fullres").cases == ["scan_0", "scan_1"]
+    assert not list(workspace.preprocessed.glob("*.part"))
 
 
 def test_query_folders_that_are_refused(workspace, tmp_path):

@@ -1,18 +1,36 @@
+import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from nnunetv2.experiment_planning import plan_and_preprocess_api
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import run_training
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from fsefs_nnunet import planning
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.backbones.importing import import_nnunet_model
+from fsefs_nnunet.backbones.nnunet import NNUNetBackbone
+from fsefs_nnunet.backbones.store import load_weights, save_backbone
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.losses import SoftDiceLoss
-from fsefs_nnunet.splits import load_splits, query_cases
+from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
+from fsefs_nnunet.preprocessed import require_finite
+from fsefs_nnunet.queries import UnlabelledQueries, images_in
+from fsefs_nnunet.shims import fseft_trainers
+from fsefs_nnunet.splits import load_splits, query_cases, save_splits
+from fsefs_nnunet.support import memory_from_bank
+from fsefs_nnunet.trained_model import TrainedModel
+from fsefs_nnunet.trainers.fine_tuning import FSEFTTrainer_FTLast
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer, FSEFTTrainer_Adapter, FSEFTTrainer_LinearProbe
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
 
@@ -62,6 +80,17 @@ def trained(*args, **kwargs):
     trainer = make_trainer(*args, **kwargs)
     trainer.run_training()
     return trainer
+
+
+def predicted(trainer, case: str) -> np.ndarray:
+    """Label map (X, Y, Z) that nnU-Net's predictor gives of a preprocessed case, from the model's folder alone."""
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_extTrainer", str(Path(fseft_trainers.__file__).parent))
+        predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (trainer.fold,))
+    image = trainer.dataset_class(trainer.preprocessed_dataset_folder, [case]).load_case(case)[0][:]
+    logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image))
+    return predictor.label_manager.convert_logits_to_segmentation(logits).numpy()
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
@@ -249,6 +278,39 @@ def test_final_checkpoint_of_the_default_plans(work):
     assert "checkpoint_latest.pth" not in names
 
 
+def test_half_written_checkpoints_do_not_matter(work):
+    trainer = make_trainer(work, epochs=2)
+    folder = Path(trainer.output_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("latest", "best", "final"):
+        (folder / f"checkpoint_{name}.pth.part").write_bytes(b"cut")
+    trainer.run_training()
+    assert not list(folder.glob("*.part"))
+    read_checkpoint(folder / "checkpoint_final.pth")
+
+
+def test_val_alone(work, monkeypatch):
+    """nnUNetv2_train --val: the queries again from the final checkpoint."""
+    trainer = trained(work, epochs=1)
+    splits = splits_of(work)
+    splits["folds"] = [[*fold, *splits["queries"][1:]] for fold in splits["folds"]]
+    splits["queries"] = splits["queries"][:1]  # of one query is enough
+    save_splits(splits, work.preprocessed / "splits_fseft.json")
+    (work.preprocessed / "FSEFTPlans.json").write_text(json.dumps(work.plans(**TINY)))
+    monkeypatch.setenv("nnUNet_extTrainer", str(Path(fseft_trainers.__file__).parent))
+    options = dict(only_run_validation=True, device=torch.device("cpu"))
+    run_training("77", FIVE, 0, "FSEFTTrainer", "FSEFTPlans", **options)
+    summary = json.loads((Path(trainer.output_folder) / "validation" / "summary.json").read_text())
+    assert [Path(case["prediction_file"]).name for case in summary["metric_per_case"]] == [
+        f"{splits['queries'][0]}.nii.gz"
+    ]
+
+
+def test_cap_of_the_bank_in_the_plans(work):
+    with pytest.raises(InputError, match="fseft_bank_gb allows 0.001 GB: raise it, clear old banks"):
+        make_trainer(work, fseft_views=2, fseft_bank_gb=0.001).run_training()
+
+
 def test_training_decreases_the_loss(work):
     trainer = trained(work, epochs=8, fseft_steps_per_epoch=4, fseft_lambda=0.0, fseft_crop_size=[20, 20, 20])
     losses = trainer.logger.get_value("train_losses", step=None)
@@ -418,6 +480,38 @@ def test_regions_with_ignore_label(work):
     assert "no support case shows a class whole" in text_of(none)
 
 
+VARIANTS = {
+    "one class": {"labels": {"background": 0, "spleen": 1}},
+    "regions": {
+        "labels": {"background": 0, "organs": [1, 2, 3], "kidney_left": 3},
+        "regions_class_order": [1, 3],
+    },
+    "ignore": {"labels": {"background": 0, "spleen": 1, "stomach": 2, "kidney_left": 3, "ignore": 4}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_label_variants(work, variant):
+    """Regions and the ignore label each without the other, and a single class: a step and what is predicted then."""
+    change = {
+        "one class": lambda seg: np.where(seg == 1, 1, 0),
+        "ignore": lambda seg: np.where(np.arange(seg.shape[1])[:, None, None] < 5, 4, seg),
+    }.get(variant)
+    if change:
+        edit_labels(work, splits_of(work)["folds"][0], change)
+    dataset = {**work.dataset_json(), **VARIANTS[variant]}
+    trainer = trained(work, epochs=1, dataset_json=dataset, fseft_steps_per_epoch=1)
+    outputs = {"one class": 2, "regions": 2, "ignore": 4}[variant]
+    assert trainer.network.head.out_channels == outputs
+    assert trainer.label_manager.has_regions == (variant == "regions")
+    assert trainer.label_manager.has_ignore_label == (variant == "ignore")
+    # a case with ignored voxels shows no organ whole
+    assert [prior is None for prior in trainer.priors] == [variant == "ignore"] * len(trainer.classes)
+    assert np.isfinite(trainer.logger.get_value("train_losses", step=None)).all()
+    values = set(np.unique(predicted(trainer, splits_of(work)["queries"][0])))
+    assert values <= {"one class": {0, 1}, "regions": {0, 1, 3}, "ignore": {0, 1, 2, 3}}[variant]
+
+
 def test_labels_in_any_order(work):
     """Outputs, priors and head rows follow the labels' values, not their order in dataset.json."""
     content = work.dataset_json()
@@ -426,6 +520,88 @@ def test_labels_in_any_order(work):
     assert identical(weights(first), weights(second))
     pick = [line.split(": ", 1)[1] for line in text_of(first).splitlines() if "Size prior of" in line]
     assert pick == [line.split(": ", 1)[1] for line in text_of(second).splitlines() if "Size prior of" in line]
+
+
+# ---- other backbones ----
+
+
+def test_adapter_on_a_stock_nnunet_model_of_the_same_plans(work, tmp_path, monkeypatch):
+    """nnUNetTrainer trains 3d_fullres of our plans; imported, its model is planned with and adapted."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setenv("nnUNet_compile", "f")
+    plans = work.plans()
+    kwargs = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    kwargs["features_per_stage"] = [4] * len(kwargs["features_per_stage"])
+    plans["continue_training"] = False
+    stock = nnUNetTrainer(plans, "3d_fullres", 0, work.dataset_json(), torch.device("cpu"))
+    stock.num_epochs = stock.num_iterations_per_epoch = stock.num_val_iterations_per_epoch = 1
+    stock.run_training()
+    assert (work.preprocessed / "splits_final.json").exists()  # nnU-Net's own, beside ours
+    monkeypatch.setenv("fseft_backbones", str(tmp_path / "backbones"))
+    contract = import_nnunet_model("stock", Path(stock.output_folder_base), tmp_path / "backbones")
+    assert planning.plan(77, "stock", [], 1, 8, None) == "FSEFTPlans_stock"
+    for kind in ("", "_queries"):  # its preprocessing is that of the plans it was trained with
+        folder = work.preprocessed / f"FSEFTPlans_3d_fullres{kind}"
+        shutil.copytree(folder, folder.with_name(f"FSEFTPlans_stock_3d_fullres{kind}"))
+    plans = json.loads((work.preprocessed / "FSEFTPlans_stock.json").read_text())
+    plans["configurations"][FIVE].update(TINY)
+    trainer = trained(work, epochs=1, plans=plans)
+    assert trainer.network.backbone.contract.sha256 == contract.sha256
+    assert "'spleen': 'spleen', 'stomach': 'stomach'" in text_of(trainer)
+    assert np.isfinite(trainer.logger.get_value("train_losses", step=None)).all()
+
+
+@pytest.fixture
+def pair(work, tmp_path, monkeypatch, contract):
+    """A backbone of two channels with fresh weights, and the dataset with each image twice, planned for it."""
+    monkeypatch.setenv("fseft_backbones", str(tmp_path / "backbones"))
+    fields = {"normalization_schemes": ("CTNormalization", "ZScoreNormalization"), "use_mask_for_norm": (False, False)}
+    wanted = replace(contract, id="pair", channel_names=("CT", "MRI"), **fields)
+    save_backbone(wanted, NNUNetBackbone(wanted, "last").backbone_state(), tmp_path / "backbones")
+    for file in (*(work.raw / "imagesTr").iterdir(), *work.queries.iterdir()):
+        shutil.copy(file, file.with_name(file.name.replace("_0000", "_0001")))
+    for file, change in (
+        (work.raw / "dataset.json", lambda content: content.update(channel_names={"0": "CT", "1": "MRI"})),
+        (
+            work.preprocessed / "dataset_fingerprint.json",
+            lambda content: (values := content["foreground_intensity_properties_per_channel"]).update(
+                {"1": values["0"]}
+            ),
+        ),
+    ):
+        content = json.loads(file.read_text())
+        change(content)
+        file.write_text(json.dumps(content))
+    planner = FSEFTPlanner(work.dataset, backbone="pair")
+    planner.plan_experiment()
+    manager = PlansManager(str(work.preprocessed / "FSEFTPlans_pair.json"))
+    configuration = manager.get_configuration("3d_fullres")
+    folder = work.preprocessed / configuration.data_identifier
+    folder.mkdir()
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    for case, files in get_filenames_of_train_images_and_targets(str(work.raw)).items():
+        arguments = (files["images"], files["label"], manager, configuration, work.dataset_json())
+        preprocessor.run_case_save(str(folder / case), *arguments)
+    images = images_in(work.queries, work.dataset_json())
+    UnlabelledQueries(folder).preprocess(images, manager, configuration, work.dataset_json())
+    plans = json.loads((work.preprocessed / "FSEFTPlans_pair.json").read_text())
+    plans["configurations"][FIVE].update(TINY)
+    return plans
+
+
+def test_two_channels(work, pair):
+    trainer = trained(work, epochs=1, plans=pair)
+    assert trainer.load_image(trainer.support[0]).shape[0] == trainer.load_image("scan_0").shape[0] == 2
+    assert np.isfinite(trainer.logger.get_value("train_losses", step=None)).all()
+    query = splits_of(work)["queries"][0]
+    assert predicted(trainer, query).shape == trainer.load_image(query).shape[1:]
+
+
+def test_nan_in_the_second_channel_names_its_file():
+    image = np.zeros((2, 4, 4, 4))
+    image[1, 0, 0, 0] = np.nan
+    with pytest.raises(InputError, match=r"^b_0001\.nii\.gz holds NaN"):
+        require_finite(image, ["b_0000.nii.gz", "b_0001.nii.gz"])
 
 
 # ---- exactly K labelled cases ----
@@ -528,12 +704,127 @@ def test_several_gpus_are_refused(work, cls):
         torch.distributed.destroy_process_group()
 
 
+def spawned(rank, plans, dataset_json):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=rank, world_size=1)
+    FSEFTTrainer(plans, FIVE, 0, dataset_json, torch.device("cpu"))
+
+
+def test_several_gpus_end_in_the_sentence(work):
+    """The processes of -num_gpus are spawned, and what the command prints of them at last is our sentence."""
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException) as error:
+        torch.multiprocessing.spawn(spawned, (work.plans(**TINY), work.dataset_json()))
+    report = str(error.value)
+    assert report.endswith("InputError: FSEFTTrainer trains on one device: leave -num_gpus at 1.\n")
+    assert "File " not in report
+
+
 def test_damaged_checkpoint_is_refused(work):
     trainer = trained(work, epochs=1)
     file = Path(trainer.output_folder) / "checkpoint_final.pth"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="checkpoint_final.pth is damaged or incomplete"):
         make_trainer(work).load_checkpoint(str(file))
+
+
+def test_cut_latest_checkpoint_names_the_remedy_that_works(work):
+    trainer = make_trainer(work)
+    latest = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    latest.parent.mkdir(parents=True, exist_ok=True)
+    latest.write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(InputError, match="checkpoint_latest.pth cannot be read.*delete it, and `--c` continues from"):
+        trainer.load_checkpoint(str(latest))
+
+
+def test_checkpoint_of_another_backbone_of_the_same_id(work, tmp_path, monkeypatch, contract):
+    """Ours names the checkpoint; nnUNetv2_predict, which knows the model folder's plans alone, refuses as well."""
+    folder = Path(trained(work, epochs=1).output_folder)
+    model = load_weights(contract)
+    first = next(iter(model))
+    monkeypatch.setenv("fseft_backbones", str(tmp_path / "backbones"))
+    other = save_backbone(contract, {**model, first: model[first] + 1}, tmp_path / "backbones")
+    plans = work.plans(**TINY)
+    for configuration in plans["configurations"].values():
+        if "fseft_backbone" in configuration:
+            configuration["architecture"]["arch_kwargs"]["sha256"] = other.sha256
+    mismatch = f"trained on .*SHA-256 {contract.sha256[:12]}, the .* 'phantom' of {other.sha256[:12]}: restore plans"
+    with pytest.raises(InputError, match=f"checkpoint_final.pth was {mismatch}"):
+        make_trainer(work, plans=plans).load_checkpoint(str(folder / "checkpoint_final.pth"))
+    # as a later training leaves it
+    (folder.parent / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(InputError, match=f"fold_0/checkpoint_final.pth was {mismatch}"):
+        TrainedModel(folder.parent, FIVE, ["0"], "checkpoint_final.pth", torch.device("cpu"))
+    monkeypatch.setenv("nnUNet_extTrainer", str(Path(fseft_trainers.__file__).parent))
+    with pytest.raises(InputError, match=f"The checkpoint was {mismatch}"):
+        nnUNetPredictor(device=torch.device("cpu")).initialize_from_trained_model_folder(str(folder.parent), (0,))
+
+
+@pytest.mark.parametrize("cls, configuration", [(FSEFTTrainer_FTLast, FIVE), (FSEFTTrainer_Scratch, f"{FIVE}_scratch")])
+def test_nan_in_the_support_of_a_patch_training(work, cls, configuration):
+    case = splits_of(work)["folds"][0][1]
+    edit_images(work, case, with_nan)
+    with pytest.raises(InputError, match=f"image of {case} in .*FSEFTPlans_3d_fullres holds NaN or infinite values"):
+        make_trainer(work, cls, configuration=configuration).run_training()
+
+
+def test_nan_in_a_labelled_case_is_refused_when_it_is_preprocessed(work, monkeypatch):
+    case = splits_of(work)["queries"][0]
+    edit_images(work, case, with_nan)
+    monkeypatch.setattr(plan_and_preprocess_api, "preprocess", lambda *arguments: None)  # nnU-Net's lets it pass
+    with pytest.raises(InputError, match=rf"imagesTr/{case}_0000\.nii\.gz holds NaN or infinite values: repair"):
+        planning.preprocess(77, "FSEFTPlans", 1, {})
+
+
+def with_nan(image: np.ndarray) -> np.ndarray:
+    image[0, 3, 3, 3] = np.nan
+    return image
+
+
+@pytest.mark.parametrize("kind", ["query", "support", "unlabelled", "everything"])
+def test_case_of_the_splits_without_preprocessed_data(work, kind):
+    splits, folder, options = splits_of(work), work.preprocessed / "FSEFTPlans_3d_fullres", ""
+    if kind == "everything":
+        shutil.rmtree(folder)
+        case = sorted([*splits["folds"][0], *splits["queries"]])[0]
+    elif kind == "unlabelled":
+        case, options = splits["unlabelled_queries"][1], " --queries FOLDER"
+        (work.preprocessed / "FSEFTPlans_3d_fullres_queries" / f"{case}.npy").unlink()
+    else:
+        case = splits["queries"][0] if kind == "query" else splits["folds"][0][0]
+        for file in folder.glob(f"{case}*"):
+            file.unlink()
+    with pytest.raises(
+        InputError, match=f"e.g. {case}: preprocess them with `fseft plan_and_preprocess -d ID{options}`"
+    ):
+        make_trainer(work).run_training()
+
+
+def test_model_whose_support_is_no_longer_preprocessed(work):
+    trainer = trained(work, epochs=1)
+    for file in Path(trainer.preprocessed_dataset_folder).glob(f"{trainer.support[0]}*"):
+        file.unlink()
+    model = TrainedModel(Path(trainer.output_folder_base), FIVE, ["0"], "checkpoint_final.pth", torch.device("cpu"))
+    with pytest.raises(InputError, match=f"e.g. {trainer.support[0]}: preprocess them with"):
+        memory_from_bank(model, 0)
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"fseft_loss": "softdice"}, 'fseft_loss .* is \'softdice\': make it "nnunet" or "soft_dice"'),
+        (
+            {"fseft_gamma": 1.5},
+            "fseft_gamma of '3d_fullres_5shot' in FSEFTPlans.json is 1.5: make it a number from 0 on",
+        ),
+        ({"fseft_lambda": "0.1"}, "fseft_lambda .* is '0.1': make it a number"),
+        ({"fseft_steps_per_epoch": 0}, "fseft_steps_per_epoch .* is 0: make it a whole number from 1 on"),
+        ({"fseft_crop_size": [12, 12]}, "fseft_crop_size .*: make it three whole numbers"),
+        ({"fseft_stop_at_plateau": "no"}, "fseft_stop_at_plateau .*: make it true or false"),
+        ({"fseft_seed": None}, "fseft_seed .* is None: make it a whole number"),
+    ],
+)
+def test_impossible_values_in_the_plans(work, settings, sentence):
+    with pytest.raises(InputError, match=sentence):
+        make_trainer(work, **settings)
 
 
 def test_scratch_baseline_takes_our_support(work):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fsefs_nnunet.backbones.decoder_tuning import refuse_untrained_decoder
@@ -12,6 +14,7 @@ from fsefs_nnunet.backbones.store import find_backbone
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.network import AdaptedNetwork
+from fsefs_nnunet.plan_keys import check_plan_keys
 from fsefs_nnunet.schedules import WarmupCosineScheduler, at_plateau
 from fsefs_nnunet.trainers.kshot_trainer import KShotTrainer
 from fsefs_nnunet.trainers.time_budget import StoppableTrainer, StopTraining
@@ -32,6 +35,7 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
     progress_png_every = 25  # epochs; drawing takes about a second
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
+        self.refuse_several_gpus()
         super().__init__(plans, configuration, fold, dataset_json, device)
         if "fseft_backbone" not in self.settings:
             raise InputError(
@@ -40,8 +44,7 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
             )
         if self.tuned not in ("decoder", "all"):
             refuse_untrained_decoder(find_backbone(self.settings["fseft_backbone"]))
-        if self.is_ddp:
-            raise InputError(f"{type(self).__name__} trains on one device: leave -num_gpus at 1.")
+        check_plan_keys(self.settings, configuration, self.plans_manager.plans_name)
         if any(argument.startswith("-pretrained") for argument in sys.argv):  # nnU-Net tells its trainers nothing of it
             raise InputError(
                 f"{type(self).__name__} takes no -pretrained_weights: import the model as a backbone, `fseft backbones "
@@ -55,6 +58,14 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
         self.enable_deep_supervision = False
         self.save_every = 1
         self.inference_allowed_mirroring_axes = None
+
+    def refuse_several_gpus(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            if multiprocessing.parent_process() is not None:
+                # nnU-Net's -num_gpus spawns this process and repeats its traceback: without its frames the sentence is
+                # what the user's screen ends with
+                sys.tracebacklimit = 0
+            raise InputError(f"{type(self).__name__} trains on one device: leave -num_gpus at 1.")
 
     @classmethod
     def build_network_architecture(

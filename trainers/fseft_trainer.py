@@ -14,6 +14,7 @@ from fsefs_nnunet.crops import CropLoader, region_transform
 from fsefs_nnunet.features import FeatureBank
 from fsefs_nnunet.labels import foreground_classes, foreground_names
 from fsefs_nnunet.precision import reduced_precision
+from fsefs_nnunet.preprocessed import refuse_missing
 from fsefs_nnunet.queries import UnlabelledQueries
 from fsefs_nnunet.query_sizes import QuerySizes
 from fsefs_nnunet.size_prior import estimate_sizes, size_penalty, support_sizes_ml
@@ -103,7 +104,10 @@ class FSEFTTrainer(AdaptedTrainer):
         self.unlabelled = UnlabelledQueries(self.preprocessed_dataset_folder)
         splits = load_splits(Path(self.preprocessed_dataset_folder_base) / SPLITS_FILE)
         # the labelled queries enter as images; their labels are not read
-        self.queries = [*labelled_queries, *query_cases(splits, self.fold)[1]]
+        unlabelled = query_cases(splits, self.fold)[1]
+        if self.use_size_prior:
+            refuse_missing(set(unlabelled) - set(self.unlabelled.cases), self.unlabelled.folder, " --queries FOLDER")
+        self.queries = [*labelled_queries, *unlabelled]
         self.print_to_log_file(
             f"{len(self.support)} labelled support cases (all the labels that this training uses): {self.support}; "
             f"{len(self.queries)} queries, {len(labelled_queries)} of them with labels for the final validation."

@@ -7,8 +7,11 @@ from os.path import join
 from pathlib import Path
 
 from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint, read_checkpoint
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.peak_memory import peak_memory_gb
+from fsefs_nnunet.preprocessed import require_cases
 from fsefs_nnunet.splits import SPLITS_FILE, load_splits, query_cases, support_cases
+from fsefs_nnunet.trained_model import require_backbone_of
 from fsefs_nnunet.trainers.without_mirroring import WithoutMirroring
 
 
@@ -23,12 +26,33 @@ class KShotTrainer(WithoutMirroring):
     def do_split(self) -> tuple[list[str], list[str]]:
         """Support cases, and the labelled queries that the final validation predicts; nothing else reads the latter."""
         splits = load_splits(Path(self.preprocessed_dataset_folder_base) / SPLITS_FILE)
-        return support_cases(splits, self.settings["fseft_shots"], self.fold), query_cases(splits, self.fold)[0]
+        support = support_cases(splits, self.settings["fseft_shots"], self.fold)
+        queries = query_cases(splits, self.fold)[0]
+        require_cases([*support, *queries], self.preprocessed_dataset_folder)
+        return support, queries
+
+    def initialize(self):
+        self.do_split()  # nnU-Net's own reading of an empty folder ends in a traceback
+        super().initialize()
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         if isinstance(filename_or_checkpoint, str):
-            read_checkpoint(filename_or_checkpoint)  # a damaged file is refused with a remedy
+            content = self.refuse_damage(Path(filename_or_checkpoint))
+            require_backbone_of(filename_or_checkpoint, content, self.settings)
         super().load_checkpoint(filename_or_checkpoint)
+
+    def refuse_damage(self, file: Path) -> dict:
+        """Content of a checkpoint. Raises InputError with the remedy for a damaged one."""
+        try:
+            return read_checkpoint(file)
+        except InputError as error:
+            if file.name != "checkpoint_latest.pth":
+                raise
+            # there is no other copy of a running training's
+            raise InputError(
+                f"{file} cannot be read, it may have been cut: delete it, and `--c` continues from "
+                "checkpoint_best.pth, or starts anew where there is none."
+            ) from error
 
     def save_checkpoint(self, filename: str) -> None:
         part = f"{filename}.part"

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from torch import nn
 
 from fsefs_nnunet.precision import reduced_precision
+from fsefs_nnunet.preprocessed import require_finite
 from fsefs_nnunet.splits import fold_seed
 from fsefs_nnunet.trainers.kshot_trainer import KShotTrainer
 from fsefs_nnunet.trainers.time_budget import TimeBudgetTrainer
@@ -53,10 +55,19 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
 
     def on_train_start(self):
         support = self.do_split()[0]
+        self.refuse_broken_images(support)
         self.print_to_log_file(
             f"{len(support)} labelled support cases (all the labels that this training uses): {support}."
         )
         super().on_train_start()
+
+    def refuse_broken_images(self, cases: list[str]) -> None:
+        """One NaN turns all weights into NaN; nnU-Net's own preprocessing lets it pass."""
+        folder = self.preprocessed_dataset_folder
+        dataset = infer_dataset_class(folder)(folder, list(cases))
+        for case in cases:
+            image = dataset.load_case(case)[0][:]
+            require_finite(image, [f"The preprocessed image of {case} in {folder}"] * len(image))
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()

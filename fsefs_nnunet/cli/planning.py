@@ -68,17 +68,23 @@ def plan(args: argparse.Namespace) -> str:
     )
 
 
-def splits(args: argparse.Namespace) -> dict[str, list[str]]:
+def splits(args: argparse.Namespace) -> None:
     from fsefs_nnunet import planning
 
-    return planning.write_splits(args.d, args.shots, args.queries, args.num_queries, args.folds, args.seed)
+    planning.write_splits(*_draw(args))
+
+
+def _draw(args: argparse.Namespace) -> tuple:
+    return args.d, args.shots, args.queries, args.num_queries, args.folds, args.seed
 
 
 def plan_and_preprocess(args: argparse.Namespace) -> None:
     from fsefs_nnunet import planning
 
-    name, queries = plan(args), splits(args)
+    drawn, queries = planning.draw_splits(*_draw(args))
+    name = plan(args)
     planning.preprocess(args.d, name, args.np, queries)
+    planning.keep_splits(args.d, drawn)  # last: until then the folds of before belong to the data
     configuration = f"3d_fullres_{(args.shots or ['all'])[0]}shot"
     print(
         '\nNext:\n  eval "$(fseft env)"\n'

@@ -1,0 +1,44 @@
+"""Preprocessed cases that a training cannot use, refused in a sentence that names the case."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fsefs_nnunet.errors import InputError
+
+
+def require_cases(cases: Iterable[str], folder: str | Path) -> None:
+    """Raises InputError if nnU-Net's preprocessed `folder` lacks one of `cases`, which the K-shot folds name."""
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+    folder = str(folder)
+    there = os.path.isdir(folder) and os.listdir(folder)
+    refuse_missing(set(cases) - set(infer_dataset_class(folder).get_identifiers(folder) if there else ()), folder)
+
+
+def refuse_missing(missing: Iterable[str], folder: str | Path, options: str = "") -> None:
+    """Raises InputError if there are cases `missing` in `folder`; `options`: of the command that makes them."""
+    if missing := sorted(missing):
+        raise InputError(
+            f"{folder} lacks {len(missing)} of the cases that splits_fseft.json names, e.g. {missing[0]}: preprocess "
+            f"them with `fseft plan_and_preprocess -d ID{options}`."
+        )
+
+
+def require_finite(image: np.ndarray, files: Sequence[str]) -> None:
+    """Raises InputError that names the first channel with NaN or infinite values.
+
+    Args:
+        image: (channels, X, Y, Z).
+        files: the name of each channel's file.
+    """
+    for channel, file in zip(image, files):
+        if not np.isfinite(channel).all():
+            raise InputError(
+                f"{file} holds NaN or infinite values: repair the raw image or leave the case out, and preprocess "
+                "again with `fseft plan_and_preprocess -d ID`."
+            )

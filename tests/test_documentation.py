@@ -1,0 +1,61 @@
+"""Every command in the code blocks of README.md and documentation/ is one that exists, with flags that it takes."""
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from fsefs_nnunet.cli.main import parser
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "documentation").glob("*.md"))]
+BIN = Path(sys.executable).parent
+
+
+def commands(page: Path) -> list[str]:
+    """Shell commands of the page's code blocks, without variables set before them."""
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = "\n".join(text for language, text in blocks if language in ("", "bash")).replace("\\\n", " ").splitlines()
+    parts = [part.strip() for line in lines for part in re.split(r"&&|;|\|", line)]
+    found = [re.sub(r"^(\w+=\S+\s+)+", "", part) for part in parts]
+    return [command for command in found if re.match(r"(fseft|nnUNetv2_\w+|python)\b", command)]
+
+
+CASES = [pytest.param(c, id=f"{page.stem}-{c[:60]}") for page in PAGES for c in commands(page)]
+
+
+def help_of(script: Path, patch: pytest.MonkeyPatch) -> str:
+    """Help page of a benchmark, whose parser is built in its main(); nothing else of it runs."""
+    patch.syspath_prepend(script.parent)  # as Python does for a script
+    patch.setattr(sys, "argv", [str(script), "--help"])
+    module = importlib.import_module(script.stem)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
+        module.main()
+    return said.getvalue()
+
+
+def test_the_pages_have_commands():
+    assert len(CASES) > 25
+
+
+@pytest.mark.parametrize("command", CASES)
+def test_command(command, monkeypatch):
+    program, *arguments = shlex.split(command, comments=True)
+    if program == "fseft":
+        with contextlib.suppress(SystemExit if "--version" in arguments else ()):
+            parser().parse_args(arguments)
+    elif program.startswith("nnUNetv2_"):
+        assert (BIN / program).exists()
+    elif arguments[0] != "-m":
+        script = ROOT / arguments[0]
+        assert script.is_file()
+        flags = [argument.split("=")[0] for argument in arguments[1:] if argument.startswith("-")]
+        usage = help_of(script, monkeypatch).split("\n\n")[0]  # what follows quotes examples
+        known = set(re.findall(r"(?<![\w-])(--?\w[\w-]*)", usage))
+        assert set(flags) <= known
