@@ -116,7 +116,7 @@ class QueryPredictor:
             return
         intensities = model.plans_manager.foreground_intensity_properties_per_channel["0"]
         water = (max(0.0, intensities["percentile_00_5"]) - intensities["mean"]) / intensities["std"]
-        if data[0].min() > water:
+        if data[0].min() > water - 1e-4:
             tqdm.write(
                 f"{file} has no value below 0, unlike a CT in HU: is it another modality, or has it an offset?"
             )

@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from fsefs_nnunet import demo
 from fsefs_nnunet.splits import load_splits
 
 pytestmark = pytest.mark.slow
@@ -153,3 +154,21 @@ def test_an_adapted_model_is_no_backbone(model):
 
     with pytest.raises(ValueError, match=r"\(AdaptedNetwork, 3D\) cannot be a backbone"):
         import_nnunet_model("mine", model, model.parent / "backbones")
+
+
+def test_demo(tmp_path, monkeypatch):
+    """`fseft demo` with fewer phantoms, methods and steps; called again, it does nothing again."""
+    monkeypatch.setattr(demo, "NUM_CASES", 7)
+    monkeypatch.setattr(demo, "SHORT", {"fseft_steps_per_epoch": 1, "fseft_views": 0, "fseft_crop_size": [16] * 3})
+    scratch = "from scratch, equal time"
+    monkeypatch.setattr(demo, "METHODS", {name: demo.METHODS[name] for name in (demo.WITH_PRIOR, scratch)})
+    for _ in range(2):
+        demo.run_demo(tmp_path / "demo", seconds=1, device="cpu")
+    log = (tmp_path / "demo" / "log.txt").read_text().splitlines()
+    commands = [line.split()[1] for line in log if line.startswith("$ ")]
+    assert commands == ["fseft", "nnUNetv2_train", "nnUNetv2_train"]
+    table = (tmp_path / "demo" / "table.md").read_text()
+    assert all(f"| {name} |" in table for name in (demo.WITH_PRIOR, scratch, "stomach"))
+    assert len(list((tmp_path / "demo").glob("*.png"))) == 2
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "Size prior and predicted sizes" in page and "nnUNetv2_train 901" in page
