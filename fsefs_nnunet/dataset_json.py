@@ -22,7 +22,7 @@ def read_dataset_json(file: Path) -> dict:
     try:
         content = json.loads(Path(file).read_text())
         content = {**content, "channel_names": channel_names(content)}
-        dict(content["channel_names"]), dict(content["labels"]), str(content["file_ending"])
+        dict(content["channel_names"]), content["file_ending"], content["labels"]["background"]
     except KeyError as error:
         raise InputError(f"{file} does not say {error}: add it, as nnU-Net's format wants.") from error
     except (OSError, ValueError, TypeError) as error:
