@@ -199,6 +199,7 @@ def test_one_bad_volume_does_not_stop_the_others(workspace, tmp_path, capsys):
         ("[1]", "is no dataset.json of nnU-Net's"),
         ('{"labels": {}, "file_ending": ".nii.gz"}', "does not say 'channel_names': add it"),
         ('{"labels": {}, "channel_names": {"0": "CT"}}', "does not say 'file_ending': add it"),
+        ('{"labels": {}, "channel_names": {"0": "CT"}, "file_ending": ".nii"}', "does not say 'background': add it"),
         ('{"labels": 3, "channel_names": {"0": "CT"}, "file_ending": ".nii"}', "is no dataset.json of nnU-Net's"),
     ],
 )
