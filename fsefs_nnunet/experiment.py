@@ -13,8 +13,8 @@ from pathlib import Path
 import fsefs_nnunet
 from fsefs_nnunet.errors import InputError
 
-# glibc gives large activations back to the system after each layer and fetches them anew for the next, a quarter of
-# the time of Swin UNETR on a CPU; so it keeps them, for a fifth more memory
+# glibc gives large activations back to the system after each layer and fetches them anew for the next; keeping them
+# costs memory and saves much of Swin UNETR's time on a CPU (documentation/benchmarks.md, "The public backbones")
 ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_MMAP_THRESHOLD_": str(2**33),

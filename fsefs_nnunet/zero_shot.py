@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
+from fsefs_nnunet.atomic import write_atomically
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.readers import find_reader, image_geometry
+from fsefs_nnunet.dataset_json import read_dataset_json
 from fsefs_nnunet.devices import device_named
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.features import extract_features
 from fsefs_nnunet.labels import foreground_names, match_labels
 from fsefs_nnunet.planning import dataset_folders
 from fsefs_nnunet.queries import images_in
 
 CONFIGURATION = "3d_fullres"
-# of a label that the head does not know: far below any logit, and finite in half precision as nnU-Net weighs it
+# of a label that the head does not know: far below any logit
 ABSENT = -100.0
 
 
 class ZeroShotNetwork(nn.Module):
-    """Frozen backbone and its own head, rearranged to the outputs that nnU-Net expects for the dataset's labels.
+    """Frozen backbone and those rows of its own head that decide about the dataset's labels.
 
     Labels compete: of sigmoid rows the largest positive logit wins, else it is background; of softmax rows the label
     whose row is the largest of all rows, else it is background. Regions are decided one by one at probability 0.5.
+
+    `forward` gives the head's logits, `outputs` makes those that nnU-Net expects for the dataset of them. The latter is
+    not linear for softmax rows: windows are blended, and volumes resampled, before it.
     """
 
     def __init__(self, backbone: FrozenBackbone, labels: dict, has_regions: bool):
@@ -42,43 +50,57 @@ class ZeroShotNetwork(nn.Module):
                 f"Backbone {contract.id!r} knows none of the labels {', '.join(self.names)}; its head knows "
                 f"{', '.join(contract.head_classes) or 'no class'}: choose another backbone, or adapt this one."
             )
-        self.rows = {self.names.index(name): contract.classes.index(known) for name, known in self.matches.items()}
+        known = [contract.classes.index(name) for name in self.matches.values()]
+        # rows that compete are all needed: the backbone's background among them
+        self.head_rows = list(range(len(contract.head_classes))) if contract.softmax else known
+        self.rows = {self.names.index(name): self.head_rows.index(k) for name, k in zip(self.matches, known)}
+
+    @property
+    def out_channels(self) -> int:
+        return len(self.head_rows)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """image (B, input_channels, X, Y, Z) -> logits (B, labels or regions, X, Y, Z), background first for labels."""
+        """image (B, input_channels, X, Y, Z) -> the head's logits (B, out_channels, X, Y, Z)."""
         head = self.backbone.head
-        universal = head(self.backbone(image)[:, : head.weight.shape[1]])
-        first = 0 if self.has_regions else 1
-        logits = universal.new_full((len(universal), first + len(self.names), *universal.shape[2:]), ABSENT)
+        return head(self.backbone(image)[:, : head.weight.shape[1]])[:, self.head_rows]
+
+    def outputs(self, logits: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The head's logits, (X, Y, Z) each -> (labels or regions, X, Y, Z), background first for labels.
+
+        It takes them one by one: those of rows that no label has are not held, which may be a hundred.
+        """
+        own, rest = {}, None
+        combine = torch.logaddexp if self.has_regions else torch.maximum
+        for k, row in enumerate(logits):
+            if k in self.rows.values():
+                own[k] = row
+            else:
+                rest = row if rest is None else combine(rest, row)
+        first, some = 0 if self.has_regions else 1, next(iter(own.values()))
+        made = some.new_full((first + len(self.names), *some.shape), ABSENT)
         if not self.has_regions:
-            logits[:, 0] = self._background(universal)
+            made[0] = 0 if rest is None else rest
         for row, k in self.rows.items():
-            logits[:, first + row] = self._logit(universal, k)
-        return logits
-
-    def _background(self, universal: torch.Tensor) -> torch.Tensor | float:
-        if not self.backbone.contract.softmax:
-            return 0.0
-        others = [k for k in range(universal.shape[1]) if k not in self.rows.values()]  # the backbone's background, too
-        return universal[:, others].amax(1)
-
-    def _logit(self, universal: torch.Tensor, k: int) -> torch.Tensor:
-        if not (self.has_regions and self.backbone.contract.softmax):
-            return universal[:, k]
-        others = [other for other in range(universal.shape[1]) if other != k]
-        return universal[:, k] - universal[:, others].logsumexp(1)  # of the softmax's probability
+            made[first + row] = own[k]
+            if self.has_regions and rest is not None:  # the logit of the softmax's probability
+                made[first + row] -= torch.stack([rest, *(own[j] for j in own if j != k)]).logsumexp(0)
+        return made
 
 
-def zero_shot_plans(contract: BackboneContract, dataset_json: dict, images: dict[str, list[str]]) -> dict:
+def zero_shot_plans(
+    contract: BackboneContract, dataset_json: dict, reader: str, geometries: list[tuple[list[int], list[float]]]
+) -> dict:
     """Plans that make stock nnU-Net preprocess and predict as the contract says.
 
     Where it leaves the spacing open, that is the median of the images'; the window covers their median volume.
+
+    Args:
+        reader: name of nnU-Net's.
+        geometries: shape and spacing of each image as it gives them.
     """
     from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
-    reader = find_reader(contract, dataset_json["file_ending"]).__name__
     names = list(dataset_json["channel_names"].values())
-    geometries = [image_geometry(files[0], reader) for files in images.values()]
     shapes, spacings = (np.array(values)[:, contract.transpose_forward] for values in zip(*geometries))
     spacing = np.array(contract.spacing or np.median(spacings, 0))
     resampling = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
@@ -118,39 +140,108 @@ def zero_shot_plans(contract: BackboneContract, dataset_json: dict, images: dict
 
 def predict_zero_shot(
     dataset_id: int | str, backbone_id: str, images_folder: Path, output: Path, device: str | None
-) -> None:
-    """Segment the images of a folder into `output`, in nnU-Net's naming, by nnU-Net's sliding window.
+) -> list[str]:
+    """Segment the images of a folder into `output`, in nnU-Net's naming; one that fails does not stop the others.
 
     Only the dataset's dataset.json is read. Labels that the backbone's head does not know stay background.
 
+    Returns:
+        Why images failed, one sentence each.
+
     Raises:
-        InputError: for an unknown dataset or backbone, a head that knows none of the labels, and a dataset whose
-            channels the backbone does not take.
+        InputError: for an unknown dataset or backbone, a head that knows none of the labels, a dataset whose channels
+            the backbone does not take, images of which none can be read, and an output folder that cannot be written.
     """
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     target = device_named(device)
     name, raw, _ = dataset_folders(dataset_id)
-    dataset_json = json.loads((raw / "dataset.json").read_text())
+    dataset_json = read_dataset_json(raw / "dataset.json")
     images = images_in(images_folder, dataset_json)
     backbone = FrozenBackbone(backbone_id, "last")
     backbone.contract.check_channels(list(dataset_json["channel_names"].values()), str(raw / "dataset.json"))
-    manager = PlansManager(zero_shot_plans(backbone.contract, dataset_json, images))
+    reader = find_reader(backbone.contract, dataset_json["file_ending"]).__name__
+    geometries, failures = _geometries(images, reader)
+    if not geometries:
+        raise InputError(" ".join(failures))
+    plans = zero_shot_plans(backbone.contract, dataset_json, reader, list(geometries.values()))
+    manager = PlansManager(plans)
     network = ZeroShotNetwork(backbone, dataset_json["labels"], manager.get_label_manager(dataset_json).has_regions)
     print(f"Labels of {name} by the head of {backbone_id}: {network.matches}")
     absent = [label for label in network.names if label not in network.matches]
     if absent:
         print(f"The backbone's head does not know {', '.join(absent)}: it leaves background there.")
-    predictor = nnUNetPredictor(
-        use_mirroring=False,  # organs have sides
-        perform_everything_on_device=target.type == "cuda",
-        device=target,
-        allow_tqdm=True,
-    )
-    configuration = manager.get_configuration(CONFIGURATION)
-    predictor.manual_initialization(
-        network, manager, configuration, [network.state_dict()], dataset_json, "zero_shot", None
-    )
-    output.mkdir(parents=True, exist_ok=True)
-    predictor.predict_from_files_sequential(list(images.values()), [str(output / case) for case in images])
+    _write_descriptions(output, {"plans.json": plans, "dataset.json": dataset_json})
+    predictor = ZeroShotPredictor(network.to(target), manager, dataset_json, target)
+    for case in tqdm(geometries, desc="predicting"):
+        try:
+            predictor.predict(images[case], output / case)
+        except Exception as error:  # readers of broken files raise whatever they like
+            failures.append(_failure(images[case], error))
+            tqdm.write(failures[-1])
+    return failures
+
+
+def _geometries(
+    images: dict[str, list[str]], reader: str
+) -> tuple[dict[str, tuple[list[int], list[float]]], list[str]]:
+    """Shape and spacing of the images whose header can be read, by case, and why the others' cannot."""
+    geometries, failures = {}, []
+    for case, files in images.items():
+        try:
+            geometries[case] = image_geometry(files[0], reader)
+        except Exception as error:  # as above
+            failures.append(_failure(files, error))
+    return geometries, failures
+
+
+def _failure(files: list[str], error: Exception) -> str:
+    return f"{files[0]} was not segmented: {str(error) or type(error).__name__}"
+
+
+def _write_descriptions(output: Path, contents: dict[str, dict]) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            write_atomically(output / name, json.dumps(content, indent=4))
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error.strerror}): choose another output folder.") from error
+
+
+class ZeroShotPredictor:
+    """Segments images by the head of a backbone, preprocessed and exported by nnU-Net."""
+
+    def __init__(self, network: ZeroShotNetwork, plans_manager, dataset_json: dict, device: torch.device):
+        self.network, self.plans_manager, self.dataset_json, self.device = network, plans_manager, dataset_json, device
+        self.configuration = plans_manager.get_configuration(CONFIGURATION)
+        self.reader = plans_manager.image_reader_writer_class()
+        self.preprocessor = self.configuration.preprocessor_class(verbose=False)
+
+    def predict(self, files: list[str], stem: Path) -> None:
+        """Segment the image in `files`, one per channel, into `stem` and the dataset's file ending.
+
+        Raises:
+            InputError: if the image holds NaN or infinite values.
+        """
+        from nnunetv2.inference.export_prediction import export_prediction_from_logits
+
+        image, properties = self.reader.read_images(files)
+        if not np.isfinite(image).all():
+            raise InputError(f"{files[0]} holds NaN or infinite values: repair the image.")
+        context = (self.plans_manager, self.configuration, self.dataset_json)
+        image, _, properties = self.preprocessor.run_case_npy(image, None, properties, *context)
+        window = tuple(self.configuration.patch_size)
+        with torch.no_grad():
+            logits = extract_features(self.network, torch.from_numpy(np.asarray(image)), window, self.device)
+            logits = self.network.outputs(self._resampled(row[None], properties)[0] for row in logits)
+        threads = torch.get_num_threads()
+        export_prediction_from_logits(
+            logits, properties, self.configuration, self.plans_manager, self.dataset_json, str(stem), False, threads
+        )
+
+    def _resampled(self, logits: torch.Tensor, properties: dict) -> torch.Tensor:
+        """As nnU-Net's export does it, which finds nothing left to resample then."""
+        spacing = [properties["spacing"][axis] for axis in self.plans_manager.transpose_forward]
+        shape = properties["shape_after_cropping_and_before_resampling"]
+        made = self.configuration.resampling_fn_probabilities(logits, shape, self.configuration.spacing, spacing)
+        return torch.as_tensor(made)

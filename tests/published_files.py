@@ -1,9 +1,14 @@
 """Checkpoints in the layouts of the public backbones, with random values; no published weights are needed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+
+from fsefs_nnunet.backbones.contract import BackboneContract
+from fsefs_nnunet.backbones.frozen import ARCHITECTURES
+from fsefs_nnunet.backbones.zoo import ZOO
 
 LAYOUTS = json.loads((Path(__file__).parent / "data" / "published_layouts.json").read_text())
 
@@ -52,3 +57,28 @@ def write_published(file: Path, name: str, width: int = 1) -> dict[str, torch.Te
     tensors = random_tensors(name, width)
     torch.save(wrapped(name, tensors), file)
     return tensors
+
+
+def narrow_contract(backbone_id: str, features: int) -> BackboneContract:
+    """A public backbone's, with fewer features."""
+    contract = ZOO[backbone_id].contract({})
+    return replace(contract, architecture={**contract.architecture, "features": features})
+
+
+def narrow_state(backbone_id: str, features: int) -> dict[str, torch.Tensor]:
+    """Random weights of a narrow backbone, by our names."""
+    contract = narrow_contract(backbone_id, features)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return ARCHITECTURES[contract.architecture["kind"]](contract, "last").backbone_state()
+
+
+def published_swin(state: dict[str, torch.Tensor], transformer: str = "swinViT") -> dict[str, torch.Tensor]:
+    """Tensors of a Swin UNETR by their published names, under the spelling `transformer`."""
+    spellings = {"network.swinViT": transformer, "network.": "", "head.": "out.conv.conv."}
+    made = {}
+    for name, tensor in state.items():
+        for ours, theirs in spellings.items():
+            name = name.replace(ours, theirs)
+        made[name] = tensor
+    return made

@@ -1,11 +1,14 @@
+import argparse
 import os
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.errors import InputError
 
 
 class RunsCode:
@@ -86,12 +89,60 @@ def test_truncated_file(tmp_path, share):
         read_checkpoint(file)
 
 
-@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html><body>404 Not Found</body></html>", b"\x00" * 200])
-def test_a_file_that_is_no_checkpoint(tmp_path, content):
+PAGE, NONE = "was not opened: it is a web page", "was not opened: it is no PyTorch checkpoint. Take the checkpoint from"
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "is damaged or incomplete: download or copy it again."),
+        (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", PAGE),
+        (b"\xef\xbb\xbf<html><head>", PAGE),
+        (b"  <head><title>Sign in</title>", PAGE),
+        (b"\x00" * 200, NONE),
+        (b'{"error": "not found"}', NONE),
+        (b"hello world, plain text\nmore", NONE),
+        (bytes([7, 99, 200, 13, 55]) * 300, NONE),
+        (pickle.dumps({"a": [1, 2]}), NONE),
+    ],
+)
+def test_a_file_that_is_no_checkpoint(tmp_path, content, said):
     file = tmp_path / "page.pth"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"page\.pth (is damaged or incomplete|was not opened)"):
+    assert f"{file} {said}" in refusal(file)
+
+
+def refusal(file) -> str:
+    """One sentence or two of our own: PyTorch's advise to load the file anyway."""
+    with pytest.raises(InputError) as error:
         read_checkpoint(file)
+    text = str(error.value)
+    assert "weights_only" not in text and text.isprintable() and text.endswith(".")
+    return text
+
+
+@pytest.mark.parametrize(
+    "content, name",
+    [(argparse.Namespace(lr=1), "argparse.Namespace"), (torch.nn.ReLU(), "torch.nn.modules.activation.ReLU")],
+)
+def test_what_a_refused_file_holds_is_named(tmp_path, content, name):
+    file = tmp_path / "x.pth"
+    torch.save({"net": {}, "args": content}, file)
+    assert f"{file} was not opened: it holds more than weights, {name}, and could run code." in refusal(file)
+
+
+def test_a_torchscript_archive(tmp_path):
+    """As torch.jit.save lays it out."""
+    file = tmp_path / "script.pt"
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
+            archive.writestr(f"script/{name}", b"")
+    assert f"{file} was not opened: it is a TorchScript archive" in refusal(file)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    """A folder, whose reading fails for every user."""
+    assert refusal(tmp_path) == f"{tmp_path} cannot be read (Is a directory): make it readable, or give another file."
 
 
 def test_missing_file(tmp_path):

@@ -1,11 +1,14 @@
 """Downloads from a server on this machine that can break off, ignore ranges or send a page."""
 
 import hashlib
+import sys
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from filelock import FileLock
+from published_files import write_published
 
 from fsefs_nnunet.backbones.downloading import download
 from fsefs_nnunet.backbones.zoo import ZOO
@@ -144,9 +147,48 @@ def test_offline(server, tmp_path):
     assert str(error.value).endswith("save it anywhere, and run: fseft backbones import suprem_unet FILE")
 
 
-def test_command_downloads_and_imports(server, tmp_path, monkeypatch, capsys):
-    from published_files import write_published
+def narrow(server: Server, tmp_path, monkeypatch) -> bytes:
+    """suprem_unet with few channels and no known SHA-256 in the zoo; returns the content of its file."""
+    write_published(tmp_path / "made.pth", "suprem_unet", width=8)
+    monkeypatch.setitem(ZOO, "suprem_unet", entry(server, size=0, sha256="", features=8))
+    monkeypatch.setenv("fseft_backbones", str(tmp_path / "store"))
+    return (tmp_path / "made.pth").read_bytes()
 
+
+@pytest.mark.parametrize("bad", [lambda good: b'{"error": "busy"}', lambda good: good[: len(good) // 2]])
+def test_a_bad_download_is_not_kept(server, tmp_path, monkeypatch, capsys, bad):
+    """Of a file whose size and SHA-256 nobody knows; the second download fetches it again."""
+    good, store = narrow(server, tmp_path, monkeypatch), tmp_path / "store"
+    server.content = bad(good)
+    assert main(["backbones", "download", "suprem_unet"]) == 2
+    assert " It was deleted: run fseft backbones download suprem_unet again, or: Get " in capsys.readouterr().err
+    assert {file.suffix for file in store.iterdir()} == {".lock"}
+    server.content = good
+    assert main(["backbones", "download", "suprem_unet"]) == 0
+    assert len(server.ranges) == 2 and (store / "suprem_unet.safetensors").exists()
+
+
+def test_two_downloads_at_once(server, tmp_path, monkeypatch, capsys):
+    server.content = narrow(server, tmp_path, monkeypatch)
+    store = tmp_path / "store"
+    store.mkdir()
+    with FileLock(store / "suprem_unet.download.lock"):
+        assert main(["backbones", "download", "suprem_unet"]) == 2
+    assert f"Another process downloads 'suprem_unet' into {store}: wait until" in capsys.readouterr().err
+    assert not server.ranges
+    assert main(["backbones", "download", "suprem_unet"]) == 0
+    assert main(["backbones", "remove", "suprem_unet"]) == 0
+    assert not list(store.iterdir())
+
+
+def test_a_download_that_could_not_be_imported_does_not_start(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "monai.networks.nets.swin_unetr", None)
+    monkeypatch.setitem(ZOO, "btcv", replace(ZOO["btcv"], link=server.link))
+    assert main(["backbones", "download", "btcv", "-o", str(tmp_path)]) == 2
+    assert "needs MONAI" in capsys.readouterr().err and not server.ranges
+
+
+def test_command_downloads_and_imports(server, tmp_path, monkeypatch, capsys):
     write_published(tmp_path / "made.pth", "suprem_unet")
     server.content = (tmp_path / "made.pth").read_bytes()
     monkeypatch.setitem(ZOO, "suprem_unet", entry(server, size=len(server.content), sha256=""))

@@ -1,5 +1,6 @@
 """Trained nnU-Net models, made up on the fly, as backbones."""
 
+import errno
 import itertools
 import json
 import os
@@ -29,6 +30,7 @@ from fsefs_nnunet.backbones.nnunet import NNUNetBackbone
 from fsefs_nnunet.backbones.readers import find_reader, reoriented_axes
 from fsefs_nnunet.backbones.store import find_backbone
 from fsefs_nnunet.cli.main import main
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.network import AdaptedNetwork
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 
@@ -270,6 +272,7 @@ def test_command_reports_what_it_took(tmp_path, backbones, capsys):
     assert "Channel 1 CT: CTNormalization: clipped to [-40, 210], minus 70.5, divided by 40.25\n" in out
     assert "Reader SimpleITKIO, images are seen as stored; axes [0, 1, 2] of z, y, x\n" in out
     assert "Spacing [4.0, 2.0, 1.5] mm; window [6, 16, 24], multiples of [2, 4, 4]" in out
+    assert "Licence: unknown, ask the authors of the model\n" in out
 
 
 # ---- plans of a user's dataset ----
@@ -618,6 +621,18 @@ def test_damaged_zips(tmp_path, backbones, model):
     assert not backbones.exists()
 
 
+def test_no_room_to_unpack_a_zip(tmp_path, backbones, model, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = export(tmp_path / "results", tmp_path / "model.zip")
+    monkeypatch.setattr(zipfile.ZipFile, "extract", full)
+    with pytest.raises(
+        InputError, match=r"model\.zip could not be unpacked in .* \(.*No space left.*\): make room .*TMPDIR"
+    ):
+        import_nnunet_model("mine", file, backbones)
+
+
 # ---- what is refused ----
 
 
@@ -645,6 +660,12 @@ def test_name_of_a_backbone(backbones, model, name):
         import_nnunet_model(name, model.folder, backbones)
 
 
+def changed_unet(**arch_kwargs) -> dict:
+    architecture = unet_plans()
+    architecture["arch_kwargs"] |= arch_kwargs
+    return architecture
+
+
 UNSUPPORTED = [
     ({"architecture": unet_plans("ResidualUNet")}, r"\(ResidualUNet, 3D\) cannot be a backbone: 3D models of Plain"),
     ({"patch_size": [16, 24]}, r"\(PlainConvUNet, 2D\) cannot be a backbone"),
@@ -652,7 +673,12 @@ UNSUPPORTED = [
     ({"image_reader_writer": "MyReader"}, "The plans name MyReader, which stock nnU-Net's preprocessing does not have"),
     ({"normalization_schemes": ["MyNorm"]}, "The plans name MyNorm, which stock nnU-Net"),
     ({"resampling_fn_data": "mine", "preprocessor_name": "Mine"}, "The plans name mine, Mine, which stock nnU-Net"),
-    ({"inherits_from": "other"}, "are not those of one nnU-Net v2 model|does not exist in the plans"),
+    ({"inherits_from": "other"}, "are not those of one nnU-Net v2 model"),
+    ({"configurations": []}, "are not those of one nnU-Net v2 model"),
+    ({"image_reader_writer": None}, "are not those of one nnU-Net v2 model"),
+    ({"architecture": changed_unet(no_such_argument=3)}, "'mine' has arch_kwargs that do not make a PlainConvUNet"),
+    ({"architecture": changed_unet(kernel_sizes=[3])}, "'mine' has arch_kwargs that do not make a PlainConvUNet"),
+    ({"architecture": changed_unet(strides=2)}, "are not those of one nnU-Net v2 model"),
 ]
 
 
@@ -660,9 +686,23 @@ UNSUPPORTED = [
 def test_unsupported_models(backbones, model, changes, message):
     content = model_plans(["CT"], **changes)
     (model.folder / "plans.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         import_nnunet_model("mine", model.folder, backbones)
     assert not backbones.exists()
+
+
+def test_checkpoints_of_another_kind(backbones, model):
+    file = model.folder / "fold_0" / "checkpoint_final.pth"
+    torch.save([1, 2], file)
+    with pytest.raises(InputError, match=r"checkpoint_final\.pth are not those of one nnU-Net v2 model"):
+        import_nnunet_model("mine", model.folder, backbones)
+    weights = model.network.state_dict()
+    write_checkpoint(file, model.network, model.plans, network_weights={**weights, 3: "x"})
+    import_nnunet_model("mine", model.folder, backbones)
+    name = "decoder.seg_layers.1.weight"
+    write_checkpoint(file, model.network, model.plans, network_weights={**weights, name: weights[name] * np.nan})
+    with pytest.raises(InputError, match=rf"checkpoint_final\.pth holds NaN or infinite weights, e\.g\. {name}: take"):
+        import_nnunet_model("other", model.folder, backbones)
 
 
 def test_weights_of_another_network(backbones, model):

@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from published_files import narrow_contract, narrow_state
+from test_importing import PATCH, write_model
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.backbones.store import EMBEDDED
+from fsefs_nnunet.backbones.importing import import_nnunet_model
+from fsefs_nnunet.backbones.store import EMBEDDED, save_backbone
 from fsefs_nnunet.network import AdaptedNetwork
 
 SOFTMAX = {"Right Kidney": 3, "background": 0, "spleen": 2, "stomach": 1}  # rows follow the values, not this order
@@ -260,6 +263,54 @@ def test_step_0_is_the_zero_shot_prediction_of_regions(contract, image, adapter,
     for row, name in enumerate(("kidneys", "kidney_left")):
         k = contract.classes.index(name)
         torch.testing.assert_close(logits[:, row], universal[:, k], rtol=0, atol=1e-4)
+
+
+def softmax_network(tmp_path, monkeypatch, num_classes: int) -> AdaptedNetwork:
+    """On an imported nnU-Net model of background, liver and tumour, which compete."""
+    monkeypatch.setenv("fseft_backbones", str(tmp_path / "store"))
+    mine = import_nnunet_model("mine", write_model(tmp_path / "model", ["CT"]).folder, tmp_path / "store")
+    return build(mine, stages="all", channels=None, num_classes=num_classes, backbone="mine")
+
+
+@pytest.mark.parametrize("labels, regions", [({"background": 0, "Liver": 2, "x": 1}, False), ({"tumour": [1]}, True)])
+def test_step_0_of_a_head_whose_classes_compete(tmp_path, monkeypatch, labels, regions):
+    """A label against the background alone, by the difference of their logits: their softmax's log odds."""
+    network = softmax_network(tmp_path, monkeypatch, 1 if regions else 3)
+    image = torch.randn((1, 1, *PATCH), generator=torch.Generator().manual_seed(1))
+    matches = fit(network, image, {"background": 0, **labels}, regions)
+    assert matches == ({"tumour": "tumour"} if regions else {"Liver": "liver"})
+    with torch.no_grad():
+        logits, universal = network(image), network.backbone.module.unet(image)
+    row, k = (0, 2) if regions else (2, 1)
+    torch.testing.assert_close(logits[:, row], universal[:, k] - universal[:, 0], rtol=0, atol=1e-4)
+    if not regions:
+        assert (logits[:, 0] == 0).all()
+        decided = logits[:, [0, row]].softmax(1)[:, 1]
+        torch.testing.assert_close(decided, universal[:, [0, k]].softmax(1)[:, 1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("backbone_id, features, size", [("btcv", 12, 64), ("suprem_unet", 8, 16)])
+def test_public_architectures(tmp_path, monkeypatch, backbone_id, features, size):
+    """At reduced width: what plans ask for, and step 0 of a softmax head where there is one."""
+    if backbone_id == "btcv":
+        pytest.importorskip("monai", reason="Swin UNETR needs MONAI: pip install fsefs_nnunet[monai]")
+    monkeypatch.setenv("fseft_backbones", str(tmp_path))
+    state = narrow_state(backbone_id, features)
+    contract = save_backbone(narrow_contract(backbone_id, features), state, tmp_path)
+    network = build(contract, stages="last", channels=features, backbone=backbone_id)
+    image = torch.rand((1, 1, size, size, size), generator=torch.Generator().manual_seed(1))
+    matches = fit(network, image, SOFTMAX, False)
+    with torch.no_grad():
+        features_of_image, logits = network.backbone(image), network(image)
+        assert logits.shape == (1, 4, size, size, size)
+        if backbone_id == "suprem_unet":
+            assert matches == {}  # no rows of a linear head
+            return
+        universal = network.backbone.head(features_of_image)
+    assert matches == {"spleen": "spleen", "stomach": "stomach", "Right Kidney": "kidney_right"}
+    for row, name in {1: "stomach", 2: "spleen", 3: "kidney_right"}.items():
+        k = contract.classes.index(name)
+        torch.testing.assert_close(logits[:, row], universal[:, k] - universal[:, 0], rtol=0, atol=1e-3)
 
 
 def test_unknown_labels_start_fresh(contract, image):

@@ -56,7 +56,9 @@ def preprocessed(folder, image: nib.Nifti1Image, labels: nib.Nifti1Image) -> tup
     folder.mkdir()
     files = [str(folder / "a_0000.nii.gz"), str(folder / "a.nii.gz")]
     nib.save(image, files[0]), nib.save(labels, files[1])
-    plans = zero_shot_plans(ZOO["suprem_unet"].contract({}), DATASET, {"a": files[:1]})
+    contract = ZOO["suprem_unet"].contract({})
+    reader = contract.image_reader_writer
+    plans = zero_shot_plans(contract, DATASET, reader, [image_geometry(files[0], reader)])
     manager = PlansManager(plans)
     run = DefaultPreprocessor(verbose=False).run_case
     data, seg, _ = run(files[:1], files[1], manager, manager.get_configuration("3d_fullres"), DATASET)

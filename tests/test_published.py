@@ -12,12 +12,21 @@ from dataclasses import replace
 import pytest
 import torch
 from filelock import FileLock
-from published_files import LAYOUTS, layout, meta_content, random_tensors, wrapped, write_published
+from published_files import (
+    LAYOUTS,
+    layout,
+    meta_content,
+    narrow_state,
+    published_swin,
+    random_tensors,
+    wrapped,
+    write_published,
+)
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.import_published import import_published
 from fsefs_nnunet.backbones.published import recognise
-from fsefs_nnunet.backbones.store import find_backbone, known_backbones, load_weights, sha256_of
+from fsefs_nnunet.backbones.store import find_backbone, known_backbones, load_weights, sha256_of, user_folder
 from fsefs_nnunet.backbones.zoo import ZOO
 from fsefs_nnunet.cli.main import main
 
@@ -125,8 +134,14 @@ def test_unet_values(store, tmp_path, capsys):
     assert "a 3D U-Net of SuPreM, 64 features. All 62 tensors of the backbone matched, 19073600 numbers." in out
     assert f"Left out, {TEXT_HEAD}: 13 (module.organ_embedding, ...)" in out and f"Left out, {STATISTICS}: 42" in out
     assert "The file is not the known supervised_suprem_unet_2100.pth: its SHA-256 differs." in out
+    assert (
+        "Files of clipdriven_unet have the same layout: nothing in this one shows that it is the file of suprem" in out
+    )
     assert "Licence: Apache-2.0" in out and "Citation: Li, Yuille, Zhou" in out
     contract = find_backbone("suprem_unet")
+    left_out = contract.source.pop("left_out")
+    assert {why: len(names) for why, names in left_out.items()} == {TEXT_HEAD: 13, STATISTICS: 42}
+    assert "module.organ_embedding" in left_out[TEXT_HEAD]
     assert contract.source == {"file": "any_name.bin", "sha256": sha256_of(tmp_path / "any_name.bin")}
     assert contract.sha256 == sha256_of(store / "suprem_unet.safetensors")
     ours, prefix = load_weights(contract), "module.backbone."
@@ -151,6 +166,44 @@ def test_contracts(entry):
     assert contract.divisor[0] == (8 if entry.kind == "suprem_unet" else 32)
     if entry.link:
         assert entry.link.endswith(f"/{entry.file}")
+
+
+# ---- narrow Swin UNETR ----
+
+
+def import_swin(backbone_id: str, tensors: dict, tmp_path, store, monkeypatch) -> dict[str, torch.Tensor]:
+    """Import as a public backbone of 12 features; returns the stored weights."""
+    monkeypatch.setitem(ZOO, backbone_id, replace(ZOO[backbone_id], features=12))
+    torch.save({"state_dict": tensors}, tmp_path / "x.pth")
+    return load_weights(import_published(backbone_id, tmp_path / "x.pth", store))
+
+
+def test_btcv_head_and_the_spellings_of_its_transformer(store, tmp_path, monkeypatch):
+    pytest.importorskip("monai", reason="Swin UNETR needs MONAI: pip install fsefs_nnunet[monai]")
+    state = narrow_state("btcv", 12)
+    for spelling in ("module.swin_vit", "backbone.swinViT"):
+        weights = import_swin("btcv", published_swin(state, spelling), tmp_path, store, monkeypatch)
+        assert weights.keys() == state.keys()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in state.items())
+    assert weights["head.weight"].shape == (14, 12, 1, 1, 1) and find_backbone("btcv").softmax
+
+
+def test_selfsup_says_that_its_decoder_is_random(store, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("monai", reason="Swin UNETR needs MONAI: pip install fsefs_nnunet[monai]")
+    tensors = published_swin(narrow_state("selfsup", 12), "module")
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("module")}
+    import_swin("selfsup", tensors, tmp_path, store, monkeypatch)
+    assert "Backbone 'selfsup' is an encoder; its decoder is random and must be tuned.\n" in capsys.readouterr().out
+
+
+def test_swin_unetr_of_another_width(store, tmp_path):
+    pytest.importorskip("monai", reason="Swin UNETR needs MONAI: pip install fsefs_nnunet[monai]")
+    tensors = published_swin(narrow_state("btcv", 12))
+    text = refusal("btcv", tensors, tmp_path, store)
+    assert "a Swin UNETR, 12 features, 14 rows of a linear head; 'btcv' is a Swin UNETR, 48 features" in text
+    contract = import_published("own", tmp_path / "file.pth", store)
+    assert contract.architecture["features"] == 12 and contract.classes == ()
+    assert "rows of a head whose classes the file does not name" in contract.source["left_out"]
 
 
 # ---- files that are not what their name says ----
@@ -232,6 +285,32 @@ def test_files_that_are_not_whole(store, tmp_path, change, sentence):
     assert sentence in refusal("narrow", edited(change), tmp_path, store)
 
 
+def test_a_teacher_and_a_student(store, tmp_path):
+    tensors = random_tensors("suprem_unet", width=8)
+    text = refusal("narrow", {"state_dict": tensors, "ema": {"teacher": tensors}}, tmp_path, store)
+    assert "holds two networks, under 'state_dict' and 'ema.teacher': save the state_dict of one alone." in text
+    other = {"a": tensors, "b": zeros("fseft")}
+    assert re.search("holds two networks, under 'b' and 'a'", refusal("narrow", other, tmp_path, store))
+
+
+def test_wrappers_in_wrappers():
+    tensors = {"encoder1.layer.conv1.conv.weight": torch.zeros(2), "swinViT.patch_embed.proj.weight": torch.zeros(2)}
+    assert len(recognise("x", {"model": {"state_dict": tensors, "optimizer": {"state": {}}}}).tensors) == 2
+
+
+def test_the_known_file_of_another_backbone(store, tmp_path, monkeypatch):
+    torch.save(edited(lambda tensors: None), tmp_path / "x.pth")
+    narrow = {id: replace(ZOO[id], features=8) for id in ("suprem_unet", "clipdriven_unet")}
+    narrow["suprem_unet"] = replace(narrow["suprem_unet"], sha256=sha256_of(tmp_path / "x.pth"))
+    for id, entry in narrow.items():
+        monkeypatch.setitem(ZOO, id, entry)
+    with pytest.raises(
+        ValueError, match=r"x\.pth is the file of suprem_unet, by its SHA-256: import it as suprem_unet\."
+    ):
+        import_published("clipdriven_unet", tmp_path / "x.pth", store)
+    import_published("suprem_unet", tmp_path / "x.pth", store)
+
+
 @pytest.mark.parametrize("content", [[1, 2], {"net": 3}, {}, torch.zeros(3), {"layer.weight": torch.zeros(2)}])
 def test_files_without_a_network(store, tmp_path, content):
     assert "holds none of the known architectures" in refusal("fseft", content, tmp_path, store)
@@ -252,6 +331,20 @@ def test_a_head_on_other_classes_than_the_published_list(store, tmp_path, capsys
     torch.save(edited(lambda t: t.update({"module.organ_embedding": torch.zeros(25, 512)})), tmp_path / "x.pth")
     assert import_published("suprem_unet", tmp_path / "x.pth", store).classes == ()
     assert "Classes: unknown." in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_named_zip(store, tmp_path, capsys):
+    torch.save(edited(lambda tensors: None), tmp_path / "weights.zip")
+    assert main(["backbones", "import", "own", str(tmp_path / "weights.zip")]) == 0
+    assert "All 62 tensors of the backbone matched" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "id, said", [("fseft", "nofile.pth does not exist: give"), ("phantom", "'phantom' is the backbone that comes with")]
+)
+def test_what_is_not_looked_into(store, tmp_path, capsys, id, said):
+    assert main(["backbones", "import", id, str(tmp_path / "nofile.pth")]) == 2
+    assert said in capsys.readouterr().err and not store.exists()
 
 
 def test_a_public_name_for_a_nnunet_model(store, tmp_path, capsys):
@@ -324,6 +417,97 @@ def test_two_imports_at_once(store, tmp_path):
         assert imports[0].result() == imports[1].result() == find_backbone("own")
     FrozenBackbone("own", "last")  # verifies the weights
     assert sorted(file.suffix for file in store.iterdir()) == [".json", ".lock", ".safetensors"]
+
+
+HOLD = "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); print(); input()"
+
+
+def test_two_processes_that_import(store, tmp_path):
+    """The other one is stood in for by its lock."""
+    write_published(tmp_path / "x.pth", "suprem_unet", width=8)
+    store.mkdir()
+    command = [sys.executable, "-c", HOLD, store / "own.lock"]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other,
+        ThreadPoolExecutor() as pool,
+    ):
+        other.stdout.readline()  # it holds the lock
+        waiting = pool.submit(import_published, "own", tmp_path / "x.pth", store)
+        assert not wait([waiting], timeout=2).done
+        assert [file.name for file in store.iterdir()] == ["own.lock"]
+        other.communicate(b"\n")
+        assert waiting.result() == find_backbone("own")
+
+
+def test_default_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("fseft_backbones", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    assert user_folder() == tmp_path / "data" / "fseft" / "backbones"
+    monkeypatch.setenv("XDG_DATA_HOME", "")
+    assert user_folder() == tmp_path / ".local" / "share" / "fseft" / "backbones"
+    monkeypatch.delenv("XDG_DATA_HOME")
+    assert user_folder() == tmp_path / ".local" / "share" / "fseft" / "backbones"
+
+
+@pytest.fixture
+def own(store, tmp_path):
+    """The store with one backbone in it, `own`."""
+    torch.save(edited(lambda tensors: None), tmp_path / "x.pth")
+    import_published("own", tmp_path / "x.pth", store)
+    return store
+
+
+def test_other_files_in_the_folder(own, capsys):
+    (own / "notes.json").write_text('{"todo": 1}')
+    (own / "._own.json").write_bytes(b"\x00\x05\x16\x07\xff\xfe")
+    for verb in ("list", "verify"):
+        assert main(["backbones", verb]) == 0
+        out = capsys.readouterr().out
+        assert "own: " in out and "notes: " not in out
+        for name in ("notes.json", "._own.json"):
+            assert f"{own / name} is skipped: it belongs to no backbone.\n" in out
+    assert main(["backbones", "remove", "notes"]) == 2
+    assert (own / "notes.json").exists()
+
+
+def test_a_damaged_backbone_does_not_hide_the_others(own, capsys):
+    (own / "own.json").write_text("{")
+    assert main(["backbones", "list"]) == 0
+    out = capsys.readouterr().out
+    assert f"own: {own / 'own.json'} is no backbone contract" in out and "phantom: 14 classes" in out
+    assert "btcv: 14 classes, not here: fseft backbones download btcv, size unknown; " in out
+    assert main(["backbones", "verify"]) == 2
+    assert "own.json is no backbone contract" in capsys.readouterr().err
+    assert main(["backbones", "remove", "own"]) == 0 and not list(own.glob("own.*"))
+
+
+def test_a_contract_under_another_name(own, capsys):
+    (own / "other.json").write_text((own / "own.json").read_text())
+    (own / "other.safetensors").write_bytes(b"anything")
+    for verb in ("verify", "info"):
+        assert main(["backbones", verb, "other"]) == 2
+        out, err = capsys.readouterr()
+        assert "sound" not in out and f"{own / 'other.json'} is the contract of backbone 'own': give" in err
+
+
+def test_weights_that_are_none(own, capsys):
+    """Damaged before their SHA-256 was taken."""
+    (own / "own.safetensors").write_bytes(b"anything")
+    content = json.loads((own / "own.json").read_text())
+    content["sha256"] = sha256_of(own / "own.safetensors")
+    (own / "own.json").write_text(json.dumps(content))
+    assert main(["backbones", "verify", "own"]) == 2
+    assert "own.safetensors cannot be read (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../victim", "victim/../../victim", "/victim", ""])
+def test_remove_stays_in_the_folder(own, tmp_path, capsys, name):
+    for ending in ("json", "safetensors"):
+        (tmp_path / f"victim.{ending}").write_text((own / f"own.{ending}").read_text("latin-1"))
+    assert main(["backbones", "remove", name]) == 2
+    assert "cannot name a backbone" in capsys.readouterr().err
+    assert (tmp_path / "victim.json").exists() and (tmp_path / "victim.safetensors").exists()
 
 
 def test_folder_that_cannot_be_written(tmp_path):

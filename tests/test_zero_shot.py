@@ -7,7 +7,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from test_importing import PATCH, write_model
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from test_importing import CONFIGURATION, PATCH, write_checkpoint, write_model
 from torch import nn
 
 from fsefs_nnunet.backbones.frozen import ARCHITECTURES, FrozenBackbone
@@ -15,6 +17,8 @@ from fsefs_nnunet.backbones.importing import import_nnunet_model
 from fsefs_nnunet.backbones.store import save_backbone
 from fsefs_nnunet.backbones.zoo import ZOO
 from fsefs_nnunet.cli.main import main
+from fsefs_nnunet.dataset_json import read_dataset_json
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.zero_shot import ABSENT, ZeroShotNetwork
 
 
@@ -43,18 +47,24 @@ def universal() -> torch.Tensor:
     return torch.randn((1, 5, 6, 7, 8), generator=torch.Generator().manual_seed(0))
 
 
+def outputs(network: ZeroShotNetwork, image: torch.Tensor) -> torch.Tensor:
+    """Of one window, (1, C, X, Y, Z) -> (1, labels or regions, X, Y, Z)."""
+    with torch.no_grad():
+        return network.outputs(network(image)[0])[None]
+
+
 def test_softmax_head_with_labels(contract, universal):
     """The backbone's own segmentation; where another class of its wins, it is background."""
     network = ZeroShotNetwork(Stand(CLASSES, True, contract), LABELS, False)
     assert network.matches == {"Spleen": "spleen", "Aorta": "aorta"}
     expected = torch.tensor([0, 0, 1, 2, 0])[universal.argmax(1)]
-    assert torch.equal(network(universal).argmax(1), expected)
+    assert torch.equal(outputs(network, universal).argmax(1), expected)
     assert {0, 1, 2} == set(expected.unique().tolist())
 
 
 def test_sigmoid_head_with_labels(contract, universal):
     """The largest positive logit among the dataset's labels."""
-    logits = ZeroShotNetwork(Stand(CLASSES, False, contract), LABELS, False)(universal)
+    logits = outputs(ZeroShotNetwork(Stand(CLASSES, False, contract), LABELS, False), universal)
     spleen, aorta = universal[:, 2], universal[:, 3]
     expected = torch.where(torch.maximum(spleen, aorta) > 0, torch.where(spleen > aorta, 1, 2), 0)
     assert torch.equal(logits.argmax(1), expected)
@@ -63,7 +73,7 @@ def test_sigmoid_head_with_labels(contract, universal):
 
 @pytest.mark.parametrize("softmax", [True, False])
 def test_regions(contract, universal, softmax):
-    logits = ZeroShotNetwork(Stand(CLASSES, softmax, contract), REGIONS, True)(universal)
+    logits = outputs(ZeroShotNetwork(Stand(CLASSES, softmax, contract), REGIONS, True), universal)
     probabilities = universal.softmax(1) if softmax else universal.sigmoid()
     torch.testing.assert_close(logits.sigmoid()[:, 1:], probabilities[:, 1:3])
     assert (logits[:, 0].sigmoid() < 1e-20).all()
@@ -87,7 +97,7 @@ def test_nnunet_model(tmp_path, monkeypatch):
     network = ZeroShotNetwork(FrozenBackbone("mine", "last"), labels, False)
     image = torch.randn((1, 1, *PATCH), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        own, made = model.network(image)[0].argmax(1), network(image).argmax(1)
+        own, made = model.network(image)[0].argmax(1), outputs(network, image).argmax(1)
     assert network.matches == {"Liver": "liver"} and (own == 1).any() and (own == 2).any()  # liver is row 1 there
     assert torch.equal(made, torch.where(own == 1, 2, 0))
 
@@ -121,6 +131,82 @@ def expected_segmentation(logits: torch.Tensor, rows: dict[int, int]) -> np.ndar
     """rows: label -> row of the head."""
     stack = torch.stack([torch.zeros_like(logits[0]), *(logits[k] for k in rows.values())])
     return np.array([0, *rows])[stack.argmax(0).numpy()]
+
+
+def test_several_windows_and_classes_that_compete(workspace, tmp_path, monkeypatch):
+    """The model's own segmentation as stock nnU-Net makes it; what the dataset does not name is background."""
+    monkeypatch.setenv("fseft_backbones", str(tmp_path / "backbones"))
+    labels = {"background": 0, "liver": 1, "tumour": 2, "spleen": 3, "aorta": 4}
+    model = write_model(tmp_path / "model", ["CT"], labels, spacing=[12.0, 8.0, 9.0])
+    image = workspace.raw / "imagesTr" / "case_0_0000.nii.gz"
+    middle = torch.tensor(nib.load(image).get_fdata(dtype=np.float32)[6:22, 4:28, 10:16].transpose(2, 0, 1).copy())
+    model.network.decoder.deep_supervision = False
+    with torch.no_grad():  # so that every class wins somewhere
+        model.network.decoder.seg_layers[-1].bias -= model.network((middle[None, None] - 70) / 40).mean((0, 2, 3, 4))
+    write_checkpoint(model.folder / "fold_0" / "checkpoint_final.pth", model.network, model.plans)
+    import_nnunet_model("mine", model.folder, tmp_path / "backbones")
+    made = predict(workspace, "mine", tmp_path / "out", "case_0")["case_0"]
+    manager = PlansManager(model.plans)
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), perform_everything_on_device=False)
+    content = {"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz"}
+    weights = [model.network.state_dict()]
+    predictor.manual_initialization(
+        model.network, manager, manager.get_configuration(CONFIGURATION), weights, content, "", None
+    )
+    predictor.predict_from_files_sequential([[str(image)]], [str(tmp_path / "stock")])
+    stock = np.asarray(nib.load(tmp_path / "stock.nii.gz").dataobj)
+    assert set(np.unique(stock)) == {0, 1, 2, 3, 4}
+    # nnU-Net blends in half precision; were the classes to compete in each window, 1e-2 would differ
+    assert (np.asarray(made.dataobj) != np.where(stock == 3, 1, 0)).mean() < 2e-3
+
+
+def test_one_bad_volume_does_not_stop_the_others(workspace, tmp_path, capsys):
+    """The dataset.json is of an older nnU-Net."""
+    images, output = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    source = workspace.raw / "imagesTr" / "case_0_0000.nii.gz"
+    content, image = source.read_bytes(), nib.load(source)
+    voxels = image.get_fdata(dtype=np.float32)
+    for name, data in (("good", content), ("cut", content[: len(content) // 2]), ("garbage", b"no image")):
+        (images / f"{name}_0000.nii.gz").write_bytes(data)
+    for name, value in (("nan", np.nan), ("inf", np.inf)):
+        bad = voxels.copy()
+        bad[3, 4, 5] = value
+        nib.save(nib.Nifti1Image(bad, image.affine), images / f"{name}_0000.nii.gz")
+    nib.save(nib.Nifti1Image(np.stack([voxels] * 2, -1), image.affine), images / "series_0000.nii.gz")
+    file = workspace.raw / "dataset.json"
+    dataset = json.loads(file.read_text())
+    dataset["modality"] = dataset.pop("channel_names")
+    file.write_text(json.dumps(dataset))
+    argv = ["zero_shot", "-d", "77", "-i", str(images), "-o", str(output), "-device", "cpu"]
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert "fseft: 5 case(s) failed:\n" in err and "Traceback" not in err
+    failures = err.split("failed:\n")[1].splitlines()
+    assert len(failures) == 5
+    for name in ("cut", "garbage", "nan", "inf", "series"):
+        assert sum(line.startswith(f"{images}/{name}_0000.nii.gz was not segmented: ") for line in failures) == 1
+    assert err.count("_0000.nii.gz holds NaN or infinite values: repair the image.") >= 2
+    assert "series_0000.nii.gz has 4 dimensions: give one file per volume" in err
+    assert [f.name for f in sorted(output.iterdir())] == ["dataset.json", "good.nii.gz", "plans.json"]
+    assert np.asarray(nib.load(output / "good.nii.gz").dataobj).any()
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("{", "is no dataset.json of nnU-Net's"),
+        ("[1]", "is no dataset.json of nnU-Net's"),
+        ('{"labels": {}, "file_ending": ".nii.gz"}', "does not say 'channel_names': add it"),
+        ('{"labels": {}, "channel_names": {"0": "CT"}}', "does not say 'file_ending': add it"),
+        ('{"labels": {}, "channel_names": {"0": "CT"}, "file_ending": ".nii"}', "does not say 'background': add it"),
+        ('{"labels": 3, "channel_names": {"0": "CT"}, "file_ending": ".nii"}', "is no dataset.json of nnU-Net's"),
+    ],
+)
+def test_damaged_dataset_json(tmp_path, text, said):
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(InputError, match=rf"^{tmp_path}/dataset\.json ({said})"):
+        read_dataset_json(tmp_path / "dataset.json")
 
 
 def test_z_scoring_model(workspace, tmp_path, monkeypatch):
@@ -205,3 +291,8 @@ def test_bad_input(workspace, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no GPU here that PyTorch can use as 'cuda': add -device cpu" in refused("-i", images, "-device", "cuda")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").write_text("")
+    file.write_text(json.dumps(content))
+    assert "out cannot be written (File exists): choose another output folder." in refused("-i", images)
+    file.write_text("{")
+    assert "dataset.json is no dataset.json of nnU-Net's" in refused("-i", images)

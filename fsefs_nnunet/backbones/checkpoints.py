@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import pickle
+import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -25,30 +28,62 @@ def read_checkpoint(file: Path) -> dict:
     """Load a PyTorch file as data alone.
 
     Raises:
-        InputError: if the file is missing, damaged, or wants to run code; names the file and the remedy.
+        InputError: if the file is missing, unreadable, damaged, or wants to run code; names the file and the remedy.
     """
     file = Path(file)
     if not file.exists():
         raise InputError(f"The checkpoint {file} is missing.")
-    refuse_web_page(file)
     try:
+        refuse_web_page(file)
+        _refuse_torchscript(file)
         with torch.serialization.safe_globals(_numpy_types()):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except InputError:
+        raise
+    except OSError as error:
+        if error.strerror is None:  # a reader's, not the system's
+            raise InputError(_damaged(file)) from error
         raise InputError(
-            f"{file} was not opened: it holds more than weights, or is no PyTorch file "
-            f"({str(error).splitlines()[0][:120]}). "
-            "Take it from its publisher again; if it is your own, save its state_dict alone."
+            f"{file} cannot be read ({error.strerror}): make it readable, or give another file."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise InputError(f"{file} is damaged or incomplete: download or copy it again.") from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(_damaged(file)) from error
+    except Exception as error:  # bytes that are no pickle raise whatever they like
+        raise InputError(_why_not_opened(file, error)) from error
+
+
+def _damaged(file: Path) -> str:
+    return f"{file} is damaged or incomplete: download or copy it again."
+
+
+def _why_not_opened(file: Path, error: Exception) -> str:
+    """In our words: PyTorch's advise to load the file anyway."""
+    name = re.search(r"GLOBAL (\S+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and name:
+        return (
+            f"{file} was not opened: it holds more than weights, {name[1]}, and could run code. Take it from its "
+            "publisher again; if it is your own, save its state_dict alone."
+        )
+    return f"{file} was not opened: it is no PyTorch checkpoint. Take the checkpoint from its publisher again."
+
+
+def _refuse_torchscript(file: Path) -> None:
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise InputError(
+                f"{file} was not opened: it is a TorchScript archive, which is a program. Take the publisher's "
+                "state_dict; if it is your own, save torch.jit.load(FILE).state_dict() with torch.save."
+            )
 
 
 def refuse_web_page(file: Path) -> None:
     """Raises InputError if `file` is what a browser, or git without LFS, leaves in place of a checkpoint."""
     with open(file, "rb") as f:
-        start = f.read(64).lstrip().lower()
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"version https://git-lfs")):
+        start = f.read(64).removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    pages = (b"<!doctype", b"<!--", b"<html", b"<head", b"<body", b"<script", b"<?xml")
+    if start.startswith((*pages, b"version https://git-lfs")):
         raise InputError(
             f"{file} was not opened: it is a web page or a pointer to the checkpoint, not the checkpoint. Download the "
             "file itself."

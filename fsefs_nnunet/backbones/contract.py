@@ -37,7 +37,8 @@ class BackboneContract:
     smallest_window: smallest window that it was trained on, voxels per axis.
     divisor: what a window must be a multiple of, voxels per axis.
     sha256: of the weights file.
-    source: name and sha256 of the file that was imported, where it was one.
+    source: file, sha256 and left_out of what was imported, where it was one file: its name, its hash, and the names of
+        the tensors that are not here by why they are not.
     """
 
     id: str
@@ -92,11 +93,11 @@ class BackboneContract:
 
     @classmethod
     def load(cls, file: Path) -> BackboneContract:
-        """Read a contract. Raises InputError naming the file if a key is missing or unknown."""
+        """Read a contract. Raises InputError naming the file if it cannot be read, or a key is missing or unknown."""
         try:
             content = json.loads(Path(file).read_text())
             return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in content.items()})
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
             known = ", ".join(f.name for f in fields(cls))
             raise InputError(
                 f"{file} is no backbone contract ({error}): import the backbone again, or repair the file, whose keys "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -24,6 +26,29 @@ def by_hand(entry: PublishedBackbone) -> str:
     """What to do where a program cannot fetch the file."""
     places = " or ".join(place for place in (entry.link, entry.page) if place)
     return f"Get {entry.file} from {places}, save it anywhere, and run: fseft backbones import {entry.id} FILE"
+
+
+@contextmanager
+def only_download(entry: PublishedBackbone, folder: Path) -> Iterator[None]:
+    """While it lasts, no other process downloads `entry` into `folder`.
+
+    Raises:
+        InputError: if another one does, or the folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / f"{entry.id}.download.lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"Another process downloads {entry.id!r} into {folder}: wait until it has ended.") from error
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error}): choose another folder with -o.") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def download(entry: PublishedBackbone, folder: Path) -> Path:

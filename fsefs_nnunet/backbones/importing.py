@@ -13,7 +13,9 @@ from fsefs_nnunet.backbones.contract import CT_PROPERTIES, BackboneContract
 from fsefs_nnunet.backbones.model_files import ModelFiles, read_model
 from fsefs_nnunet.backbones.nnunet import ARCHITECTURES, NNUNetBackbone
 from fsefs_nnunet.backbones.readers import reorients
+from fsefs_nnunet.backbones.state import require_finite
 from fsefs_nnunet.backbones.store import check_id, save_backbone
+from fsefs_nnunet.dataset_json import channel_names
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import foreground_names
 
@@ -40,7 +42,8 @@ def import_nnunet_model(
         contract_fields: licence, citation, description, training.
 
     Raises:
-        InputError: for a 2D or cascade model, an unknown architecture or preprocessing, damaged or unsafe files.
+        InputError: for a 2D or cascade model, an unknown architecture or preprocessing, damaged or unsafe files, and
+            weights that are not finite.
     """
     check_id(backbone_id)
     files = read_model(path, fold, checkpoint, configuration)
@@ -48,7 +51,9 @@ def import_nnunet_model(
     if open_spacing:
         contract = _left_open(contract)
     backbone = NNUNetBackbone(contract, "last")
-    backbone.load_backbone_state(_own_tensors(backbone, files))
+    weights = _own_tensors(backbone, files)
+    require_finite(files.source, weights)
+    backbone.load_backbone_state(weights)
     contract = save_backbone(contract, backbone.backbone_state(), target)
     _report(contract, backbone, files)
     return contract
@@ -63,8 +68,7 @@ def _contract(backbone_id: str, files: ModelFiles, contract_fields: dict) -> Bac
         settings = manager.get_configuration(name)
         _refuse_unsupported(name, settings, manager)
         labels = manager.get_label_manager(files.dataset)
-        # nnU-Net reads datasets with the older name of the key, too
-        channels = files.dataset.get("channel_names") or files.dataset["modality"]
+        channels = channel_names(files.dataset)
         properties = manager.plans["foreground_intensity_properties_per_channel"]
         classes = foreground_names(files.dataset["labels"], labels.has_regions)
         patch_size = tuple(int(n) for n in settings.patch_size)
@@ -91,7 +95,9 @@ def _contract(backbone_id: str, files: ModelFiles, contract_fields: dict) -> Bac
             divisor=tuple(int(n) for n in np.prod(settings.pool_op_kernel_sizes, axis=0)),
             **contract_fields,
         )
-    except (KeyError, RuntimeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # nnU-Net raises whatever it likes for plans and checkpoints of another kind
         raise InputError(
             f"plans.json, dataset.json and {files.source} are not those of one nnU-Net v2 model ({error}): copy the "
             "model's folder as nnU-Net wrote it."
@@ -149,7 +155,11 @@ def _own_tensors(backbone: NNUNetBackbone, files: ModelFiles) -> dict[str, torch
     if not isinstance(weights, dict):
         raise InputError(f"{files.source} holds no network_weights: give a checkpoint that nnU-Net's training wrote.")
     # torch.compile and DistributedDataParallel put the network into a module of theirs
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in weights.items()}
+    weights = {
+        re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor
+        for name, tensor in weights.items()
+        if isinstance(tensor, torch.Tensor)
+    }
     own, aliases = backbone.backbone_state().keys(), backbone.unet.state_dict().keys()
     return {name: tensor for name, tensor in weights.items() if name in own or name not in aliases}
 
@@ -170,5 +180,6 @@ def _report(contract: BackboneContract, backbone: NNUNetBackbone, files: ModelFi
         print(f"Channel {channel} {name}: {contract.describe_normalization(channel, scheme, masked)}")
     print(
         f"Spacing {list(contract.spacing) if contract.spacing else 'of the dataset'} mm; window "
-        f"{list(contract.patch_size)}, multiples of {list(contract.divisor)}"
+        f"{list(contract.patch_size)}, multiples of {list(contract.divisor)}\n"
+        f"Licence: {contract.licence or 'unknown, ask the authors of the model'}"
     )

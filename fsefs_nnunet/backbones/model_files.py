@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.errors import InputError
@@ -48,8 +48,13 @@ def read_model(path: Path, fold: str, checkpoint: str, configuration: str) -> Mo
         try:
             files = _read_folder(_unzip(path, Path(folder), fold, checkpoint, configuration), fold, checkpoint)
             return replace(files, source=files.source.replace(folder, str(path)))
-        except ValueError as error:
+        except InputError as error:
             raise InputError(str(error).replace(folder, str(path))) from error
+        except OSError as error:
+            raise InputError(
+                f"{path} could not be unpacked in {gettempdir()} ({error}): make room there, or choose another folder "
+                "with the environment variable TMPDIR."
+            ) from error
 
 
 def _read_folder(folder: Path, fold: str, checkpoint: str) -> ModelFiles:
@@ -66,7 +71,7 @@ def _read_folder(folder: Path, fold: str, checkpoint: str) -> ModelFiles:
 def _read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is damaged ({error}): copy the model again.") from error
     if not isinstance(content, dict):
         raise InputError(f"{file} is not what nnU-Net writes: copy the model again.")

@@ -89,7 +89,7 @@ def plans_architecture(contract: BackboneContract) -> dict:
     if name not in ARCHITECTURES:
         raise InputError(f"Backbone {contract.id!r} is a {name}, only {' and '.join(ARCHITECTURES)} are known.")
     for key in architecture["_kw_requires_import"]:
-        _refuse_unless_layer(contract.id, key, architecture["arch_kwargs"][key])
+        _refuse_unless_layer(contract.id, key, architecture["arch_kwargs"].get(key))
     return {
         # old plans name a module that is gone
         "network_class_name": f"dynamic_network_architectures.architectures.unet.{name}",
@@ -101,13 +101,21 @@ def plans_architecture(contract: BackboneContract) -> dict:
 def _build_unet(contract: BackboneContract) -> nn.Module:
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-    return get_network_from_plans(
-        *plans_architecture(contract).values(),
-        contract.input_channels,
-        len(contract.classes),
-        allow_init=True,
-        deep_supervision=False,
-    )
+    architecture = plans_architecture(contract)
+    try:
+        return get_network_from_plans(
+            *architecture.values(),
+            contract.input_channels,
+            len(contract.classes),
+            allow_init=True,
+            deep_supervision=False,
+        )
+    except Exception as error:  # asserts, and whatever the layers raise
+        name, why = architecture["network_class_name"].split(".")[-1], str(error) or type(error).__name__
+        raise InputError(
+            f"Backbone {contract.id!r} has arch_kwargs that do not make a {name} ({why}): compare them with plans that "
+            "nnU-Net wrote."
+        ) from error
 
 
 def _refuse_unless_layer(backbone_id: str, key: str, name: str | None) -> None:

@@ -40,6 +40,7 @@ _HEADS = {
     r"(^|\.)(controller|precls_conv|GAP|text_to_vision)\.": "the head that is conditioned on text",
     r"(^|\.)(norm|rotation_head|contrastive_head|convTrans3d)\.": "heads of the self-supervised tasks",
 }
+_DEPTH = 4  # of wrappers around a state_dict
 _OTHER = "not part of the backbone"
 # a tensor here that no rule knows belongs to another architecture
 _BACKBONE_PARTS = r"(^|\.)(swin_?vit|patch_embed|layers\d\w*|encoder\d+|decoder\d+|down_tr\d+|up_tr\d+)\."
@@ -81,15 +82,27 @@ def recognise(file: str, content: object) -> PublishedContent:
     """Unwrap what `read_checkpoint` gave and rename its tensors.
 
     Raises:
-        InputError: if it holds no known architecture, a part that the architecture does not have, or a tensor twice.
+        InputError: if it holds no known architecture, a part that the architecture does not have, a tensor twice, or
+            two networks.
     """
-    found = [_renamed(file, kind, tensors) for tensors in _state_dicts(content) for kind in _RULES]
-    best = max(found, key=lambda published: len(published.tensors), default=None)
+    state_dicts = _state_dicts(content)
+    found = [(key, _renamed(file, kind, tensors)) for key, tensors in state_dicts.items() for kind in _RULES]
+    best_key, best = max(found, key=lambda item: len(item[1].tensors), default=("", None))
     if best is None or not best.tensors:
         names = ", ".join(ARCHITECTURE_NAMES.values())
         raise InputError(
             f"{file} holds none of the known architectures ({names}): give a checkpoint of a public backbone, or the "
             "folder of a nnU-Net model."
+        )
+    # a teacher and its student, for example: their order in the file says nothing
+    rivals = [
+        key
+        for key, other in found
+        if key != best_key and (other.features or other.tensors.keys() & best.tensors.keys())
+    ]
+    if rivals:
+        raise InputError(
+            f"{file} holds two networks, under {best_key!r} and {rivals[0]!r}: save the state_dict of one alone."
         )
     if not best.features:
         raise InputError(f"{file} holds {best} without its first or last layer: it is incomplete, get it again.")
@@ -102,16 +115,15 @@ def recognise(file: str, content: object) -> PublishedContent:
     return best
 
 
-def _state_dicts(content: object) -> list[dict[str, torch.Tensor]]:
-    """The tensors by name of a file that is a state_dict, or holds it under any key."""
-    if not isinstance(content, dict):
-        return []
-    levels = [content, *(value for value in content.values() if isinstance(value, dict))]
-    named = [
-        {key: value for key, value in level.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
-        for level in levels
-    ]
-    return [tensors for tensors in named if tensors]
+def _state_dicts(content: object, path: tuple[str, ...] = ()) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors by name, of a file that is a state_dict or holds it under any keys, by these, joined with dots."""
+    if not isinstance(content, dict) or len(path) > _DEPTH:
+        return {}
+    named = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    found = {".".join(path): named} if named else {}
+    for key, value in content.items():
+        found |= _state_dicts(value, (*path, str(key)))
+    return found
 
 
 def _renamed(file: str, kind: str, tensors: dict[str, torch.Tensor]) -> PublishedContent:

@@ -61,7 +61,11 @@ def reoriented_axes(image_file: str | Path) -> list[int]:
 
 
 def image_geometry(image_file: str | Path, reader_name: str) -> tuple[list[int], list[float]]:
-    """Shape in voxels and spacing in mm of the array that a reader gives, per axis z, y, x; reads the header alone."""
+    """Shape in voxels and spacing in mm of the array that a reader gives, per axis z, y, x; reads the header alone.
+
+    Raises:
+        InputError: for an image that is not three-dimensional.
+    """
     _, shape, spacing = _header(image_file)
     axes = reoriented_axes(image_file) if reorients(reader_name) else [0, 1, 2]
     return [int(shape[axis]) for axis in axes], [float(spacing[axis]) for axis in axes]
@@ -74,10 +78,17 @@ def _header(image_file: str | Path) -> tuple[np.ndarray, list[int], list[float]]
 
     if str(image_file).lower().endswith((".nii", ".nii.gz")):
         image = nib.load(image_file)
-        return image.affine, list(image.shape[2::-1]), list(image.header.get_zooms()[2::-1])
+        _require_volume(image_file, image.ndim)
+        return image.affine, list(image.shape[::-1]), list(image.header.get_zooms()[::-1])
     header = sitk.ImageFileReader()
     header.SetFileName(str(image_file))
     header.ReadImageInformation()
+    _require_volume(image_file, header.GetDimension())
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(header.GetDirection(), (3, 3))
     return affine, list(header.GetSize()[::-1]), list(header.GetSpacing()[::-1])
+
+
+def _require_volume(image_file: str | Path, dimensions: int) -> None:
+    if dimensions != 3:
+        raise InputError(f"{image_file} has {dimensions} dimensions: give one file per volume and channel.")

@@ -6,24 +6,30 @@ from collections.abc import Sequence
 
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.readers import reorients
-from fsefs_nnunet.backbones.store import find_backbone, known_backbones, load_weights, weights_file
+from fsefs_nnunet.backbones.store import find_backbone, known_backbones, load_weights, strays, weights_file
 from fsefs_nnunet.backbones.zoo import ZOO, PublishedBackbone
 from fsefs_nnunet.bank_disk import gigabytes
 from fsefs_nnunet.errors import InputError
 
 
 def show_list() -> None:
+    """Backbones that are damaged, and files that are none, are named among the others."""
     here = known_backbones()
     for name, file in here.items():
-        contract = find_backbone(name)
+        try:
+            contract = find_backbone(name)
+        except InputError as error:
+            print(f"{name}: {error}")
+            continue
         print(
             f"{name}: {len(contract.classes)} classes, SHA-256 {contract.sha256[:12]}, {_size(name)}, {file.parent}; "
             f"{_rights(contract)}"
         )
     for entry in ZOO.values():
         if entry.id not in here:
-            size = f", {gigabytes(entry.size)}" if entry.size else ""
-            print(f"{entry.id}: {len(entry.classes)} classes, not here: {entry.how_to_get}{size}; {_rights(entry)}")
+            size = gigabytes(entry.size) if entry.size else "size unknown"
+            print(f"{entry.id}: {len(entry.classes)} classes, not here: {entry.how_to_get}, {size}; {_rights(entry)}")
+    _name_strays()
 
 
 def show_info(backbone_id: str) -> None:
@@ -42,6 +48,8 @@ def show_info(backbone_id: str) -> None:
 
 def verify(backbone_ids: Sequence[str]) -> None:
     """Check weights against their contracts, all without ids. Raises InputError that names those that fail."""
+    if not backbone_ids:
+        _name_strays()
     failures = []
     for name in backbone_ids or known_backbones():
         try:
@@ -51,6 +59,11 @@ def verify(backbone_ids: Sequence[str]) -> None:
             failures.append(str(error))
     if failures:
         raise InputError(" ".join(failures))
+
+
+def _name_strays() -> None:
+    for file in strays():
+        print(f"{file} is skipped: it belongs to no backbone.")
 
 
 def _describe(contract: BackboneContract) -> None:

@@ -21,6 +21,13 @@ def copy_exactly(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor])
         tensor.copy_(weights[name])
 
 
+def require_finite(file: str, weights: dict[str, torch.Tensor]) -> None:
+    """Raises InputError if a tensor of those that were read from `file` holds NaN or infinite values."""
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise InputError(f"{file} holds NaN or infinite weights, e.g. {broken[0]}: take it from its publisher again.")
+
+
 def require_last_stage(contract: BackboneContract, stages: str) -> None:
     """For architectures that give one stage. Raises InputError."""
     if stages != "last":

@@ -23,16 +23,38 @@ def user_folder() -> Path:
     """Environment variable `fseft_backbones`, else a folder of the user's."""
     if folder := os.environ.get("fseft_backbones"):
         return Path(folder)
-    return Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share")) / "fseft" / "backbones"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "fseft" / "backbones"
 
 
 def known_backbones() -> dict[str, Path]:
-    """Contract files by backbone id; the user's come before the embedded ones."""
-    return {file.stem: file for folder in (EMBEDDED, user_folder()) for file in sorted(folder.glob("*.json"))}
+    """Contract files by backbone id, without strays; the user's come before the embedded ones."""
+    files = (file for folder in (EMBEDDED, user_folder()) for file in sorted(folder.glob("*.json")))
+    return {file.stem: file for file in files if not _is_stray(file)}
+
+
+def strays() -> list[Path]:
+    """JSON files in the user's folder that belong to no backbone: notes, and macOS's "._" files."""
+    return [file for file in sorted(user_folder().glob("*.json")) if _is_stray(file)]
+
+
+def _is_stray(file: Path) -> bool:
+    if not _can_name_a_backbone(file.stem):
+        return True
+    if file.with_suffix(".safetensors").exists():
+        return False  # whatever it holds: a damaged contract is to be told
+    try:
+        BackboneContract.load(file)
+    except InputError:
+        return True
+    return False
 
 
 def find_backbone(backbone_id: str) -> BackboneContract:
-    """The contract of a backbone. Raises InputError that lists the known ones."""
+    """The contract of a backbone.
+
+    Raises:
+        InputError: for an unknown id, with the known ones, and for a file that is no contract, or that of another id.
+    """
     known = known_backbones()
     if backbone_id not in known:
         get = ZOO[backbone_id].how_to_get if backbone_id in ZOO else "fseft backbones import ID PATH"
@@ -40,7 +62,13 @@ def find_backbone(backbone_id: str) -> BackboneContract:
             f"Backbone {backbone_id!r} is not here; there are: {', '.join(known) or 'none'}. "
             f"Look in {user_folder()} (environment variable fseft_backbones) or import it: {get}."
         )
-    return BackboneContract.load(known[backbone_id])
+    contract = BackboneContract.load(known[backbone_id])
+    if contract.id != backbone_id:
+        raise InputError(
+            f"{known[backbone_id]} is the contract of backbone {contract.id!r}: give it and its weights that name, or "
+            f"import {backbone_id!r} again."
+        )
+    return contract
 
 
 def weights_file(backbone_id: str) -> Path:
@@ -64,6 +92,7 @@ def load_weights(contract: BackboneContract, expected_sha256: str | None = None)
     Raises:
         InputError: missing or damaged file, or other weights than expected; names the file and the remedy.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if expected_sha256 and expected_sha256 != contract.sha256:
@@ -74,14 +103,23 @@ def load_weights(contract: BackboneContract, expected_sha256: str | None = None)
     file = weights_file(contract.id)
     if not file.exists():
         raise InputError(f"The weights {file} are missing: import the backbone again (fseft backbones import).")
-    if sha256_of(file) != contract.sha256:
-        raise InputError(f"The weights {file} are damaged (their SHA-256 is not the contract's): import them again.")
-    return load_file(file)
+    try:
+        if sha256_of(file) != contract.sha256:
+            raise InputError(
+                f"The weights {file} are damaged (their SHA-256 is not the contract's): import them again."
+            )
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"The weights {file} cannot be read ({error}): import the backbone again.") from error
+
+
+def _can_name_a_backbone(name: str) -> bool:
+    return name.replace("_", "").replace("-", "").isalnum()
 
 
 def check_id(backbone_id: str) -> None:
     """Raises InputError unless `backbone_id` can name files and plans."""
-    if not backbone_id.replace("_", "").replace("-", "").isalnum():
+    if not _can_name_a_backbone(backbone_id):
         raise InputError(f"{backbone_id!r} cannot name a backbone: use letters, digits, '_' and '-'.")
 
 
@@ -126,14 +164,20 @@ def remove_backbone(backbone_id: str) -> list[Path]:
     """Delete a backbone of the user's folder; returns the files that are gone.
 
     Raises:
-        InputError: if it is not there.
+        InputError: if it is not there or cannot be deleted, and for what cannot be its name, a path for example.
     """
+    check_id(backbone_id)
     folder = user_folder()
-    files = [folder / f"{backbone_id}.{ending}" for ending in ("json", "safetensors")]
-    if not files[0].exists():
-        own = [file.stem for file in sorted(folder.glob("*.json"))]
+    own = [name for name, file in known_backbones().items() if file.parent == folder]
+    if backbone_id not in own:
         raise InputError(f"{folder} holds no backbone {backbone_id!r}; of yours there are: {', '.join(own) or 'none'}.")
-    gone = [file for file in (*files, folder / f"{backbone_id}.lock") if file.exists()]
-    for file in gone:
-        file.unlink()
+    files = [folder / f"{backbone_id}.{ending}" for ending in ("json", "safetensors", "lock", "download.lock")]
+    gone = [file for file in files if file.exists()]
+    try:
+        for file in gone:
+            file.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{file} cannot be deleted ({error.strerror}): delete it with the rights that it asks for."
+        ) from error
     return gone

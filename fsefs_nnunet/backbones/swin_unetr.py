@@ -26,7 +26,7 @@ class SwinUNETRBackbone(nn.Module):
         require_last_stage(contract, stages)
         self.contract = contract
         self.out_channels = contract.architecture["features"]
-        self.network = _monais_swin_unetr(contract.id)(
+        self.network = monais_swin_unetr(contract.id)(
             in_channels=contract.input_channels,
             out_channels=1,
             feature_size=self.out_channels,
@@ -63,7 +63,8 @@ class SwinUNETRBackbone(nn.Module):
         copy_exactly(self.backbone_state(), weights)
 
 
-def _monais_swin_unetr(backbone_id: str) -> type[nn.Module]:
+def monais_swin_unetr(backbone_id: str) -> type[nn.Module]:
+    """The class. Raises InputError without MONAI, or with one that is too old."""
     try:
         from monai.networks.nets.swin_unetr import SwinUNETR
     except ImportError:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fsefs_nnunet.cli.arguments import add_dataset, add_device
+from fsefs_nnunet.errors import InputError
 
 
 def register(verb) -> None:
@@ -20,4 +21,6 @@ def register(verb) -> None:
 def zero_shot(args: argparse.Namespace) -> None:
     from fsefs_nnunet.zero_shot import predict_zero_shot
 
-    predict_zero_shot(args.d, args.b, Path(args.i), Path(args.o), args.device)
+    failures = predict_zero_shot(args.d, args.b, Path(args.i), Path(args.o), args.device)
+    if failures:
+        raise InputError(f"{len(failures)} case(s) failed:\n" + "\n".join(failures))
