@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from fsefs_nnunet.dataset_json import read_dataset_json
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.splits import SPLITS_FILE, load_splits, make_splits, save_splits
 
@@ -75,7 +75,7 @@ def query_images(raw: Path, folder: str | None, labelled_queries: bool) -> dict[
     """Unlabelled query images: of `folder`, else of imagesTs where no labelled case is left to be a query."""
     from fsefs_nnunet.queries import images_in
 
-    dataset_json = json.loads((raw / "dataset.json").read_text())
+    dataset_json = read_dataset_json(raw / "dataset.json")
     if folder is None:
         if labelled_queries or not any((raw / "imagesTs").glob("*")):
             return {}
@@ -179,7 +179,7 @@ def preprocess(dataset_id: int | str, plans_name: str, num_processes: int, query
     manager = PlansManager(str(preprocessed / f"{plans_name}.json"))
     configuration = manager.get_configuration("3d_fullres")
     if query_files:  # first: a broken one is refused before nnU-Net clears what it preprocessed earlier
-        dataset_json = json.loads((raw / "dataset.json").read_text())
+        dataset_json = read_dataset_json(raw / "dataset.json")
         queries = UnlabelledQueries(preprocessed / configuration.data_identifier)
         queries.preprocess(query_files, manager, configuration, dataset_json)
     nnunet_preprocess([int(name[7:10])], plans_name, ("3d_fullres",), [num_processes])

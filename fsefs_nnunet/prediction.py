@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from fsefs_nnunet.atomic import read_json, write_atomically
 from fsefs_nnunet.bank_layout import pooled, pooling_factor
+from fsefs_nnunet.dataset_json import channel_names
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features import extract_features
 from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.memory import SupportMemory
 from fsefs_nnunet.network import AdaptedNetwork
-from fsefs_nnunet.queries import images_in
+from fsefs_nnunet.queries import images_in, read_image
 from fsefs_nnunet.query_sizes import PredictedSizes, QueryVolume, block_voxels, scale_between, sizes_of
 from fsefs_nnunet.trained_model import TrainedModel
 from fsefs_nnunet.transduction import Transduction
@@ -85,6 +86,8 @@ class QueryPredictor:
         manager = model.label_manager
         self.has_regions = manager.has_regions
         self.voxel_ml = float(np.prod(model.configuration.spacing)) / 1000
+        self.reader = model.plans_manager.image_reader_writer_class()
+        self.shows_ct = channel_names(model.dataset_json)["0"].casefold() == "ct"
         self.preprocessor = model.configuration.preprocessor_class(verbose=False)
         self.loss = SoftDiceLoss(manager.has_regions, manager.ignore_label)
 
@@ -96,30 +99,18 @@ class QueryPredictor:
         """Preprocess an image and run the backbone over it.
 
         Raises:
-            InputError: if the image holds NaN or infinite values.
+            InputError: if the image cannot be read, or holds NaN or infinite values.
         """
         model = self.model
-        data, _, properties = self.preprocessor.run_case(
-            files, None, model.plans_manager, model.configuration, model.dataset_json
-        )
-        if not np.isfinite(data).all():
-            raise InputError(f"{files[0]} holds NaN or infinite values: repair the image.")
-        self._warn_of_another_modality(files[0], data)
+        image, properties = read_image(self.reader, files)
+        if self.shows_ct and image[0].min() >= 0:
+            tqdm.write(
+                f"{files[0]} has no value below 0, as CTs in HU have: another modality, or stored with an offset?"
+            )
+        context = (model.plans_manager, model.configuration, model.dataset_json)
+        data, _, properties = self.preprocessor.run_case_npy(image, None, properties, *context)
         image, window = torch.from_numpy(np.asarray(data, np.float32)), tuple(model.configuration.patch_size)
         return Volume(extract_features(model.network.backbone, image, window, model.device).half(), properties)
-
-    def _warn_of_another_modality(self, file: str, data: np.ndarray) -> None:
-        """Where the dataset is of CTs, of an image (channels, X, Y, Z) that shows nothing below 0 HU, as CTs do."""
-        model = self.model
-        is_ct = model.dataset_json["channel_names"]["0"].casefold() == "ct"
-        if not is_ct or model.configuration.normalization_schemes[0] != "CTNormalization":
-            return
-        intensities = model.plans_manager.foreground_intensity_properties_per_channel["0"]
-        water = (max(0.0, intensities["percentile_00_5"]) - intensities["mean"]) / intensities["std"]
-        if data[0].min() > water - 1e-4:
-            tqdm.write(
-                f"{file} has no value below 0, unlike a CT in HU: is it another modality, or has it an offset?"
-            )
 
     def segment(self, volume: Volume, output: Path, keep_largest: bool = False) -> dict:
         """Segment a volume that `read` gave, or that of another model on the same backbone and plans."""

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.preprocessed import require_finite
 
 
 class UnlabelledQueries:
@@ -45,11 +44,10 @@ class UnlabelledQueries:
         reader = plans_manager.image_reader_writer_class()
         try:
             for case, files in tqdm(images.items(), desc="preprocessing queries"):
-                image, properties = _read(reader, files)
+                image, properties = read_image(reader, files)
                 data, _, _ = preprocessor.run_case_npy(
                     image, None, properties, plans_manager, configuration_manager, dataset_json
                 )
-                require_finite(data, files)
                 np.save(made / f"{case}.npy", data.astype(np.float32, copy=False))
             self._replace_by(made)
         finally:
@@ -65,15 +63,21 @@ class UnlabelledQueries:
                 (self.folder / f"{case}.npy").unlink()
 
 
-def _read(reader, files: list[str]) -> tuple[np.ndarray, dict]:
-    """Image (channels, ...) and properties, as nnU-Net's `reader` gives them."""
+def read_image(reader, files: list[str]) -> tuple[np.ndarray, dict]:
+    """Image (channels, X, Y, Z) and properties, as nnU-Net's `reader` gives them.
+
+    Raises:
+        InputError: if it cannot be read, or holds NaN or infinite values, some of which normalisation would hide.
+    """
     try:
-        return reader.read_images(files)
+        image, properties = reader.read_images(files)
     except Exception as error:  # each of the libraries that read images has errors of its own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(
-            f"{', '.join(files)} cannot be read ({reason}): repair it, or leave the case out of the queries."
-        ) from error
+        raise InputError(f"{', '.join(files)} cannot be read ({reason}): repair it, or leave the case out.") from error
+    for channel, file in zip(image, files):
+        if not np.isfinite(channel).all():
+            raise InputError(f"{file} holds NaN or infinite values: repair the image, or leave the case out.")
+    return image, properties
 
 
 def images_in(folder: Path, dataset_json: dict) -> dict[str, list[str]]:

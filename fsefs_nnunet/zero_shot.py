@@ -21,7 +21,7 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features import extract_features
 from fsefs_nnunet.labels import foreground_names, match_labels
 from fsefs_nnunet.planning import dataset_folders
-from fsefs_nnunet.queries import images_in
+from fsefs_nnunet.queries import images_in, read_image
 
 CONFIGURATION = "3d_fullres"
 # of a label that the head does not know: far below any logit
@@ -221,13 +221,11 @@ class ZeroShotPredictor:
         """Segment the image in `files`, one per channel, into `stem` and the dataset's file ending.
 
         Raises:
-            InputError: if the image holds NaN or infinite values.
+            InputError: if the image cannot be read, or holds NaN or infinite values.
         """
         from nnunetv2.inference.export_prediction import export_prediction_from_logits
 
-        image, properties = self.reader.read_images(files)
-        if not np.isfinite(image).all():
-            raise InputError(f"{files[0]} holds NaN or infinite values: repair the image.")
+        image, properties = read_image(self.reader, files)
         context = (self.plans_manager, self.configuration, self.dataset_json)
         image, _, properties = self.preprocessor.run_case_npy(image, None, properties, *context)
         window = tuple(self.configuration.patch_size)

@@ -320,7 +320,7 @@ def test_an_unlabelled_query_is_preprocessed_as_a_labelled_case(workspace):
     "broken, sentence",
     [
         ("NaN", r"scan_1_0000\.nii\.gz holds NaN or infinite values: repair"),
-        ("cut", r"scan_1_0000\.nii\.gz cannot be read \(.*\): repair it, or leave the case out of the queries"),
+        ("cut", r"scan_1_0000\.nii\.gz cannot be read \(.*\): repair it, or leave the case out"),
     ],
 )
 def test_a_broken_query_leaves_earlier_results_alone(workspace, capsys, broken, sentence):

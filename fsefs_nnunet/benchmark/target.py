@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
+from fsefs_nnunet.dataset_json import read_dataset_json
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.queries import images_in
 
@@ -81,7 +81,7 @@ def queries(splits: dict, raw: Path, preprocessed: Path) -> Target:
             "The splits keep no labelled case as query: give a test set with -i IMAGES -l LABELS, or draw others with "
             "`fseft splits -d ID --num_queries N`."
         )
-    dataset_json = json.loads((raw / "dataset.json").read_text())
+    dataset_json = read_dataset_json(raw / "dataset.json")
     labels = preprocessed / "gt_segmentations"
     return Target("queries", tuple(sorted(splits["queries"])), raw / "imagesTr", labels, dataset_json)
 
@@ -92,7 +92,7 @@ def test_set(images: Path, labels: Path, raw: Path) -> Target:
     Raises:
         InputError: for a folder without images, a case without a label, or imagesTr, whose cases are trained on.
     """
-    dataset_json = json.loads((raw / "dataset.json").read_text())
+    dataset_json = read_dataset_json(raw / "dataset.json")
     cases = tuple(images_in(images, dataset_json))
     for case in cases:
         label = labels / f"{case}{dataset_json['file_ending']}"
