@@ -23,6 +23,6 @@ def read_json(file: Path) -> dict:
         InputError: if it was written in part.
     """
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise InputError(f"{file} is damaged ({error}): move it away, or restore it.") from error

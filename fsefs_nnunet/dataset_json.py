@@ -20,7 +20,7 @@ def read_dataset_json(file: Path) -> dict:
         InputError: if it cannot be read, or does not say channels, labels and file_ending.
     """
     try:
-        content = json.loads(Path(file).read_text())
+        content = json.loads(Path(file).read_text("utf-8"))
         content = {**content, "channel_names": channel_names(content)}
         dict(content["channel_names"]), content["file_ending"], content["labels"]["background"]
     except KeyError as error:

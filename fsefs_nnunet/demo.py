@@ -35,7 +35,7 @@ def prepare(experiment: Experiment) -> None:
     if not done.exists():
         experiment.run("fseft", "plan_and_preprocess", "-d", DATASET, "--shots", "5", "-np", "2")
         file = experiment.preprocessed / "FSEFTPlans.json"
-        plans = json.loads(file.read_text())
+        plans = json.loads(file.read_text("utf-8"))
         plans["configurations"][CONFIGURATION].update(SHORT)
         file.write_text(json.dumps(plans, indent=4))
         done.touch()
@@ -69,7 +69,7 @@ def run_demo(folder: Path, seconds: float | None = None, device: str | None = No
             minutes = (seconds or training_seconds(folds[WITH_PRIOR])) / 60
             budget = {"fseft_train_minutes": f"{minutes:.4f}"}
         fold = folds[name] = experiment.train(trainer, configuration, **budget)
-        labels = json.loads((fold.parent / "dataset.json").read_text())["labels"]
+        labels = json.loads((fold.parent / "dataset.json").read_text("utf-8"))["labels"]
         dice = mean_dice(fold / "validation" / "summary.json")
         organs = {organ: dice[str(number)] for organ, number in labels.items() if organ != "background"}
         rows.append(
@@ -98,7 +98,7 @@ def run_demo(folder: Path, seconds: float | None = None, device: str | None = No
         "the backbone has never seen a stomach. Dice of the queries."
     )
     table = f"{setting}\n\n{markdown_table(rows)}"
-    (folder / "table.md").write_text(table)
+    (folder / "table.md").write_text(table, "utf-8")
     write_report(folder / "report.html", setting, rows, folds, WITH_PRIOR, experiment.raw, next_steps(experiment))
     print(f"\n{table}\n\n{folder}: report.html, table.md and one picture per method; {time() - start:.0f} s.")
 

@@ -131,7 +131,7 @@ def training_seconds(fold_folder: Path) -> float:
     """Wall time from the first timestamp to 'Training done.' in the folder's logs: filling the bank included."""
     seconds = 0.0
     for log in sorted(Path(fold_folder).glob("training_log_*.txt")):
-        lines = log.read_text().splitlines()
+        lines = log.read_text("utf-8").splitlines()
         end = next((i for i, line in enumerate(lines) if "Training done." in line), len(lines))
         times = [datetime.fromisoformat(m[1]) for line in lines[: end + 1] if (m := _TIMESTAMP.match(line))]
         if times:
@@ -144,7 +144,7 @@ _BUDGET = re.compile(r"the budget of (\d+) s is used")
 
 def training_budget(fold_folder: Path) -> float:
     """Seconds that a training ended after, as its last log says; 0.0 if none limited it."""
-    logs = [log.read_text() for log in sorted(Path(fold_folder).glob("training_log_*.txt"))]
+    logs = [log.read_text("utf-8") for log in sorted(Path(fold_folder).glob("training_log_*.txt"))]
     return float(([0.0] + [match[1] for log in logs for match in _BUDGET.finditer(log)])[-1])
 
 

@@ -207,7 +207,7 @@ class FeatureBank:
     def _open(self, key: EntryKey) -> bool:
         """Read and verify an entry; whether it is sound."""
         try:
-            content = json.loads((self.folder / f"{key.name}.json").read_text())
+            content = json.loads((self.folder / f"{key.name}.json").read_text("utf-8"))
             array = np.load(self.folder / f"{key.name}.npy", mmap_mode="r")
             sound = content["features_sha256"] == hashlib.sha256(array).hexdigest()
             if not sound or json.dumps(content["key"], sort_keys=True) != key.to_json():

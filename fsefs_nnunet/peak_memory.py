@@ -18,7 +18,7 @@ def peak_memory_gb(device: torch.device) -> float | None:
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
     if status.exists():  # what getrusage tells on Linux includes the process that started this one
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024 / 1e9
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text("utf-8"))[1]) * 1024 / 1e9
     try:
         import resource
     except ImportError:

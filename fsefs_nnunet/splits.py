@@ -126,7 +126,7 @@ def load_splits(file: str | Path) -> dict:
     if not file.is_file():
         raise InputError(f"There are no K-shot folds at {file}: make them with `fseft splits -d ID`.")
     try:
-        splits = json.loads(file.read_text())
+        splits = json.loads(file.read_text("utf-8"))
         problem = _problem(splits)
     except json.JSONDecodeError as error:
         problem = f"no JSON ({error})"

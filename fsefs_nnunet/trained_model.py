@@ -57,8 +57,8 @@ class TrainedModel:
         if missing:
             trained = sorted(f.parent.name[5:] for f in self.folder.glob(f"fold_*/{checkpoint}"))
             raise InputError(f"{missing[0]} is missing; trained folds: {' '.join(trained) or 'none'}. Choose with -f.")
-        self.plans_manager = PlansManager(json.loads((self.folder / "plans.json").read_text()))
-        self.dataset_json = json.loads((self.folder / "dataset.json").read_text())
+        self.plans_manager = PlansManager(json.loads((self.folder / "plans.json").read_text("utf-8")))
+        self.dataset_json = json.loads((self.folder / "dataset.json").read_text("utf-8"))
         self.configuration = self.plans_manager.get_configuration(configuration)
         self.settings = self.configuration.configuration
         self.label_manager = self.plans_manager.get_label_manager(self.dataset_json)

@@ -164,11 +164,11 @@ def test_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "METHODS", {name: demo.METHODS[name] for name in (demo.WITH_PRIOR, scratch)})
     for _ in range(2):
         demo.run_demo(tmp_path / "demo", seconds=1, device="cpu")
-    log = (tmp_path / "demo" / "log.txt").read_text().splitlines()
+    log = (tmp_path / "demo" / "log.txt").read_text("utf-8").splitlines()
     commands = [line.split()[1] for line in log if line.startswith("$ ")]
     assert commands == ["fseft", "nnUNetv2_train", "nnUNetv2_train"]
-    table = (tmp_path / "demo" / "table.md").read_text()
+    table = (tmp_path / "demo" / "table.md").read_text("utf-8")
     assert all(f"| {name} |" in table for name in (demo.WITH_PRIOR, scratch, "stomach"))
     assert len(list((tmp_path / "demo").glob("*.png"))) == 2
-    page = (tmp_path / "demo" / "report.html").read_text()
+    page = (tmp_path / "demo" / "report.html").read_text("utf-8")
     assert "Size prior and predicted sizes" in page and "nnUNetv2_train 901" in page

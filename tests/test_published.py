@@ -504,7 +504,7 @@ def test_weights_that_are_none(own, capsys):
 @pytest.mark.parametrize("name", ["../victim", "victim/../../victim", "/victim", ""])
 def test_remove_stays_in_the_folder(own, tmp_path, capsys, name):
     for ending in ("json", "safetensors"):
-        (tmp_path / f"victim.{ending}").write_text((own / f"own.{ending}").read_text("latin-1"))
+        (tmp_path / f"victim.{ending}").write_bytes((own / f"own.{ending}").read_bytes())
     assert main(["backbones", "remove", name]) == 2
     assert "cannot name a backbone" in capsys.readouterr().err
     assert (tmp_path / "victim.json").exists() and (tmp_path / "victim.safetensors").exists()

@@ -95,7 +95,7 @@ class BackboneContract:
     def load(cls, file: Path) -> BackboneContract:
         """Read a contract. Raises InputError naming the file if it cannot be read, or a key is missing or unknown."""
         try:
-            content = json.loads(Path(file).read_text())
+            content = json.loads(Path(file).read_text("utf-8"))
             return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in content.items()})
         except (OSError, json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
             known = ", ".join(f.name for f in fields(cls))

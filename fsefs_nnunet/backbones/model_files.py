@@ -70,7 +70,7 @@ def _read_folder(folder: Path, fold: str, checkpoint: str) -> ModelFiles:
 
 def _read_json(file: Path) -> dict:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text("utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is damaged ({error}): copy the model again.") from error
     if not isinstance(content, dict):

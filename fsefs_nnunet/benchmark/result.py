@@ -50,7 +50,7 @@ class Result:
     def load(cls, file: Path) -> Result:
         """Raises InputError if the file is another."""
         try:
-            return cls(**_replaced(json.loads(file.read_text()), lambda x: float("nan") if x is None else x))
+            return cls(**_replaced(json.loads(file.read_text("utf-8")), lambda x: float("nan") if x is None else x))
         except (json.JSONDecodeError, TypeError) as error:
             raise InputError(f"{file} is no result of this version of `fseft benchmark`: run it again.") from error
 

@@ -117,7 +117,7 @@ def _keep_what_these_weights_predicted(cell: Cell) -> None:
     mark = cell.predictions / MADE_OF_FILE
     target = cell.study.target
     made_of = json.dumps({"weights": cell.weights, "cases": target.cases, "images": target.images_sha256})
-    if not mark.exists() or mark.read_text() != made_of:
+    if not mark.exists() or mark.read_text("utf-8") != made_of:
         shutil.rmtree(cell.predictions, ignore_errors=True)
         cell.predictions.mkdir(parents=True)
         write_atomically(mark, made_of)

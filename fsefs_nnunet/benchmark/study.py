@@ -95,7 +95,7 @@ def open_study(
     kind = device_named(device).type  # a GPU that is not there is told before the first training
     work = _writable(output or Path("fseft_benchmark") / f"{name}_{plans_name}")
     experiment = OwnExperiment(work, name, plans_name, kind)
-    study = Study(experiment, json.loads(file.read_text()), splits, target, scratch_minutes)
+    study = Study(experiment, json.loads(file.read_text("utf-8")), splits, target, scratch_minutes)
     if not study.planned_shots:
         raise InputError(f"{file} has no K-shot configuration: plan with `fseft plan -d ID`.")
     return study

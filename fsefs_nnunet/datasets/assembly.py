@@ -40,7 +40,7 @@ def read_member(dataset_id: int | str) -> Member:
     from fsefs_nnunet.planning import dataset_folders
 
     name, raw, _ = dataset_folders(dataset_id)
-    content = json.loads((raw / "dataset.json").read_text())
+    content = json.loads((raw / "dataset.json").read_text("utf-8"))
     if any(isinstance(value, list) for value in content["labels"].values()) or "ignore" in content["labels"]:
         raise InputError(f"{name} has regions or an ignore label: datasets with plain labels can be assembled.")
     if content["file_ending"] not in (".nii.gz", ".nii"):
@@ -92,7 +92,7 @@ def assemble(dataset_ids: list[int | str], dataset_id: int, template: str, num_p
     records = {name: building.folder / RECORDS / f"{name}.json" for name, *_ in jobs}
     todo = [job for job in jobs if not records[job[0]].exists()]
     run_jobs(partial(add_case, building.folder), todo, num_processes, "assembling")
-    same = repeated_patients({name: json.loads(file.read_text())["sha256"] for name, file in records.items()})
+    same = repeated_patients({name: json.loads(file.read_text("utf-8"))["sha256"] for name, file in records.items()})
     for case in same:
         for i in range(len(members[0].channels)):
             image_file(building.folder, case, i).unlink(missing_ok=True)  # an interrupt may have come just here

@@ -61,7 +61,7 @@ class UnfinishedDataset:
         self.target = target
         self.folder = target.parent / f".{target.name}.part"
         file = self.folder / "options.json"
-        if file.exists() and json.loads(file.read_text()) != options:
+        if file.exists() and json.loads(file.read_text("utf-8")) != options:
             raise InputError(
                 f"{self.folder} is unfinished and was begun with other options, labels or cases: delete it first."
             )

@@ -56,7 +56,7 @@ def convert(
     jobs = [(case, False) for case in cases] + [(case, True) for case in tests]
     todo = [one for one in jobs if not job.record(*one).exists()]
     run_jobs(partial(convert_case, job), todo, num_processes, source.name)
-    records = [json.loads(job.record(*one).read_text()) for one in jobs]
+    records = [json.loads(job.record(*one).read_text("utf-8")) for one in jobs]
     whole = [r for r in records if "skipped" not in r and not r["test"]]
     if not whole:
         building.discard()

@@ -25,7 +25,7 @@ class MSD(Source):
     def _json(folder: Path) -> dict:
         file = folder / "dataset.json"
         try:
-            content = json.loads(file.read_text())
+            content = json.loads(file.read_text("utf-8"))
             return {key: {int(i): str(name) for i, name in content[key].items()} for key in ("labels", "modality")}
         except FileNotFoundError:
             raise InputError(f"{file} is missing: give the folder of {MSD.layout}.") from None

@@ -19,7 +19,7 @@ def tables() -> dict:
 
     "unions" are structures made of others without a rest, "lesions" lie inside a structure.
     """
-    return json.loads((Path(__file__).parent / "labels.json").read_text())
+    return json.loads((Path(__file__).parent / "labels.json").read_text("utf-8"))
 
 
 def nearest(name: str, names: list[str]) -> str:

@@ -75,7 +75,7 @@ def organs(dataset_json: dict) -> dict[str, int | list[int]]:
 
 def dataset_of(fold: Path) -> dict:
     """dataset.json of the model that a fold's folder belongs to."""
-    return json.loads((fold.parent / "dataset.json").read_text())
+    return json.loads((fold.parent / "dataset.json").read_text("utf-8"))
 
 
 def ranked_overlays(predictions: Path, images: Path, labels: Path, dataset_json: dict) -> dict[str, bytes]:
@@ -102,7 +102,7 @@ def size_section(fold: Path, predictions: Path) -> list[str]:
     priors = logged_priors(fold)
     if not priors:
         return [html.paragraph("The size prior had no effect in this training.")]
-    plans = json.loads((fold.parent / "plans.json").read_text())
+    plans = json.loads((fold.parent / "plans.json").read_text("utf-8"))
     reader = PlansManager(plans).image_reader_writer_class()
     predicted, labelled = (
         counted_sizes(predictions / "summary.json", organs(dataset_of(fold)), reader, count)

@@ -50,7 +50,7 @@ def mean_dice(summary_json_file: str | Path) -> dict[str, float]:
     nnU-Net names a label by its value ("1") and a region by its values ("(1, 2)"); "mean" is its foreground_mean. A
     class that occurs nowhere is NaN.
     """
-    summary = json.loads(Path(summary_json_file).read_text())
+    summary = json.loads(Path(summary_json_file).read_text("utf-8"))
     dice = {name: float(metrics["Dice"]) for name, metrics in summary["mean"].items()}
     return {**dice, "mean": float(summary["foreground_mean"]["Dice"])}
 
@@ -60,7 +60,7 @@ def case_dice(summary_json_file: str | Path) -> dict[str, float]:
 
     A case without any is left out.
     """
-    cases = json.loads(Path(summary_json_file).read_text())["metric_per_case"]
+    cases = json.loads(Path(summary_json_file).read_text("utf-8"))["metric_per_case"]
     dice = {}
     for case in cases:
         values = [m["Dice"] for m in case["metrics"].values() if not isnan(m["Dice"])]
@@ -90,7 +90,7 @@ def counted_sizes(
     """
     summary_json_file = Path(summary_json_file)
     sizes = {}
-    for case in json.loads(summary_json_file.read_text())["metric_per_case"]:
+    for case in json.loads(summary_json_file.read_text("utf-8"))["metric_per_case"]:
         prediction = Path(case["prediction_file"]).name
         _, properties = reader.read_seg(str(summary_json_file.with_name(prediction)))
         voxel_ml = prod(map(float, properties["spacing"])) / 1000

@@ -40,7 +40,7 @@ _SUPPORT = re.compile(r"\d+ labelled support cases \([^)]*\): (\[[^\]]*\])")
 
 def logged_support(fold_folder: str | Path) -> list[list[str]]:
     """The support cases of every run of the training."""
-    logs = [log.read_text() for log in sorted(Path(fold_folder).glob("training_log_*.txt"))]
+    logs = [log.read_text("utf-8") for log in sorted(Path(fold_folder).glob("training_log_*.txt"))]
     return [re.findall(r"'([^']+)'", match[1]) for log in logs for match in _SUPPORT.finditer(log)]
 
 
@@ -49,7 +49,7 @@ _PEAK = re.compile(r"Peak memory of this process: (\S+) GB")
 
 def peak_memory(fold_folder: str | Path) -> float:
     """GB that the training took at most, of the largest of its runs if it was continued; NaN if no log tells."""
-    logs = [log.read_text() for log in Path(fold_folder).glob("training_log_*.txt")]
+    logs = [log.read_text("utf-8") for log in Path(fold_folder).glob("training_log_*.txt")]
     return max((float(match[1]) for log in logs for match in _PEAK.finditer(log)), default=float("nan"))
 
 
@@ -58,6 +58,6 @@ _PRIOR = re.compile(r"Size prior of (.+): (\S+) ml, spread (\S+) ml, (\d+) cases
 
 def logged_priors(fold_folder: str | Path) -> dict[str, SizePrior]:
     """Size priors by class, the last ones where a training was continued; {} where the prior had no effect."""
-    logs = [log.read_text() for log in sorted(Path(fold_folder).glob("training_log_*.txt"))]
+    logs = [log.read_text("utf-8") for log in sorted(Path(fold_folder).glob("training_log_*.txt"))]
     found = [match for log in logs for match in _PRIOR.finditer(log)]
     return {m[1]: SizePrior(float(m[2]), float(m[3]), int(m[4])) for m in found}
