@@ -81,9 +81,8 @@ def run_cells(study: Study, cells: list[Cell], command: list[str]) -> None:
             ordered = {cell: results[cell] for cell in cells if cell in results}
             write_results(list(ordered.values()), output, study.setting)
             write_report(study, ordered, failures, command)
-            print(
-                f"\n{(output / 'table.md').read_text('utf-8')}\n{output}: report.html, table.md, results.csv, figure.png."
-            )
+            text = (output / "table.md").read_text("utf-8")
+            print(f"\n{text}\n{output}: report.html, table.md, results.csv, figure.png.")
     except KeyboardInterrupt:
         raise InputError("Interrupted. The same command goes on; what is done is not done again.") from None
     if failures:
