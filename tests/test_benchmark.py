@@ -752,12 +752,13 @@ def test_methods_on_the_same_backbone_share_one_pass_over_the_queries(grid, monk
     passes.clear()
     assert grid("--methods", "adapter") == 0 and len(passes) == 1
 
-    # an image that cannot be read is named
+    # an image that cannot be read is named, also where only the report wants it
     image = grid.work.raw / "imagesTr" / f"{queries[0]}_0000.nii.gz"
     content = image.read_bytes()
     image.write_bytes(content[: len(content) // 2])
     assert grid("--methods", "adapter") == 2
     assert f"{image.name} was not segmented" in capsys.readouterr().out
+    assert "An image cannot be drawn: " in (grid.output / "report.html").read_text("utf-8")
     image.write_bytes(content)
 
 

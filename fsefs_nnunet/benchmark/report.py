@@ -65,10 +65,12 @@ def _pictures(cell: Cell) -> list[str]:
     elif ending not in (".nii", ".nii.gz"):
         parts.append(html.paragraph(f"Pictures are drawn of NIfTI files; these are {ending}."))
     else:
-        overlays = ranked_overlays(predictions, target.images, target.labels, target.dataset_json)
-        parts += [html.overlay(png, caption) for caption, png in overlays.items()]
-        if not overlays:
-            parts.append(html.paragraph("No case shows a class, neither labelled nor predicted."))
+        try:
+            overlays = ranked_overlays(predictions, target.images, target.labels, target.dataset_json)
+            none = "No case shows a class, neither labelled nor predicted."
+        except Exception as error:  # readers of broken files raise whatever they like
+            overlays, none = {}, f"An image cannot be drawn: {error}"
+        parts += [html.overlay(png, caption) for caption, png in overlays.items()] or [html.paragraph(none)]
     if (predictions / "summary.json").exists():
         heading = f"Size prior and predicted sizes: {cell.title}"
         parts += [html.heading(heading), *size_section(cell.folder, predictions)]
