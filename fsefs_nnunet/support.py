@@ -15,7 +15,7 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features import FeatureBank
 from fsefs_nnunet.memory import CROP_SIZE, SupportMemory
 from fsefs_nnunet.preprocessed import require_cases
-from fsefs_nnunet.size_prior import estimate_sizes, support_sizes_ml
+from fsefs_nnunet.size_prior import SizePrior, estimate_sizes, support_sizes_ml
 from fsefs_nnunet.splits import SPLITS_FILE, fold_seed, load_splits, support_cases
 from fsefs_nnunet.trained_model import MEMORY_KEY, TrainedModel
 
@@ -81,11 +81,19 @@ def _check_priors(model: TrainedModel, index: int, segmentations: dict[str, np.n
     sizes = support_sizes_ml(
         segmentations, model.classes, model.configuration.spacing, model.label_manager.ignore_label
     )
-    if estimate_sizes(sizes, len(model.classes)) != model.priors[index]:
+    pairs = zip(estimate_sizes(sizes, len(model.classes)), model.priors[index], strict=True)
+    if not all(_same_prior(now, then) for now, then in pairs):
         raise InputError(
             f"The support cases of fold {model.folds[index]} are not those that {model.files[index]} was trained on: "
             "train again, or restore splits_fseft.json and the labels, or predict with --inductive."
         )
+
+
+def _same_prior(now: SizePrior | None, then: SizePrior | None) -> bool:
+    """Up to the order in which the cases were added up."""
+    if now is None or then is None:
+        return now is then
+    return now.num_cases == then.num_cases and np.allclose((now.size, now.spread), (then.size, then.spread), 1e-6)
 
 
 def remember(model: TrainedModel) -> None:
