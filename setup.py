@@ -1,14 +1,9 @@
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     packages=[
         "fsefs_nnunet",
-        "fsefs_nnunet.adapters",
-        "fsefs_nnunet.backbones",
-        "fsefs_nnunet.benchmark",
-        "fsefs_nnunet.cli",
-        "fsefs_nnunet.datasets",
-        "fsefs_nnunet.evaluation",
+        *(f"fsefs_nnunet.{name}" for name in find_packages("fsefs_nnunet")),
         "fsefs_nnunet.planners",
         "fsefs_nnunet.trainers",
     ],

@@ -10,30 +10,15 @@ report are in WORK/benchmark.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from fsefs_nnunet.benchmark.methods import METHODS
-from fsefs_nnunet.datasets.phantoms import write_demo_dataset
-from fsefs_nnunet.demo import SHORT
+from fsefs_nnunet.demo import prepare
 from fsefs_nnunet.experiment import Experiment
 
 DATASET = "Dataset902_FSEFTPhantoms"
 NUM_QUERIES, POOL = 12, 20
 SHOTS = ("1", "5", "10", "all")
-
-
-def prepare(experiment: Experiment) -> None:
-    if not (experiment.raw / "dataset.json").exists():
-        write_demo_dataset(experiment.raw, NUM_QUERIES + POOL)
-    if not list(experiment.preprocessed.glob("FSEFTPlans_3d_fullres")):
-        numbers = ("--shots", *SHOTS, "--num_queries", str(NUM_QUERIES))
-        experiment.run("fseft", "plan_and_preprocess", "-d", DATASET, *numbers, "-np", "2")
-        file = experiment.preprocessed / "FSEFTPlans.json"
-        plans = json.loads(file.read_text())
-        for shots in SHOTS:
-            plans["configurations"][f"3d_fullres_{shots}shot"].update(SHORT)
-        file.write_text(json.dumps(plans, indent=4))
 
 
 def main() -> None:
@@ -46,11 +31,11 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     experiment = Experiment(args.work.resolve(), DATASET, device=args.device)
-    prepare(experiment)
+    prepare(experiment, NUM_QUERIES, POOL, SHOTS)
     output = experiment.work / "benchmark"
     chosen = ("--shots", *args.shots, "--folds", str(args.folds), "--methods", *args.methods)
     experiment.run("fseft", "benchmark", "-d", DATASET, "-device", args.device, "-o", output, *chosen)
-    print((output / "table.md").read_text())
+    print((output / "table.md").read_text("utf-8"))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def time_window(backbone_id: str, size: int, fused: bool) -> dict:
 
 def time_volume(image_file: str, backbone_id: str) -> dict:
     """The preprocessed CT through the backbone, as the feature bank does it."""
-    from fsefs_nnunet.features import extract_features
+    from fsefs_nnunet.bank.features import extract_features
 
     backbone = FrozenBackbone(backbone_id, "last")
     image = torch.from_numpy(np.load(image_file))

@@ -13,7 +13,7 @@ from fsefs_nnunet.experiment import Experiment, trained_parameters, training_sec
 
 DATASET = "Dataset901_FSEFTDemo"
 CONFIGURATION = "3d_fullres_5shot"
-NUM_CASES = 13  # 5 support, 8 queries
+SUPPORT, NUM_QUERIES = 5, 8
 WITH_PRIOR = "spatial adapter + size prior"
 METHODS = {
     "linear probe": ("FSEFTTrainer_LinearProbe", CONFIGURATION),
@@ -25,18 +25,20 @@ METHODS = {
 SHORT = {"fseft_steps_per_epoch": 2, "fseft_views": 4, "fseft_crop_size": [24, 24, 24]}
 
 
-def prepare(experiment: Experiment) -> None:
-    """Dataset, plans, splits, preprocessing."""
+def prepare(experiment: Experiment, num_queries: int, pool: int, shots: tuple[str, ...] = ("5",)) -> None:
+    """Dataset, plans, splits, preprocessing; `pool` cases to draw the support from, short trainings."""
     from fsefs_nnunet.datasets.phantoms import write_demo_dataset
 
     if not (experiment.raw / "dataset.json").exists():
-        write_demo_dataset(experiment.raw, NUM_CASES)
+        write_demo_dataset(experiment.raw, num_queries + pool)
     done = experiment.preprocessed / "demo_is_prepared"
     if not done.exists():
-        experiment.run("fseft", "plan_and_preprocess", "-d", DATASET, "--shots", "5", "-np", "2")
+        numbers = ("--shots", *shots, "--num_queries", str(num_queries))
+        experiment.run("fseft", "plan_and_preprocess", "-d", experiment.dataset, *numbers, "-np", "2")
         file = experiment.preprocessed / "FSEFTPlans.json"
         plans = json.loads(file.read_text("utf-8"))
-        plans["configurations"][CONFIGURATION].update(SHORT)
+        for number in shots:
+            plans["configurations"][f"3d_fullres_{number}shot"].update(SHORT)
         file.write_text(json.dumps(plans, indent=4))
         done.touch()
 
@@ -60,7 +62,7 @@ def run_demo(folder: Path, seconds: float | None = None, device: str | None = No
     experiment = Experiment(folder, DATASET, device=device_named(device).type)
     start = time()
     print("1/6 phantoms, plans, preprocessing", flush=True)
-    prepare(experiment)
+    prepare(experiment, NUM_QUERIES, SUPPORT)
     rows, folds, labels = [], {}, {}
     for i, (name, (trainer, configuration)) in enumerate(METHODS.items(), 2):
         print(f"{i}/6 {name} ({time() - start:.0f} s so far)", flush=True)
@@ -94,7 +96,7 @@ def run_demo(folder: Path, seconds: float | None = None, device: str | None = No
             title=f"{name}: {case}",
         )
     setting = (
-        f"5 labelled phantoms, {NUM_CASES - 5} queries, scanner drift {DEMO_DRIFT} (pretraining saw 0 to 1); "
+        f"{SUPPORT} labelled phantoms, {NUM_QUERIES} queries, scanner drift {DEMO_DRIFT} (pretraining saw 0 to 1); "
         "the backbone has never seen a stomach. Dice of the queries."
     )
     table = f"{setting}\n\n{markdown_table(rows)}"

@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fsefs_nnunet.dataset_json import read_dataset_json
+from fsefs_nnunet.cases.dataset_json import read_dataset_json
+from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, make_splits, save_splits
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.splits import SPLITS_FILE, load_splits, make_splits, save_splits
 
 
 def dataset_folders(dataset_id: int | str) -> tuple[str, Path, Path]:
@@ -73,7 +73,7 @@ def fitting_shots(requested: Sequence[int | str], num_labelled: int) -> Sequence
 
 def query_images(raw: Path, folder: str | None, labelled_queries: bool) -> dict[str, list[str]]:
     """Unlabelled query images: of `folder`, else of imagesTs where no labelled case is left to be a query."""
-    from fsefs_nnunet.queries import images_in
+    from fsefs_nnunet.cases.queries import images_in
 
     dataset_json = read_dataset_json(raw / "dataset.json")
     if folder is None:
@@ -173,7 +173,7 @@ def preprocess(dataset_id: int | str, plans_name: str, num_processes: int, query
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess as nnunet_preprocess
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    from fsefs_nnunet.queries import UnlabelledQueries
+    from fsefs_nnunet.cases.queries import UnlabelledQueries
 
     name, raw, preprocessed = dataset_folders(dataset_id)
     manager = PlansManager(str(preprocessed / f"{plans_name}.json"))
@@ -191,7 +191,7 @@ def _require_finite_cases(raw: Path, folder: str) -> None:
     from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-    from fsefs_nnunet.preprocessed import require_finite
+    from fsefs_nnunet.cases.preprocessed import require_finite
 
     files = get_filenames_of_train_images_and_targets(str(raw))
     dataset = infer_dataset_class(folder)(folder, list(files))

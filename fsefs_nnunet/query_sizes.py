@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from fsefs_nnunet.features import FeatureBank
+from fsefs_nnunet.bank.features import FeatureBank
 from fsefs_nnunet.network import AdaptedNetwork
 
 ABSENT = 0.05  # a class of less than this share of its prior seems to be absent

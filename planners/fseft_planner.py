@@ -15,7 +15,7 @@ from fsefs_nnunet.backbones.decoder_tuning import untrained_decoder
 from fsefs_nnunet.backbones.nnunet import plans_architecture
 from fsefs_nnunet.backbones.readers import find_reader, reoriented_axes, reorients
 from fsefs_nnunet.backbones.store import DEFAULT_BACKBONE, find_backbone, load_weights
-from fsefs_nnunet.bank_layout import pooling_factor
+from fsefs_nnunet.bank.layout import pooling_factor
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import foreground, match_labels
 from fsefs_nnunet.planning import fitting_shots

@@ -16,7 +16,6 @@ import torch
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.stats import wilcoxon
 
-from fsefs_nnunet import prediction
 from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint
 from fsefs_nnunet.benchmark import grid as grid_module
 from fsefs_nnunet.benchmark import weights
@@ -30,13 +29,14 @@ from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.shared_features import _features_of, share_features
 from fsefs_nnunet.benchmark.study import open_study
 from fsefs_nnunet.benchmark.summary import case_dice, class_table, comparisons, fold_mean, spread, table
+from fsefs_nnunet.cases.splits import load_splits, save_splits
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.report import size_section
 from fsefs_nnunet.evaluation.surface import surface_metrics
 from fsefs_nnunet.evaluation.tables import duration
 from fsefs_nnunet.experiment import Experiment
-from fsefs_nnunet.splits import load_splits, save_splits
+from fsefs_nnunet.inference import prediction
 
 NAN = float("nan")
 SPACING = (1.0, 2.0, 3.0)
@@ -428,7 +428,7 @@ def test_a_query_without_its_image(folders):
     study = study_of(folders)
     next(study.target.images.glob(f"{study.target.cases[0]}_*")).unlink()
     with pytest.raises(InputError, match=f"no image of '{study.target.cases[0]}', which the splits name: put it back"):
-        study.target.image_files()
+        study_of(folders)
 
 
 def test_files_that_were_written_in_part(folders):

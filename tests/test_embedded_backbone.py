@@ -6,8 +6,8 @@ import torch
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.store import EMBEDDED, find_backbone, sha256_of
+from fsefs_nnunet.bank.features import extract_features
 from fsefs_nnunet.datasets.phantoms import TEMPLATE
-from fsefs_nnunet.features import extract_features
 from fsefs_nnunet.phantom import PhantomConfig, make_phantom
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fsefs_nnunet import demo
-from fsefs_nnunet.splits import load_splits
+from fsefs_nnunet.cases.splits import load_splits
 
 pytestmark = pytest.mark.slow
 
@@ -158,7 +158,7 @@ def test_an_adapted_model_is_no_backbone(model):
 
 def test_demo(tmp_path, monkeypatch):
     """`fseft demo` with fewer phantoms, methods and steps; called again, it does nothing again."""
-    monkeypatch.setattr(demo, "NUM_CASES", 7)
+    monkeypatch.setattr(demo, "NUM_QUERIES", 2)
     monkeypatch.setattr(demo, "SHORT", {"fseft_steps_per_epoch": 1, "fseft_views": 0, "fseft_crop_size": [16] * 3})
     scratch = "from scratch, equal time"
     monkeypatch.setattr(demo, "METHODS", {name: demo.METHODS[name] for name in (demo.WITH_PRIOR, scratch)})

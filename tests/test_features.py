@@ -13,9 +13,12 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from fsefs_nnunet import bank_disk, features, phantom
+from fsefs_nnunet import phantom
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.bank_layout import (
+from fsefs_nnunet.bank import disk, features
+from fsefs_nnunet.bank.crops import CropLoader
+from fsefs_nnunet.bank.features import EntryKey, FeatureBank, extract_features
+from fsefs_nnunet.bank.layout import (
     BACKGROUND_BLOCKS,
     MAX_POOLED_VOXELS,
     Layout,
@@ -25,8 +28,6 @@ from fsefs_nnunet.bank_layout import (
     support_layout,
     whole_layout,
 )
-from fsefs_nnunet.crops import CropLoader
-from fsefs_nnunet.features import EntryKey, FeatureBank, extract_features
 from fsefs_nnunet.network import AdaptedNetwork
 from fsefs_nnunet.query_sizes import QuerySizes, block_voxels
 
@@ -243,7 +244,7 @@ def test_killed_holder_of_a_lock_holds_up_nobody(bank, images, backbone):
     waiting.join(1)
     assert waiting.is_alive()
     with pytest.raises(ValueError, match="A training is filling .*: wait until it has, or end it"):
-        bank_disk.clear_banks(bank.root, [])
+        disk.clear_banks(bank.root, [])
     holder.kill()
     holder.wait()
     waiting.join(30)
@@ -274,7 +275,7 @@ def test_cap_refuses_before_anything_is_computed(bank, images):
 
 
 def test_full_disk_is_refused_before_anything_is_computed(bank, images, monkeypatch):
-    monkeypatch.setattr(bank_disk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=NEEDED - 1))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=NEEDED - 1))
     with pytest.raises(ValueError, match="the disk has 0.000328 GB free: free some, clear old banks .* fewer queries"):
         bank.fill(images, images.get, whole)
     assert not list(bank.folder.iterdir())
@@ -292,40 +293,40 @@ def test_log_says_what_the_bank_takes(bank, images):
 
 def test_environment_variable_is_the_cap_that_counts(monkeypatch):
     monkeypatch.delenv("fseft_bank_gb", raising=False)
-    assert bank_disk.cap_in_gb(None) is None and bank_disk.cap_in_gb(2) == 2 and bank_disk.cap_in_gb(0) == 0
+    assert disk.cap_in_gb(None) is None and disk.cap_in_gb(2) == 2 and disk.cap_in_gb(0) == 0
     monkeypatch.setenv("fseft_bank_gb", "0.5")
-    assert bank_disk.cap_in_gb(None) == 0.5 and bank_disk.cap_in_gb(2) == 0.5
+    assert disk.cap_in_gb(None) == 0.5 and disk.cap_in_gb(2) == 0.5
     for wrong in ("-1", "nan", "20 GB"):
         monkeypatch.setenv("fseft_bank_gb", wrong)
         with pytest.raises(ValueError, match=f"fseft_bank_gb is '{wrong}': give the gigabytes"):
-            bank_disk.cap_in_gb(None)
+            disk.cap_in_gb(None)
 
 
 def test_banks_are_listed_and_cleared(workspace, backbone, images, capsys):
-    root = workspace.preprocessed / bank_disk.BANK_FOLDER
-    bank_disk.show(77)
+    root = workspace.preprocessed / disk.BANK_FOLDER
+    disk.show(77)
     assert "0 feature banks" in capsys.readouterr().out
     banks = [FeatureBank(root, backbone, stages, WINDOW, CPU) for stages in ("last", "all")]
     for bank, cases in zip(banks, ("ab", "a")):
         bank.fill(cases, images.get, whole)
     keys = [bank.folder.name.removeprefix("phantom_") for bank in banks]
-    listed = {bank.key: bank for bank in bank_disk.list_banks(root)}
+    listed = {bank.key: bank for bank in disk.list_banks(root)}
     assert {key: bank.entries for key, bank in listed.items()} == dict(zip(keys, (2, 1)))
     capsys.readouterr()
-    bank_disk.show(77)
+    disk.show(77)
     out = capsys.readouterr().out
     assert f"{keys[0]} (phantom): 2 entries, 0.00033" in out and f"{keys[1]} (phantom): 1 entries" in out
     with pytest.raises(ValueError, match=f"No feature bank nonsense in .*{keys[1]}"):
-        bank_disk.clear(77, [keys[0], "nonsense"])
+        disk.clear(77, [keys[0], "nonsense"])
     assert banks[0].folder.exists()
-    bank_disk.clear(77, [keys[0]])
+    disk.clear(77, [keys[0]])
     out = capsys.readouterr().out
     assert f"Removed {keys[0]} (phantom): 2 entries" in out and "1 feature banks removed" in out
     assert not banks[0].folder.exists() and banks[1].folder.exists()
     # a training that has opened its entries reads on
     assert np.isfinite(banks[0]["a"].boxes[0]).all()
-    bank_disk.clear(77, [])
-    assert not banks[1].folder.exists() and bank_disk.list_banks(root) == []
+    disk.clear(77, [])
+    assert not banks[1].folder.exists() and disk.list_banks(root) == []
 
 
 # ---- what is kept ----

@@ -18,9 +18,9 @@ from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.nnunet import NNUNetBackbone
 from fsefs_nnunet.backbones.store import find_backbone, save_backbone
 from fsefs_nnunet.backbones.tuned import TunedBackbone
+from fsefs_nnunet.cases.splits import load_splits
 from fsefs_nnunet.evaluation.training_logs import logged_support, peak_memory
 from fsefs_nnunet.shims import fseft_trainers
-from fsefs_nnunet.splits import load_splits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,10 +10,10 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from fsefs_nnunet import planning
 from fsefs_nnunet.backbones.store import EMBEDDED, load_weights, save_backbone
+from fsefs_nnunet.cases.queries import UnlabelledQueries, images_in
+from fsefs_nnunet.cases.splits import load_splits
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
-from fsefs_nnunet.queries import UnlabelledQueries, images_in
-from fsefs_nnunet.splits import load_splits
 
 CT_WINDOW = {"percentile_00_5": -175.0, "percentile_99_5": 250.0, "mean": -175.0, "std": 425.0}
 

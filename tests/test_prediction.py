@@ -14,17 +14,17 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from scipy.ndimage import label
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.cases.splits import load_splits
 from fsefs_nnunet.cli.main import main
+from fsefs_nnunet.inference.prediction import PART_FOLDER, QueryPredictor, averaged, volume_logits
+from fsefs_nnunet.inference.support import memories_of, memory_from_bank
+from fsefs_nnunet.inference.trained_model import MEMORY_KEY, PRIOR_KEY, TrainedModel
+from fsefs_nnunet.inference.transduction import Transduction
 from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.network import AdaptedNetwork
-from fsefs_nnunet.prediction import PART_FOLDER, QueryPredictor, averaged, volume_logits
 from fsefs_nnunet.query_sizes import PredictedSizes
 from fsefs_nnunet.size_prior import SizePrior
-from fsefs_nnunet.splits import load_splits
-from fsefs_nnunet.support import memories_of, memory_from_bank
-from fsefs_nnunet.trained_model import MEMORY_KEY, PRIOR_KEY, TrainedModel
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
-from fsefs_nnunet.transduction import Transduction
 
 FIVE = "3d_fullres_5shot"
 CPU = torch.device("cpu")
@@ -121,7 +121,7 @@ def test_slabs_are_the_whole(contract, monkeypatch, adapter):
         torch.nn.init.normal_(parameter, std=0.1)
     features = torch.randn(16, 9, 5, 4).half()
     whole = network.adapt(features[None].float())[0].detach()
-    monkeypatch.setattr("fsefs_nnunet.prediction.SLAB_VOXELS", 2 * 5 * 4)
+    monkeypatch.setattr("fsefs_nnunet.inference.prediction.SLAB_VOXELS", 2 * 5 * 4)
     torch.testing.assert_close(volume_logits(network, features), whole, rtol=1e-4, atol=1e-4)
 
 
@@ -246,7 +246,7 @@ def test_support_features_keep_to_their_bytes(work, monkeypatch):
     a_crop = whole.features[0].nbytes + whole.targets[0].nbytes
     assert len(whole.features) * a_crop <= 50_000_000 < (len(whole.features) + 1) * a_crop
     for limit, crops in ((3 * a_crop, 3), (3 * a_crop - 1, 2), (1, 1)):
-        monkeypatch.setattr("fsefs_nnunet.memory.MAX_BYTES", limit)
+        monkeypatch.setattr("fsefs_nnunet.inference.support_memory.MAX_BYTES", limit)
         memory = memory_from_bank(load(work), 0)
         assert len(memory.features) == crops and torch.equal(memory.features, whole.features[:crops])
 

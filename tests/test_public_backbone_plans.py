@@ -12,10 +12,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from fsefs_nnunet.backbones.readers import image_geometry
 from fsefs_nnunet.backbones.store import save_backbone
 from fsefs_nnunet.backbones.zoo import ZOO
+from fsefs_nnunet.inference.zero_shot import zero_shot_plans
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 from fsefs_nnunet.trainers.fine_tuning import FSEFTTrainer_Decoder, FSEFTTrainer_FTLast
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
-from fsefs_nnunet.zero_shot import zero_shot_plans
 
 ORGANS = ("liver", "spleen", "kidney_left", "kidney_right")  # labels 1 to 4
 DATASET = {

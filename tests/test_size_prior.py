@@ -115,5 +115,6 @@ def test_label_volumes():
 
 
 def test_importing_the_package_does_not_import_torch():
-    code = "import sys, fsefs_nnunet, fsefs_nnunet.size_prior, fsefs_nnunet.splits; sys.exit('torch' in sys.modules)"
+    modules = "fsefs_nnunet, fsefs_nnunet.size_prior, fsefs_nnunet.cases.splits"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

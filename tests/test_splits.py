@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from fsefs_nnunet.cases.splits import load_splits, make_splits, query_cases, save_splits, support_cases
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.splits import load_splits, make_splits, query_cases, save_splits, support_cases
 
 LABELLED = [f"case_{i:03d}" for i in range(30)]
 UNLABELLED = [f"scan_{i}" for i in range(4)]

@@ -21,15 +21,15 @@ from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.importing import import_nnunet_model
 from fsefs_nnunet.backbones.nnunet import NNUNetBackbone
 from fsefs_nnunet.backbones.store import load_weights, save_backbone
+from fsefs_nnunet.cases.preprocessed import require_finite
+from fsefs_nnunet.cases.queries import UnlabelledQueries, images_in
+from fsefs_nnunet.cases.splits import load_splits, query_cases, save_splits
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.inference.support import memory_from_bank
+from fsefs_nnunet.inference.trained_model import TrainedModel
 from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
-from fsefs_nnunet.preprocessed import require_finite
-from fsefs_nnunet.queries import UnlabelledQueries, images_in
 from fsefs_nnunet.shims import fseft_trainers
-from fsefs_nnunet.splits import load_splits, query_cases, save_splits
-from fsefs_nnunet.support import memory_from_bank
-from fsefs_nnunet.trained_model import TrainedModel
 from fsefs_nnunet.trainers.fine_tuning import FSEFTTrainer_FTLast
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer, FSEFTTrainer_Adapter, FSEFTTrainer_LinearProbe
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch

@@ -16,10 +16,10 @@ from fsefs_nnunet.backbones.frozen import ARCHITECTURES, FrozenBackbone
 from fsefs_nnunet.backbones.importing import import_nnunet_model
 from fsefs_nnunet.backbones.store import save_backbone
 from fsefs_nnunet.backbones.zoo import ZOO
+from fsefs_nnunet.cases.dataset_json import read_dataset_json
 from fsefs_nnunet.cli.main import main
-from fsefs_nnunet.dataset_json import read_dataset_json
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.zero_shot import ABSENT, ZeroShotNetwork
+from fsefs_nnunet.inference.zero_shot import ABSENT, ZeroShotNetwork
 
 
 class Stand(nn.Module):
@@ -186,7 +186,7 @@ def test_one_bad_volume_does_not_stop_the_others(workspace, tmp_path, capsys):
     assert len(failures) == 5
     for name in ("cut", "garbage", "nan", "inf", "series"):
         assert sum(line.startswith(f"{images}/{name}_0000.nii.gz was not segmented: ") for line in failures) == 1
-    assert err.count("_0000.nii.gz holds NaN or infinite values: repair the image, or leave the case out.") >= 2
+    assert err.count("_0000.nii.gz holds NaN or infinite values: repair the raw image, or leave the case out") >= 2
     assert "series_0000.nii.gz has 4 dimensions: give one file per volume" in err
     assert [f.name for f in sorted(output.iterdir())] == ["dataset.json", "good.nii.gz", "plans.json"]
     assert np.asarray(nib.load(output / "good.nii.gz").dataobj).any()

@@ -8,20 +8,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fsefs_nnunet.bank_disk import BANK_FOLDER, cap_in_gb
-from fsefs_nnunet.bank_layout import Layout, pooled_name, query_layout, support_layout
-from fsefs_nnunet.crops import CropLoader, region_transform
-from fsefs_nnunet.features import FeatureBank
+from fsefs_nnunet.bank.crops import CropLoader, region_transform
+from fsefs_nnunet.bank.disk import BANK_FOLDER, cap_in_gb
+from fsefs_nnunet.bank.features import FeatureBank
+from fsefs_nnunet.bank.layout import Layout, pooled_name, query_layout, support_layout
+from fsefs_nnunet.bank.views import augmented_view, view_name
+from fsefs_nnunet.cases.preprocessed import refuse_missing
+from fsefs_nnunet.cases.queries import UnlabelledQueries
+from fsefs_nnunet.cases.splits import SPLITS_FILE, fold_seed, load_splits, query_cases
+from fsefs_nnunet.inference.trained_model import PRIOR_KEY
 from fsefs_nnunet.labels import foreground_classes, foreground_names
 from fsefs_nnunet.precision import reduced_precision
-from fsefs_nnunet.preprocessed import refuse_missing
-from fsefs_nnunet.queries import UnlabelledQueries
 from fsefs_nnunet.query_sizes import QuerySizes
 from fsefs_nnunet.size_prior import estimate_sizes, size_penalty, support_sizes_ml
-from fsefs_nnunet.splits import SPLITS_FILE, fold_seed, load_splits, query_cases
-from fsefs_nnunet.trained_model import PRIOR_KEY
 from fsefs_nnunet.trainers.adapted_trainer import AdaptedTrainer
-from fsefs_nnunet.views import augmented_view, view_name
 
 CALIBRATION_CASES = 5  # of the support; each costs as much as a query once an epoch
 

@@ -7,11 +7,11 @@ from os.path import join
 from pathlib import Path
 
 from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint, read_checkpoint
+from fsefs_nnunet.cases.preprocessed import require_cases
+from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, query_cases, support_cases
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.inference.trained_model import require_backbone_of
 from fsefs_nnunet.peak_memory import peak_memory_gb
-from fsefs_nnunet.preprocessed import require_cases
-from fsefs_nnunet.splits import SPLITS_FILE, load_splits, query_cases, support_cases
-from fsefs_nnunet.trained_model import require_backbone_of
 from fsefs_nnunet.trainers.without_mirroring import WithoutMirroring
 
 

@@ -15,7 +15,7 @@ from fsefs_nnunet.backbones.nnunet import ARCHITECTURES, NNUNetBackbone
 from fsefs_nnunet.backbones.readers import reorients
 from fsefs_nnunet.backbones.state import require_finite
 from fsefs_nnunet.backbones.store import check_id, save_backbone
-from fsefs_nnunet.dataset_json import channel_names
+from fsefs_nnunet.cases.dataset_json import channel_names
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import foreground_names
 

@@ -8,7 +8,7 @@ from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.readers import reorients
 from fsefs_nnunet.backbones.store import find_backbone, known_backbones, load_weights, strays, weights_file
 from fsefs_nnunet.backbones.zoo import ZOO, PublishedBackbone
-from fsefs_nnunet.bank_disk import gigabytes
+from fsefs_nnunet.bank.disk import gigabytes
 from fsefs_nnunet.errors import InputError
 
 

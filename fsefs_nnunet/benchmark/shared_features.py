@@ -14,9 +14,9 @@ from fsefs_nnunet.atomic import write_atomically
 from fsefs_nnunet.benchmark.cells import FAILURES, Cell
 from fsefs_nnunet.devices import device_named
 from fsefs_nnunet.evaluation.tables import duration
-from fsefs_nnunet.prediction import QueryPredictor
-from fsefs_nnunet.support import memories_of
-from fsefs_nnunet.trained_model import TrainedModel
+from fsefs_nnunet.inference.prediction import QueryPredictor
+from fsefs_nnunet.inference.support import memories_of
+from fsefs_nnunet.inference.trained_model import TrainedModel
 
 MADE_OF_FILE = "made_of.json"  # beside predictions: the SHA-256 of weights and images, and the cases
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fsefs_nnunet.benchmark.target import Target, queries, test_set
+from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits
 from fsefs_nnunet.devices import device_named
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.surface import require_monai
 from fsefs_nnunet.experiment import OwnExperiment
 from fsefs_nnunet.labels import foreground_names, match_labels
 from fsefs_nnunet.planning import dataset_folders
-from fsefs_nnunet.splits import SPLITS_FILE, load_splits
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,9 @@ def open_study(
         raise InputError(f"{file} is missing: `fseft plan_and_preprocess -d ID` makes it, -p chooses other plans.")
     splits = load_splits(preprocessed / SPLITS_FILE)
     target = test_set(*test, raw) if test else queries(splits, raw, preprocessed)
-    kind = device_named(device).type  # a GPU that is not there is told before the first training
+    # what is not there, images, labels or a GPU, is told before the first training
+    target.images_sha256, target.labels_sha256  # noqa: B018
+    kind = device_named(device).type
     work = _writable(output or Path("fseft_benchmark") / f"{name}_{plans_name}")
     experiment = OwnExperiment(work, name, plans_name, kind)
     study = Study(experiment, json.loads(file.read_text("utf-8")), splits, target, scratch_minutes)

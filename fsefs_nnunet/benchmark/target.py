@@ -9,9 +9,9 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
-from fsefs_nnunet.dataset_json import read_dataset_json
+from fsefs_nnunet.cases.dataset_json import read_dataset_json
+from fsefs_nnunet.cases.queries import images_in
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.queries import images_in
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ def register(verb) -> None:
 
 
 def bank(args: argparse.Namespace) -> None:
-    from fsefs_nnunet import bank_disk
+    from fsefs_nnunet.bank import disk
 
     if args.clear is None:
-        bank_disk.show(args.d)
+        disk.show(args.d)
     else:
-        bank_disk.clear(args.d, args.clear)
+        disk.clear(args.d, args.clear)

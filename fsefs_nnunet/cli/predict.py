@@ -44,16 +44,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _model(args: argparse.Namespace):
     from fsefs_nnunet.devices import device_named
+    from fsefs_nnunet.inference.trained_model import TrainedModel
     from fsefs_nnunet.planning import model_folder
-    from fsefs_nnunet.trained_model import TrainedModel
 
     folder = model_folder(args.d, args.tr, args.p, args.c)
     return TrainedModel(folder, args.c, args.f, args.chk, device_named(args.device))
 
 
 def predict(args: argparse.Namespace) -> None:
-    from fsefs_nnunet.prediction import QueryPredictor, predict_folder
-    from fsefs_nnunet.support import memories_of
+    from fsefs_nnunet.inference.prediction import QueryPredictor, predict_folder
+    from fsefs_nnunet.inference.support import memories_of
 
     if not 0 <= args.part_id < args.num_parts:
         raise InputError(f"-part_id {args.part_id} is none of 0 to {args.num_parts - 1}: parts count from 0.")
@@ -69,6 +69,6 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def remember(args: argparse.Namespace) -> None:
-    from fsefs_nnunet.support import remember
+    from fsefs_nnunet.inference.support import remember
 
     remember(_model(args))

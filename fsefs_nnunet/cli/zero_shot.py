@@ -19,7 +19,7 @@ def register(verb) -> None:
 
 
 def zero_shot(args: argparse.Namespace) -> None:
-    from fsefs_nnunet.zero_shot import predict_zero_shot
+    from fsefs_nnunet.inference.zero_shot import predict_zero_shot
 
     failures = predict_zero_shot(args.d, args.b, Path(args.i), Path(args.o), args.device)
     if failures:

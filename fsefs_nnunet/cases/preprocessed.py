@@ -39,6 +39,6 @@ def require_finite(image: np.ndarray, files: Sequence[str]) -> None:
     for channel, file in zip(image, files):
         if not np.isfinite(channel).all():
             raise InputError(
-                f"{file} holds NaN or infinite values: repair the raw image or leave the case out, and preprocess "
-                "again with `fseft plan_and_preprocess -d ID`."
+                f"{file} holds NaN or infinite values: repair the raw image, or leave the case out; what was "
+                "preprocessed of it has to be made anew."
             )

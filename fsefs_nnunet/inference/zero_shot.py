@@ -15,13 +15,13 @@ from fsefs_nnunet.atomic import write_atomically
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.readers import find_reader, image_geometry
-from fsefs_nnunet.dataset_json import read_dataset_json
+from fsefs_nnunet.bank.features import extract_features
+from fsefs_nnunet.cases.dataset_json import read_dataset_json
+from fsefs_nnunet.cases.queries import images_in, read_image
 from fsefs_nnunet.devices import device_named
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.features import extract_features
 from fsefs_nnunet.labels import foreground_names, match_labels
 from fsefs_nnunet.planning import dataset_folders
-from fsefs_nnunet.queries import images_in, read_image
 
 CONFIGURATION = "3d_fullres"
 # of a label that the head does not know: far below any logit

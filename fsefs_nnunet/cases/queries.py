@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fsefs_nnunet.cases.preprocessed import require_finite
 from fsefs_nnunet.errors import InputError
 
 
@@ -74,9 +75,7 @@ def read_image(reader, files: list[str]) -> tuple[np.ndarray, dict]:
     except Exception as error:  # each of the libraries that read images has errors of its own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{', '.join(files)} cannot be read ({reason}): repair it, or leave the case out.") from error
-    for channel, file in zip(image, files):
-        if not np.isfinite(channel).all():
-            raise InputError(f"{file} holds NaN or infinite values: repair the image, or leave the case out.")
+    require_finite(image, files)
     return image, properties
 
 

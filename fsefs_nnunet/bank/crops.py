@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from fsefs_nnunet.features import FeatureBank
+from fsefs_nnunet.bank.features import FeatureBank
 
 
 class CropLoader:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fsefs_nnunet.memory import SupportMemory
+from fsefs_nnunet.inference.support_memory import SupportMemory
 from fsefs_nnunet.network import AdaptedNetwork
 from fsefs_nnunet.precision import reduced_precision
 from fsefs_nnunet.query_sizes import PredictedSizes, QueryVolume

@@ -17,9 +17,9 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compu
 from tqdm import tqdm
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.bank_disk import gigabytes, require_space, used_bytes
-from fsefs_nnunet.bank_layout import Layout
-from fsefs_nnunet.preprocessed import require_finite
+from fsefs_nnunet.bank.disk import gigabytes, require_space, used_bytes
+from fsefs_nnunet.bank.layout import Layout
+from fsefs_nnunet.cases.preprocessed import require_finite
 
 TILE_STEP_SIZE = 0.5
 FORMAT = 2  # raise it when the entries change: older ones are left alone then

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fsefs_nnunet.crops import CropLoader
+from fsefs_nnunet.bank.crops import CropLoader
 
 MAX_BYTES = 50_000_000
 MAX_CROPS = 64

@@ -15,17 +15,17 @@ import torch
 from tqdm import tqdm
 
 from fsefs_nnunet.atomic import read_json, write_atomically
-from fsefs_nnunet.bank_layout import pooled, pooling_factor
-from fsefs_nnunet.dataset_json import channel_names
+from fsefs_nnunet.bank.features import extract_features
+from fsefs_nnunet.bank.layout import pooled, pooling_factor
+from fsefs_nnunet.cases.dataset_json import channel_names
+from fsefs_nnunet.cases.queries import images_in, read_image
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.features import extract_features
+from fsefs_nnunet.inference.support_memory import SupportMemory
+from fsefs_nnunet.inference.trained_model import TrainedModel
+from fsefs_nnunet.inference.transduction import Transduction
 from fsefs_nnunet.losses import SoftDiceLoss
-from fsefs_nnunet.memory import SupportMemory
 from fsefs_nnunet.network import AdaptedNetwork
-from fsefs_nnunet.queries import images_in, read_image
 from fsefs_nnunet.query_sizes import PredictedSizes, QueryVolume, block_voxels, scale_between, sizes_of
-from fsefs_nnunet.trained_model import TrainedModel
-from fsefs_nnunet.transduction import Transduction
 
 # Voxels of a volume that adaptation looks at, after averaging, and that logits are computed of at a time.
 MAX_ADAPTED_VOXELS = 10_000

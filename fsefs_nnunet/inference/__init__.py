@@ -1,0 +1,1 @@
+"""From a trained model, or a backbone's own head, to segmentations."""
