@@ -6,8 +6,8 @@ FOLDER/data/TotalSegmentator_example/s0000 is the CT with its masks. Of the four
   window  times one window of Swin UNETR, with plain and fused attention, without and with the allocator's settings;
   volume  plans and preprocesses the CT for suprem_unet and fseft, and runs them over it;
   step    times one training step from the bank and one of the published recipe, and extrapolates a 5-shot adaptation;
-  adapt   adapts suprem_unet to the 192 mm around the organs of the CT, with the same region, turned and noisy, as
-          query: trains, predicts, exports.
+  adapt   adapts suprem_unet and fseft to the 192 mm around the organs of the CT, with the same region, turned and
+          noisy, as query: trains, predicts, exports.
 `--quick` takes small windows and a piece of the CT: it shows that the parts work, its figures say nothing. Every
 measurement runs in a process of its own and leaves a line of JSON in results.jsonl.
 """
@@ -30,9 +30,11 @@ import torch
 from fsefs_nnunet.backbones.frozen import ARCHITECTURES, FrozenBackbone
 from fsefs_nnunet.backbones.store import find_backbone, save_backbone
 from fsefs_nnunet.backbones.zoo import ZOO
+from fsefs_nnunet.evaluation.training_logs import peak_memory
 from fsefs_nnunet.experiment import ALLOCATOR, Experiment
 
 ORGANS = ("spleen", "kidney_right", "kidney_left", "liver", "stomach", "pancreas", "aorta", "gallbladder", "duodenum")
+BACKBONES = ("suprem_unet", "fseft")
 DATASET, REGION = "Dataset611_OneCT", "Dataset612_OneCTRegion"
 REGION_VOXELS = 64  # of 3 mm, per axis
 SHOTS, EPOCHS, STEPS_FROM_BANK = 5, 200, 400  # published: one step a support volume and epoch, 200 epochs at most
@@ -134,9 +136,9 @@ class Benchmark:
         self.work, self.source, self.quick = work.resolve(), source, quick
         self.backbones = self.work / "backbones"
         self.experiment = Experiment(self.work, DATASET, "FSEFTPlans_suprem_unet")
-        self.region = Experiment(self.work, REGION, "FSEFTPlans_suprem_unet")
+        self.backbones_measured = BACKBONES[:1] if quick else BACKBONES
         self.work.mkdir(parents=True, exist_ok=True)
-        for backbone_id in ("fseft", "suprem_unet"):
+        for backbone_id in BACKBONES:
             if not (self.backbones / f"{backbone_id}.json").exists():
                 random_backbone(backbone_id, self.backbones)
 
@@ -164,13 +166,13 @@ class Benchmark:
         self.measure("window", backbone_id="suprem_unet", size=size, fused=False)
 
     def volume(self) -> None:
-        self.prepare(self.experiment, ("suprem_unet", "fseft"), 48 if self.quick else None)
-        for backbone_id in ("suprem_unet",) if self.quick else ("suprem_unet", "fseft"):
+        self.prepare(self.experiment, BACKBONES, 48 if self.quick else None)
+        for backbone_id in self.backbones_measured:
             self.measure("volume", image_file=str(self.preprocessed_image(backbone_id)), backbone_id=backbone_id)
 
     def step(self) -> None:
         size, patches = (32, 1) if self.quick else (96, PATCHES)
-        for backbone_id in ("suprem_unet",) if self.quick else ("suprem_unet", "fseft"):
+        for backbone_id in self.backbones_measured:
             values = self.measure("step", backbone_id=backbone_id, size=size, patches=patches)
             window = self.measure("window", backbone_id=backbone_id, size=size, fused=True)["cpu seconds"]
             published = values["cpu seconds, published step"]
@@ -191,34 +193,39 @@ class Benchmark:
             )
 
     def adapt(self) -> None:
+        for backbone_id in self.backbones_measured:
+            region = Experiment(self.work, REGION, f"FSEFTPlans_{backbone_id}")
+            self.prepare(region, (backbone_id,), 48 if self.quick else REGION_VOXELS)
+            self.adapt_to(region, backbone_id)
+
+    def adapt_to(self, region: Experiment, backbone_id: str) -> None:
         """One case is the support, the other one the query; what is timed is wall time of nnU-Net's commands."""
-        self.prepare(self.region, ("suprem_unet",), 48 if self.quick else REGION_VOXELS)
-        plans = self.region.preprocessed / "FSEFTPlans_suprem_unet.json"
+        plans = region.preprocessed / f"{region.plans}.json"
         content = json.loads(plans.read_text())
         # a view costs as much as another volume; without them the first step is the zero-shot one plus fresh rows
         content["configurations"]["3d_fullres_1shot"]["fseft_views"] = 0
         plans.write_text(json.dumps(content))
         environment, trainer, configuration = self.environment(), "FSEFTTrainer", "3d_fullres_1shot"
         start = perf_counter()
-        fold = self.region.train(trainer, configuration, **environment)
+        fold = region.train(trainer, configuration, **environment)
         trained = perf_counter() - start
-        output = self.work / "predictions"
-        self.region.predict(trainer, configuration, self.region.raw / "imagesTr", output, **environment)
+        output = self.work / f"predictions_{backbone_id}"
+        region.predict(trainer, configuration, region.raw / "imagesTr", output, **environment)
         predicted = perf_counter() - start - trained
-        exported = self.work / "model.zip"
-        arguments = ("-d", REGION, "-c", configuration, "-tr", trainer, "-p", self.region.plans, "-f", "0")
-        self.region.run("nnUNetv2_export_model_to_zip", *arguments, "-o", exported, **environment)
+        exported = self.work / f"model_{backbone_id}.zip"
+        arguments = ("-d", REGION, "-c", configuration, "-tr", trainer, "-p", region.plans, "-f", "0")
+        region.run("nnUNetv2_export_model_to_zip", *arguments, "-o", exported, **environment)
         summary = json.loads((fold / "validation" / "summary.json").read_text())
         self.record(
             "adapt",
             {
-                "backbone_id": "suprem_unet",
+                "backbone_id": backbone_id,
                 "seconds to train": trained,
                 "seconds to predict two volumes": predicted,
                 "checkpoint MB": (fold / "checkpoint_final.pth").stat().st_size / 1e6,
                 "zip MB": exported.stat().st_size / 1e6,
                 "Dice of the query, random backbone": summary["foreground_mean"]["Dice"],
-                "children's peak GB": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6,
+                "peak GB of the training": peak_memory(fold),
             },
         )
 

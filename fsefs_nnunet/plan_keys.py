@@ -27,6 +27,7 @@ _KEYS: dict[str, _Rule] = {
         lambda value: isinstance(value, (list, tuple)) and len(value) == 3 and all(_whole(n, 1) for n in value),
         "three whole numbers from 1 on",
     ),
+    "fseft_crops_per_step": _FROM_ONE,
     "fseft_views": _FROM_ZERO,
     "fseft_steps_per_epoch": _FROM_ONE,
     "fseft_loss": (lambda value: value in ("nnunet", "soft_dice"), '"nnunet" or "soft_dice"'),

@@ -30,6 +30,13 @@ BYTES_PER_CROP_VOXEL = 2 * 2 * 4 * 5
 # More features a voxel than this, and volumes of patients no longer fit into memory: nnU-Net's own U-Nets have 960
 # and more in all their stages, 32 in the decoder's last.
 MOST_FEATURES = 256
+# An adapter sees five voxels: of the same number of voxels, many small crops teach it more than few large ones
+# (documentation/benchmarks.md, "Hippocampus MR").
+CROP_SIZE, CROPS = 16, 4
+# More steps than this on a single case, and the adapter learns the case.
+STEPS_OF_ONE_SHOT, STEPS = 4, 8
+# Each view costs as much as its case in time and disk.
+VIEWS, MOST_AUGMENTED = 8, 40
 # Calibrated sizes of features pooled by 2 serve the prior as well as those of whole volumes, at an eighth of the cost.
 LEAST_POOLING = 2
 
@@ -150,7 +157,7 @@ class FSEFTPlanner(ExperimentPlanner):
     def child(self, shots: int | str, parent: dict) -> dict:
         """The configuration of `shots` labelled cases."""
         window = self.contract.window(parent["median_image_size_in_voxels"])
-        crop = [min(32, n) for n in window]
+        crop = [min(CROP_SIZE, n) for n in window]
         stages, channels = self.features()
         # of the memory target, 90 % for everything but one crop's share of workspace
         fitting = int(0.9 * self.UNet_vram_target_GB * 2**30 / (BYTES_PER_CROP_VOXEL * channels * np.prod(crop)))
@@ -158,10 +165,11 @@ class FSEFTPlanner(ExperimentPlanner):
             raise InputError(
                 f"gpu_memory_target_in_gb = {self.UNet_vram_target_GB} is too small for one crop of {crop} voxels."
             )
+        cases = len(self.dataset) if shots == "all" else shots
         return {
             "inherits_from": "3d_fullres",
             "patch_size": window,
-            "batch_size": min(2, fitting),
+            "batch_size": self.UNet_min_batch_size,
             "architecture": {
                 "network_class_name": "fsefs_nnunet.network.AdaptedNetwork",
                 "arch_kwargs": {
@@ -177,10 +185,11 @@ class FSEFTPlanner(ExperimentPlanner):
             "fseft_backbone": self.contract.id,
             "fseft_shots": shots,
             "fseft_crop_size": crop,
-            "fseft_views": 8,
-            "fseft_steps_per_epoch": 4,
+            "fseft_crops_per_step": min(CROPS, fitting),
+            "fseft_views": min(VIEWS, max(1, MOST_AUGMENTED // cases)),
+            "fseft_steps_per_epoch": STEPS_OF_ONE_SHOT if cases == 1 else STEPS,
             "fseft_loss": "nnunet",
-            "fseft_lambda": 0.1,
+            "fseft_lambda": 0.3,
             "fseft_gamma": 0.1,
             "fseft_predict_gamma": 0.15,
             "fseft_prior_from_epoch": 30,
@@ -249,7 +258,7 @@ class FSEFTPlanner(ExperimentPlanner):
             f"Window {child['patch_size']}: median volume {list(parent['median_image_size_in_voxels'])}, "
             f"multiples of {list(contract.divisor)}, at most {list(contract.patch_size)}.\n"
             f"Features of stages: {child['architecture']['arch_kwargs']['stages']}.\n"
-            f"Training: {child['batch_size']} crops of {child['fseft_crop_size']} from the feature bank a step.\n"
+            f"Training: {child['fseft_crops_per_step']} crops of {child['fseft_crop_size']} a step, of the bank.\n"
             f"Labels that the backbone knows by name: {self.known_labels or 'none'}.\n"
             f"Configurations: {', '.join(children)}; 3d_fullres is stock nnU-Net on the same data."
         )

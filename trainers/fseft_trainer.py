@@ -89,9 +89,8 @@ class FSEFTTrainer(AdaptedTrainer):
 
         def loader(stream: int, segmentations: dict[str, np.ndarray]) -> CropLoader:
             seed = (self.settings["fseft_seed"], fold_seed(self.fold), stream)
-            return CropLoader(
-                self.bank, segmentations, self.settings["fseft_crop_size"], self.batch_size, seed, regions
-            )
+            size, crops = self.settings["fseft_crop_size"], self.settings["fseft_crops_per_step"]
+            return CropLoader(self.bank, segmentations, size, crops, seed, regions)
 
         return loader(0, {**support, **views}), loader(1, support)
 

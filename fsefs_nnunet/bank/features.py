@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -40,20 +41,22 @@ def extract_features(
         (C, X, Y, Z) float32 on the CPU: 4 bytes a voxel and channel, the most memory that filling a bank takes.
     """
     padded, revert = pad_nd_image(image, patch_size, "constant", {"value": 0}, True, None)
-    steps = compute_steps_for_sliding_window(padded.shape[1:], patch_size, TILE_STEP_SIZE)
+    starts = product(*compute_steps_for_sliding_window(padded.shape[1:], patch_size, TILE_STEP_SIZE))
+    windows = [(slice(None), *(slice(a, a + n) for a, n in zip(start, patch_size))) for start in starts]
+
+    def features_of(window: tuple[slice, ...]) -> torch.Tensor:
+        return backbone(padded[window][None].to(device))[0].float().cpu()
+
+    if len(windows) == 1:  # nothing to blend
+        return features_of(windows[0])[(slice(None), *revert[1:])]
     gaussian = compute_gaussian(
         tuple(patch_size), sigma_scale=1.0 / 8, value_scaling_factor=10, device=torch.device("cpu")
-    )
-    gaussian = gaussian.float()
+    ).float()
     features = torch.zeros((backbone.out_channels, *padded.shape[1:]))
     weight = torch.zeros(padded.shape[1:])
-    for x in steps[0]:
-        for y in steps[1]:
-            for z in steps[2]:
-                window = tuple(slice(a, a + n) for a, n in zip((x, y, z), patch_size))
-                result = backbone(padded[(slice(None), *window)][None].to(device))[0].float().cpu()
-                features[(slice(None), *window)] += result * gaussian
-                weight[window] += gaussian
+    for window in windows:
+        features[window].addcmul_(features_of(window), gaussian)
+        weight[window[1:]] += gaussian
     features /= weight
     return features[(slice(None), *revert[1:])]
 
