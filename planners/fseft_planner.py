@@ -30,11 +30,10 @@ BYTES_PER_CROP_VOXEL = 2 * 2 * 4 * 5
 # More features a voxel than this, and volumes of patients no longer fit into memory: nnU-Net's own U-Nets have 960
 # and more in all their stages, 32 in the decoder's last.
 MOST_FEATURES = 256
-# An adapter sees five voxels: of the same number of voxels, many small crops teach it more than few large ones
-# (documentation/benchmarks.md, "Hippocampus MR").
-CROP_SIZE, CROPS = 16, 4
-# More steps than this on a single case, and the adapter learns the case.
-STEPS_OF_ONE_SHOT, STEPS = 4, 8
+SMALLEST_CROP, LARGEST_CROP = 16, 32
+# Crops a step and steps an epoch: many small steps teach more than few large ones, but of a single case the adapter
+# learns by heart what many steps show it (documentation/benchmarks.md, "What was chosen on the queries").
+ONE_SHOT, MORE_SHOTS = (4, 4), (2, 8)
 # Each view costs as much as its case in time and disk.
 VIEWS, MOST_AUGMENTED = 8, 40
 # Calibrated sizes of features pooled by 2 serve the prior as well as those of whole volumes, at an eighth of the cost.
@@ -157,7 +156,7 @@ class FSEFTPlanner(ExperimentPlanner):
     def child(self, shots: int | str, parent: dict) -> dict:
         """The configuration of `shots` labelled cases."""
         window = self.contract.window(parent["median_image_size_in_voxels"])
-        crop = [min(CROP_SIZE, n) for n in window]
+        crop = [min(LARGEST_CROP, max(SMALLEST_CROP, n // 2), n) for n in window]
         stages, channels = self.features()
         # of the memory target, 90 % for everything but one crop's share of workspace
         fitting = int(0.9 * self.UNet_vram_target_GB * 2**30 / (BYTES_PER_CROP_VOXEL * channels * np.prod(crop)))
@@ -166,6 +165,7 @@ class FSEFTPlanner(ExperimentPlanner):
                 f"gpu_memory_target_in_gb = {self.UNet_vram_target_GB} is too small for one crop of {crop} voxels."
             )
         cases = len(self.dataset) if shots == "all" else shots
+        crops, steps = ONE_SHOT if cases == 1 else MORE_SHOTS
         return {
             "inherits_from": "3d_fullres",
             "patch_size": window,
@@ -185,9 +185,9 @@ class FSEFTPlanner(ExperimentPlanner):
             "fseft_backbone": self.contract.id,
             "fseft_shots": shots,
             "fseft_crop_size": crop,
-            "fseft_crops_per_step": min(CROPS, fitting),
+            "fseft_crops_per_step": min(crops, fitting),
             "fseft_views": min(VIEWS, max(1, MOST_AUGMENTED // cases)),
-            "fseft_steps_per_epoch": STEPS_OF_ONE_SHOT if cases == 1 else STEPS,
+            "fseft_steps_per_epoch": steps,
             "fseft_loss": "nnunet",
             "fseft_lambda": 0.3,
             "fseft_gamma": 0.1,

@@ -131,7 +131,7 @@ def test_window_of_other_axes(workspace):
 
 
 def test_memory_target(workspace):
-    children = [plan(workspace, gpu_memory_target_in_gb=gb)["configurations"]["3d_fullres_1shot"] for gb in (0.03, 8)]
+    children = [plan(workspace, gpu_memory_target_in_gb=gb)["configurations"]["3d_fullres_1shot"] for gb in (0.06, 8)]
     assert [child["fseft_crops_per_step"] for child in children] == [2, 4]
     with pytest.raises(ValueError, match="gpu_memory_target_in_gb = 0.01 is too small for one crop"):
         plan(workspace, gpu_memory_target_in_gb=0.01)
