@@ -5,7 +5,8 @@
 FOLDER/data/Task04_Hippocampus is the Decathlon's folder, with labelsTs for the test cases. K = 1, 5, 10, five draws of
 the support, by `fseft benchmark`: once with the embedded backbone and once with each of two controls, the same network
 untrained and the raw image. What is done is not done again. `--tune` reports the queries instead of imagesTs.
-Trainings from scratch get the time of the longest one that leaves the backbone frozen.
+Each adapter with the size prior starts without a feature bank, so that its time includes all of it. Trainings from
+scratch and, if asked for, of a part of the backbone get the same time, and their schedules end with it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fsefs_nnunet.benchmark.methods import METHODS
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.summary import fold_mean, mean_over, spread, values
 from fsefs_nnunet.evaluation.tables import markdown_table
-from fsefs_nnunet.experiment import Experiment
+from fsefs_nnunet.experiment import Experiment, training_seconds
 
 DATASET = "Dataset004_Hippocampus"
 NUM_QUERIES = 40
@@ -79,14 +80,31 @@ def shots_argument(text: str) -> int | str:
     return text if text == "all" else int(text)
 
 
+def backbones_of(experiment: Experiment) -> dict[str, str]:
+    return {"fseft_backbones": str(experiment.work / "backbones")}
+
+
+def train_at_equal_time(experiment: Experiment, tuned: list[str], shots: list[int | str], folds: int) -> None:
+    """FSEFTTrainer from an empty bank, then the methods `tuned` for the time that it took."""
+    for configuration in (f"3d_fullres_{k}shot" for k in shots):
+        for fold in range(folds):
+            environment = backbones_of(experiment) | {"fseft_final_validation": "0"}
+            ours = experiment.model("FSEFTTrainer", configuration) / f"fold_{fold}"
+            if not (ours / "checkpoint_final.pth").exists():
+                experiment.run("fseft", "bank", "-d", DATASET, "--clear", **environment)
+                experiment.train("FSEFTTrainer", configuration, fold, **environment)
+            environment["fseft_train_minutes"] = str(training_seconds(ours) / 60)
+            for method in tuned:
+                experiment.train(METHODS[method].trainer, configuration, fold, **environment)
+
+
 def benchmark(
     experiment: Experiment, name: str, methods: list[str], shots: list[int | str], folds: int, test: tuple, *more: str
 ) -> list[Result]:
     """`fseft benchmark` in the folder `name`; the results of these shots, folds and methods."""
     chosen = ("--shots", *map(str, shots), "--folds", str(folds), "--methods", *methods)
     where = ("-d", DATASET, "-p", experiment.plans, "-device", experiment.device, "-o", experiment.work / name)
-    backbones = {"fseft_backbones": str(experiment.work / "backbones")}
-    experiment.run("fseft", "benchmark", *where, *chosen, *test, *more, **backbones)
+    experiment.run("fseft", "benchmark", *where, *chosen, *test, *more, **backbones_of(experiment))
     target = "imagesTs_*" if test else "queries"
     folder = experiment.folders["nnUNet_results"] / DATASET
     found = [
@@ -159,6 +177,7 @@ def main() -> None:
         experiment = Experiment(work, DATASET, plans, args.device)
         tuned = [method for method in args.methods if method in FINE_TUNING]
         others = [method for method in args.methods if method not in FINE_TUNING]
+        train_at_equal_time(experiment, [] if backbone in CONTROLS else tuned, args.shots, args.folds)
         for methods in (["fseft"],) if backbone in CONTROLS else filter(None, (others, tuned)):
             for result in benchmark(experiment, f"{where}_{backbone}", methods, args.shots, args.folds, test):
                 title = CONTROLS.get(backbone, METHODS[result.method].title)

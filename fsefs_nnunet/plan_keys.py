@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from math import isfinite
 
 from fsefs_nnunet.errors import InputError
@@ -21,7 +22,8 @@ _FROM_ONE: _Rule = (lambda value: _whole(value, 1), "a whole number from 1 on")
 _FROM_ZERO: _Rule = (lambda value: _whole(value, 0), "a whole number from 0 on")
 _DEVIATION: _Rule = (lambda value: _number(value) and 0 <= value < 1, "a number from 0 on, below 1")
 
-# fseft_shots and fseft_bank_gb are checked where the splits and the disk are known
+# checked where backbones, splits and disk are known
+_CHECKED_ELSEWHERE = ("fseft_backbone", "fseft_shots", "fseft_bank_gb")
 _KEYS: dict[str, _Rule] = {
     "fseft_crop_size": (
         lambda value: isinstance(value, (list, tuple)) and len(value) == 3 and all(_whole(n, 1) for n in value),
@@ -42,7 +44,14 @@ _KEYS: dict[str, _Rule] = {
 
 
 def check_plan_keys(settings: dict, configuration: str, plans_name: str) -> None:
-    """Raises InputError for the first key of `settings`, the configuration, that is missing or holds no such value."""
+    """Raises InputError for the first key of `settings`, the configuration, that is unknown, missing or holds no such
+    value."""
+    known = [*_KEYS, *_CHECKED_ELSEWHERE]
+    for key in settings:
+        if key.startswith("fseft_") and key not in known:
+            near = get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+            raise InputError(f"{key!r} of {configuration!r} in {plans_name}.json is no key of ours: {hint}")
     for key, (possible, wanted) in _KEYS.items():
         if not possible(settings.get(key)):
             raise InputError(

@@ -820,6 +820,8 @@ def test_model_whose_support_is_no_longer_preprocessed(work):
         ({"fseft_crop_size": [12, 12]}, "fseft_crop_size .*: make it three whole numbers"),
         ({"fseft_stop_at_plateau": "no"}, "fseft_stop_at_plateau .*: make it true or false"),
         ({"fseft_seed": None}, "fseft_seed .* is None: make it a whole number"),
+        ({"fseft_lamda": 0.5}, "'fseft_lamda' of .* is no key of ours: did you mean 'fseft_lambda'"),
+        ({"fseft_zzz": 1}, "'fseft_zzz' of .* is no key of ours: known are fseft_crop_size, "),
     ],
 )
 def test_impossible_values_in_the_plans(work, settings, sentence):
