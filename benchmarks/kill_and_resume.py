@@ -2,8 +2,9 @@
 
     python benchmarks/kill_and_resume.py --work /data/kills
 
-A phantom dataset, a 5-shot training of 100 short epochs. The moments are drawn over the whole run of the uninterrupted
-training: imports, bank filling, training, writing, validation. Runs that are done are not done again.
+A phantom dataset, a 5-shot training of 100 short epochs. Kills fall in turn while the bank is filled, between the first
+checkpoint and the last, while a checkpoint is written and in the final validation; within each of these at a moment
+drawn over the time that the uninterrupted training spent in it. Runs that are done are not done again.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 import torch
 
@@ -60,34 +63,53 @@ class Run:
         return (self.fold / "validation" / "summary.json").exists()
 
 
-def finish(run: Run, *arguments: str) -> float:
-    """Train to the end; returns seconds. Raises RuntimeError with the log's name if it fails."""
-    start = monotonic()
-    if run.start(*arguments).wait():
+def bank_begun(run: Run) -> bool:
+    return any((run.experiment.preprocessed / BANK).glob("*/*"))
+
+
+def epochs_begun(run: Run) -> bool:
+    return (run.fold / "checkpoint_latest.pth").exists()
+
+
+def writing(run: Run) -> bool:
+    return any(run.fold.glob("*.part"))
+
+
+def training_ended(run: Run) -> bool:
+    return (run.fold / "checkpoint_final.pth").exists()
+
+
+# what has happened when a stage begins; writing is waited for once its moment of the training has come
+STAGES = {"bank": bank_begun, "training": epochs_begun, "writing": epochs_begun, "validation": training_ended}
+ENDS = {"bank": epochs_begun, "training": training_ended, "writing": training_ended, "validation": Run.done}
+
+
+def wait_for(happened: Callable[[Run], bool], run: Run, process: subprocess.Popen) -> None:
+    while not happened(run) and process.poll() is None:
+        sleep(0.001)
+
+
+def finish(run: Run, *arguments: str) -> dict[str, float]:
+    """Train to the end; returns the seconds of each stage. Raises RuntimeError with the log's name if it fails."""
+    process, times = run.start(*arguments), {}
+    for happened in (bank_begun, epochs_begun, training_ended, Run.done):
+        wait_for(happened, run, process)
+        times[happened] = monotonic()
+    if process.wait():
         raise RuntimeError(f"The training failed, see {run.experiment.work / 'log.txt'}.")
-    return monotonic() - start
+    return {stage: times[ENDS[stage]] - times[begun] for stage, begun in STAGES.items()}
 
 
-def stage(run: Run) -> str:
-    """What a killed training was at."""
-    if (run.fold / "checkpoint_final.pth").exists():
-        return "validation"
-    if (run.fold / "checkpoint_latest.pth").exists():
-        return f"epoch {read_checkpoint(run.fold / 'checkpoint_latest.pth')['current_epoch']}"
-    return "bank" if (run.experiment.preprocessed / BANK).exists() else "start"
-
-
-def kill_and_resume(run: Run, after: float) -> str:
-    """Kill a fresh training after `after` seconds, continue it to the end; returns what it was at."""
+def kill_and_resume(run: Run, stage: str, after: float) -> None:
+    """Kill a fresh training `after` seconds in `stage`, while it writes for "writing", and continue it to the end."""
     process = run.start()
-    try:
-        process.wait(after)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    reached = stage(run)
+    wait_for(STAGES[stage], run, process)
+    sleep(after)
+    if stage == "writing":
+        wait_for(writing, run, process)
+    process.kill()
+    process.wait()
     finish(run, "--c")
-    return reached
 
 
 def prepare(experiment: Experiment) -> None:
@@ -118,15 +140,16 @@ def main() -> None:
     if not whole.done():
         seconds_file.write_text(json.dumps(finish(whole)))
     seconds, expected = json.loads(seconds_file.read_text()), whole.adapter()
-    print(f"The uninterrupted training takes {seconds:.0f} s.", flush=True)
+    print(f"Seconds of the uninterrupted training: {seconds}", flush=True)
     rng, same = random.Random(args.seed), 0
-    for i in range(args.kills):
-        after = rng.uniform(0, seconds)
+    for i, stage in zip(range(args.kills), cycle(STAGES)):
+        after = rng.uniform(0, seconds[stage])
         run = Run.copy_of(prepared, work / f"kill_{i:02d}")
-        reached = "done before" if run.done() else kill_and_resume(run, after)
+        if not run.done():
+            kill_and_resume(run, stage, after)
         equal = all(torch.equal(tensor, expected[name]) for name, tensor in run.adapter().items())
         same += equal
-        print(f"killed after {after:.1f} s ({reached}): {'bit-identical' if equal else 'DIFFERENT'}", flush=True)
+        print(f"{stage}, killed after {after:.1f} s: {'bit-identical' if equal else 'DIFFERENT'}", flush=True)
     print(f"{same} of {args.kills}")
 
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
 import torch
 
 from fsefs_nnunet.backbones.contract import BackboneContract
@@ -38,6 +39,15 @@ def wrapped(name: str, tensors: dict[str, torch.Tensor]) -> dict:
 def meta_content(name: str) -> dict:
     """What reading the file gives, without values."""
     return wrapped(name, {k: torch.empty(s, dtype=t, device="meta") for k, (s, t) in layout(name).items()})
+
+
+def write_constants(file: Path, name: str) -> None:
+    """Write the file `name` at full size, a value of its own for each tensor, which takes next to no space."""
+    tensors = {
+        key: torch.tensor(i + 1, dtype=dtype).expand(shape)
+        for i, (key, (shape, dtype)) in enumerate(layout(name).items())
+    }
+    torch.save(wrapped(name, tensors), file)
 
 
 def random_tensors(name: str, width: int = 1) -> dict[str, torch.Tensor]:
@@ -82,3 +92,9 @@ def published_swin(state: dict[str, torch.Tensor], transformer: str = "swinViT")
             name = name.replace(ours, theirs)
         made[name] = tensor
     return made
+
+
+def turned(image: nib.Nifti1Image, axes: str) -> nib.Nifti1Image:
+    """The same anatomy, stored along `axes`, with the header that says so."""
+    wanted = nib.orientations.axcodes2ornt(axes)
+    return image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(image.affine), wanted))

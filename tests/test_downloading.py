@@ -1,9 +1,13 @@
 """Downloads from a server on this machine that can break off, ignore ranges or send a page."""
 
+import errno
 import hashlib
+import socket
+import ssl
 import sys
 import threading
 from dataclasses import replace
+from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -145,6 +149,25 @@ def test_offline(server, tmp_path):
         download(gone, tmp_path)
     assert f"No connection to {gone.link} (" in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).endswith("save it anywhere, and run: fseft backbones import suprem_unet FILE")
+
+
+def test_no_name_service(tmp_path, monkeypatch):
+    def unknown(*args, **kwargs):
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(ValueError, match=r"^No connection to http.*Temporary failure in name resolution.*Get "):
+        download(ZOO["suprem_unet"], tmp_path)
+
+
+@pytest.mark.parametrize("error", [ssl.SSLError("record layer failure"), OSError(errno.ENETUNREACH, "unreachable")])
+def test_a_network_that_goes_away_is_no_full_disk(server, tmp_path, monkeypatch, error):
+    def read(answer, size):
+        raise error
+
+    monkeypatch.setattr(HTTPResponse, "read", read)
+    with pytest.raises(ValueError, match=r"^No connection to http.*Try again"):
+        download(entry(server), tmp_path)
 
 
 def narrow(server: Server, tmp_path, monkeypatch) -> bytes:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from published_files import turned
 
 from fsefs_nnunet.backbones.readers import image_geometry
 from fsefs_nnunet.backbones.store import save_backbone
@@ -43,12 +44,6 @@ def ct(shared) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
     array = image.get_fdata(dtype=np.float32)[box]
     affine = image.affine @ np.array([[1, 0, 0, 0], [0, 1, 0, first[1]], [0, 0, 1, first[2]], [0, 0, 0, 1]])
     return nib.Nifti1Image(array, affine), nib.Nifti1Image(labels[box], affine)
-
-
-def turned(image: nib.Nifti1Image, axes: str) -> nib.Nifti1Image:
-    """The same anatomy, stored along `axes`, with the header that says so."""
-    wanted = nib.orientations.axcodes2ornt(axes)
-    return image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(image.affine), wanted))
 
 
 def preprocessed(folder, image: nib.Nifti1Image, labels: nib.Nifti1Image) -> tuple[np.ndarray, np.ndarray]:
@@ -97,6 +92,17 @@ def test_a_swap_of_left_and_right_is_caught(ct, tmp_path):
     assert image.shape == right.shape and np.abs(image - right).mean() > 0.05
 
 
+def test_thick_slices_are_resampled_linearly(tmp_path):
+    """As the authors' were; nnU-Net's default is the nearest neighbour along such an axis. A ramp stays a ramp."""
+    hu = np.linspace(-100, 200, 24)
+    image = nib.Nifti1Image(np.tile(hu, (16, 16, 1)).astype(np.int16), np.diag([0.8, 0.8, 5.0, 1.0]))
+    made, _ = preprocessed(tmp_path / "thick", image, nib.Nifti1Image(np.ones(image.shape, np.uint8), image.affine))
+    column = made[4, 4]
+    assert len(column) == 80
+    steps = np.diff(column[4:-4])
+    np.testing.assert_allclose(steps, (300 / 23 * 1.5 / 5) / 425, rtol=0.1)
+
+
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "SRP", "PIL"])
 def test_geometry_of_an_image_from_its_header(tmp_path, axes):
     """Shape and spacing of the array that nnU-Net's reader gives, without reading the voxels."""
@@ -139,6 +145,9 @@ def test_plans(planned, capsys, backbone_id, channels, known):
     """The adapter gets the published features as they are: no reduction before it."""
     plans = planned(backbone_id)
     parent, child = (plans["configurations"][name] for name in ("3d_fullres", "3d_fullres_1shot"))
+    assert plans["image_reader_writer"] == "NibabelIOWithReorient" and plans["transpose_forward"] == [2, 1, 0]
+    window = {"percentile_00_5": -175.0, "percentile_99_5": 250.0, "mean": -175.0, "std": 425.0}
+    assert plans["foreground_intensity_properties_per_channel"] == {"0": window}
     assert parent["spacing"] == [1.5, 1.5, 1.5] and parent["normalization_schemes"] == ["CTNormalization"]
     assert child["patch_size"] == [96, 96, 96] and child["fseft_crop_size"] == [32, 32, 32]
     kwargs = child["architecture"]["arch_kwargs"]

@@ -20,9 +20,11 @@ from published_files import (
     published_swin,
     random_tensors,
     wrapped,
+    write_constants,
     write_published,
 )
 
+from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.import_published import import_published
 from fsefs_nnunet.backbones.published import recognise
@@ -99,6 +101,20 @@ def test_swin_layouts_have_the_backbones_names_and_shapes(swin_store, name):
     shapes = {key: t.shape for key, t in content.tensors.items() if not key.startswith("head")}
     assert shapes.items() <= own.items()
     assert content.encoder_only or shapes.keys() == own.keys()
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in SWIN_FILES.values()])
+def test_layout_is_imported(store, tmp_path, name):
+    """Every number of the file arrives under the name that recognise gives its tensor."""
+    if ZOO[FILES[name][0]].kind == "swin_unetr":
+        pytest.importorskip("monai", reason="Swin UNETR needs MONAI: pip install fsefs_nnunet[monai]")
+    write_constants(tmp_path / "file.pth", name)
+    contract = import_published(FILES[name][0], tmp_path / "file.pth", store)
+    expected = recognise(name, read_checkpoint(tmp_path / "file.pth")).tensors
+    stored = load_weights(find_backbone(contract.id))
+    assert expected.keys() <= stored.keys() and len({t.flatten()[0].item() for t in expected.values()}) == len(expected)
+    for key, tensor in expected.items():
+        assert stored[key].shape == tensor.shape and (stored[key] == tensor.flatten()[0]).all(), key
 
 
 def load_weights_in(root, backbone_id: str) -> dict[str, torch.Tensor]:

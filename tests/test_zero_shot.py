@@ -9,6 +9,7 @@ import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from published_files import turned
 from test_importing import CONFIGURATION, PATCH, write_checkpoint, write_model
 from torch import nn
 
@@ -245,7 +246,10 @@ def test_embedded_backbone(workspace, tmp_path, capsys):
 
 
 def test_published_architecture(workspace, tmp_path, monkeypatch):
-    """fseft's 29 sigmoid rows on a narrow Swin UNETR with random weights, at the spacing of the tiny dataset."""
+    """fseft's 29 sigmoid rows on a narrow Swin UNETR with random weights, at the spacing of the tiny dataset.
+
+    However the image is stored, its segmentation lies on the same places.
+    """
     pytest.importorskip("monai", reason="Swin UNETR needs MONAI: pip install fsefs_nnunet[monai]")
     monkeypatch.setenv("fseft_backbones", str(tmp_path / "store"))
     contract = ZOO["fseft"].contract({})
@@ -268,6 +272,21 @@ def test_published_architecture(workspace, tmp_path, monkeypatch):
     expected = expected_segmentation(logits, {1: 0, 3: 2, 2: 6})
     assert set(np.unique(expected)) == {0, 1, 2, 3}
     assert (np.asarray(made.dataobj) != expected).mean() < 1e-3
+    file = workspace.raw / "imagesTr" / "case_0_0000.nii.gz"
+    image = nib.load(file)
+    image = nib.Nifti1Image(np.asarray(image.dataobj), image.affine)
+    for axes in ("LPS", "LAS", "SRP"):
+        stored = turned(image, axes)
+        nib.save(stored, file)
+        other = predict(workspace, "fseft", tmp_path / axes, "case_0")["case_0"]
+        assert nib.aff2axcodes(other.affine) == tuple(axes) and other.shape == stored.shape
+        back = turned(other, "RAS")
+        np.testing.assert_allclose(back.affine, made.affine, atol=1e-4)
+        assert (np.asarray(back.dataobj) != np.asarray(made.dataobj)).mean() < 1e-3
+    # a header that contradicts the voxels is another anatomy
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[::-1], image.affine), file)
+    swapped = predict(workspace, "fseft", tmp_path / "swapped", "case_0")["case_0"]
+    assert (np.asarray(swapped.dataobj) != np.asarray(made.dataobj)).mean() > 0.02
 
 
 def test_bad_input(workspace, tmp_path, capsys, monkeypatch):

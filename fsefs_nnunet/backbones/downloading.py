@@ -110,11 +110,18 @@ def _append(answer: HTTPResponse, part: Path, start: int, total: int) -> int:
         open(part, "ab" if start else "wb") as f,
         tqdm(total=total or None, initial=start, unit="B", unit_scale=True, desc=part.stem) as progress,
     ):
-        while block := answer.read(BLOCK):
+        while block := _receive(answer):
             f.write(block)
             count += len(block)
             progress.update(len(block))
     return count
+
+
+def _receive(answer: HTTPResponse) -> bytes:
+    try:
+        return answer.read(BLOCK)
+    except OSError as error:  # of the network's, not of the file's
+        raise ConnectionError(str(error)) from error
 
 
 def _total(content_range: str) -> int:

@@ -74,7 +74,8 @@ class PublishedBackbone:
                 "0": {"percentile_00_5": -175.0, "percentile_99_5": 250.0, "mean": -175.0, "std": 425.0}
             },
             resampling_fn_data="resample_data_or_seg_to_shape",
-            resampling_fn_data_kwargs={"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None},
+            # None would resample thick slices by nearest neighbour along z; the authors' images were trilinear
+            resampling_fn_data_kwargs={"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": False},
             patch_size=(WINDOW,) * 3,
             smallest_window=(WINDOW,) * 3,
             divisor=(DIVISORS[self.kind],) * 3,

@@ -54,4 +54,5 @@ def backbones(args: argparse.Namespace) -> None:
             contract = obtaining.download_backbone(args.id, target)
         else:
             contract = obtaining.import_backbone(args.id, Path(args.path), target, args.f, args.chk, args.c)
-        print(f"Use it: fseft plan_and_preprocess -d DATASET -b {contract.id}")
+        where = f"fseft_backbones={target} " if args.o else ""
+        print(f"Use it: {where}fseft plan_and_preprocess -d DATASET -b {contract.id}")
