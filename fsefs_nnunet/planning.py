@@ -73,7 +73,7 @@ def fitting_shots(requested: Sequence[int | str], num_labelled: int) -> Sequence
 
 def query_images(raw: Path, folder: str | None, labelled_queries: bool) -> dict[str, list[str]]:
     """Unlabelled query images: of `folder`, else of imagesTs where no labelled case is left to be a query."""
-    from fsefs_nnunet.cases.queries import images_in
+    from fsefs_nnunet.cases.queries import images_in, require_channels
 
     dataset_json = read_dataset_json(raw / "dataset.json")
     if folder is None:
@@ -82,6 +82,8 @@ def query_images(raw: Path, folder: str | None, labelled_queries: bool) -> dict[
         folder = str(raw / "imagesTs")
         print(f"No labelled case is left over: the images of {folder} are the queries.")
     images = images_in(Path(folder), dataset_json)
+    for files in images.values():
+        require_channels(files)
     clash = sorted(set(images) & set(labelled_cases(raw)))
     if clash:
         raise InputError(f"{folder} and imagesTr share case names, e.g. {clash[0]}: rename the queries.")
@@ -139,9 +141,10 @@ def plan(
     from fsefs_nnunet.backbones.store import find_backbone
     from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 
-    find_backbone(backbone)  # before the fingerprint, which takes its time
+    contract = find_backbone(backbone)
     name, raw, preprocessed = dataset_folders(dataset_id)
     fitting_shots(shots, len(labelled_cases(raw)))
+    _require_sound_images(raw, contract, num_processes)  # before anything of earlier plans is replaced
     preprocessed.mkdir(parents=True, exist_ok=True)
     extract_fingerprints(
         [int(name[7:10])], num_processes=num_processes, check_dataset_integrity=check_integrity, clean=False
@@ -168,7 +171,7 @@ def preprocess(dataset_id: int | str, plans_name: str, num_processes: int, query
     """The unlabelled queries, and beside them nnU-Net's preprocessing of the parent configuration.
 
     Raises:
-        InputError: for an image that holds NaN or infinite values, or a query that cannot be read.
+        InputError: for a query that cannot be read, or holds NaN or infinite values.
     """
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess as nnunet_preprocess
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -183,17 +186,27 @@ def preprocess(dataset_id: int | str, plans_name: str, num_processes: int, query
         queries = UnlabelledQueries(preprocessed / configuration.data_identifier)
         queries.preprocess(query_files, manager, configuration, dataset_json)
     nnunet_preprocess([int(name[7:10])], plans_name, ("3d_fullres",), [num_processes])
-    _require_finite_cases(raw, str(preprocessed / configuration.data_identifier))
 
 
-def _require_finite_cases(raw: Path, folder: str) -> None:
-    """nnU-Net preprocesses NaN without a word."""
-    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+def _require_sound_images(raw: Path, contract, num_threads: int) -> None:
+    """nnU-Net preprocesses NaN without a word, and what it cannot read ends in a traceback of its workers'."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+    from tqdm import tqdm
 
-    from fsefs_nnunet.cases.preprocessed import require_finite
+    from fsefs_nnunet.backbones.readers import find_reader
+    from fsefs_nnunet.cases.queries import read_image
 
-    files = get_filenames_of_train_images_and_targets(str(raw))
-    dataset = infer_dataset_class(folder)(folder, list(files))
-    for case in files:
-        require_finite(dataset.load_case(case)[0][:], files[case]["images"])
+    dataset_json = read_dataset_json(raw / "dataset.json")
+    reader, channels = find_reader(contract, dataset_json["file_ending"]), len(dataset_json["channel_names"])
+    cases = get_filenames_of_train_images_and_targets(str(raw))
+
+    def check(case: str) -> None:
+        files = cases[case]["images"]
+        if len(files) != channels:
+            raise InputError(f"{case} has {len(files)} images in {raw}, dataset.json names {channels} channel(s).")
+        read_image(reader(), files)
+
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
+        list(tqdm(pool.map(check, cases), total=len(cases), desc="checking images"))

@@ -360,4 +360,13 @@ def test_fine_tuning_for_a_time(work, monkeypatch):
     rates = trainer.logger.get_value("lrs", step=None)
     assert rates[0] == 1e-2 and rates[-1] < rates[0]
     assert trainer.seconds_trained() >= 1.2
-    assert os.path.exists(os.path.join(trainer.output_folder, "checkpoint_final.pth"))
+    final = os.path.join(trainer.output_folder, "checkpoint_final.pth")
+    ended, epochs = read_checkpoint(Path(final)), trainer.current_epoch
+    # killed in its final validation and continued: no step beyond the budget
+    continued = make_trainer(work, METHODS[4])
+    continued.initialize()
+    continued.load_checkpoint(final)
+    continued.run_training()
+    assert continued.current_epoch == epochs
+    weights = read_checkpoint(Path(final))["network_weights"]
+    assert all(torch.equal(weights[name], tensor) for name, tensor in ended["network_weights"].items())

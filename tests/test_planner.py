@@ -10,7 +10,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from fsefs_nnunet import planning
 from fsefs_nnunet.backbones.store import EMBEDDED, load_weights, save_backbone
-from fsefs_nnunet.cases.queries import UnlabelledQueries, images_in
+from fsefs_nnunet.cases.queries import UnlabelledQueries, images_in, require_channels
 from fsefs_nnunet.cases.splits import load_splits
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
@@ -352,8 +352,9 @@ def test_query_folders_that_are_refused(workspace, tmp_path):
     content = workspace.dataset_json()
     with pytest.raises(ValueError, match="has no images named <case>_0000.nii.gz"):
         images_in(tmp_path / "nothing", content)
+    files = images_in(workspace.queries, {**content, "channel_names": {"0": "CT", "1": "CT"}})["scan_0"]
     with pytest.raises(ValueError, match=r"scan_0_0001\.nii\.gz is missing: every case needs 2 channel"):
-        images_in(workspace.queries, {**content, "channel_names": {"0": "CT", "1": "CT"}})
+        require_channels(files)
     (workspace.queries / "scan_0_0000.nii.gz").rename(workspace.queries / "case_0_0000.nii.gz")
     with pytest.raises(ValueError, match="share case names, e.g. case_0: rename the queries"):
         planning.write_splits(77, [], str(workspace.queries), 20, 5, 1)

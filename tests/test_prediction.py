@@ -16,7 +16,13 @@ from scipy.ndimage import label
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.cases.splits import load_splits
 from fsefs_nnunet.cli.main import main
-from fsefs_nnunet.inference.prediction import PART_FOLDER, QueryPredictor, averaged, volume_logits
+from fsefs_nnunet.inference.prediction import (
+    PART_FOLDER,
+    QueryPredictor,
+    averaged,
+    keep_largest_components,
+    volume_logits,
+)
 from fsefs_nnunet.inference.support import memories_of, memory_from_bank
 from fsefs_nnunet.inference.trained_model import MEMORY_KEY, PRIOR_KEY, TrainedModel
 from fsefs_nnunet.inference.transduction import Transduction
@@ -276,11 +282,49 @@ def test_interrupt(work, monkeypatch, capsys):
     assert "Interrupted: --continue_prediction leaves out the cases that are done" in capsys.readouterr().err
 
 
-def test_a_channel_too_many(work, capsys):
-    image = next(iter((work.root / "images").iterdir()))
+def test_a_channel_too_many_stops_its_case_alone(work, capsys):
+    image, other = sorted((work.root / "images").iterdir())
     shutil.copy(image, image.with_name(image.name.replace("_0000", "_0001")))
     assert predict(work, "output", "--inductive") == 2
-    assert "_0001.nii.gz is a channel too many: the dataset has 1" in capsys.readouterr().err
+    assert "1 case(s) failed" in (error := capsys.readouterr().err)
+    assert "_0001.nii.gz is a channel too many: the dataset has 1" in error
+    assert list(segmentations(work, "output")) == [other.name[: -len("_0000.nii.gz")]]
+
+
+@pytest.mark.parametrize("change", ["other weights", "other folds", "largest component", "a damaged report"])
+def test_a_continued_prediction_keeps_what_the_same_command_made(work, change):
+    assert predict(work, "output", "--inductive") == 0
+    files = sorted((work.root / "output").glob("*.nii.gz"))
+    before = [file.stat().st_mtime_ns for file in files]
+    options, folds, again = ["--inductive", "--continue_prediction"], ("0",), [True, True]
+    if change == "other weights":
+        weights = read_checkpoint(model_folder(work) / "fold_0" / "checkpoint_final.pth")["network_weights"]
+        head = {name: t * 1.1 for name, t in weights.items() if name.startswith("head")}
+        edit_checkpoint(work, network_weights={**weights, **head})
+    elif change == "other folds":
+        folds = ("0", "1")
+    elif change == "largest component":
+        options.append("--largest_component")
+    else:
+        files[0].with_name(files[0].name.replace(".nii.gz", "_sizes.json")).write_text('{"made_of": ')
+        again = [True, False]
+    assert predict(work, "output", *options, folds=folds) == 0
+    assert [file.stat().st_mtime_ns > then for file, then in zip(files, before)] == again
+
+
+def test_an_adaptation_that_diverges_leaves_the_trained_model(work, monkeypatch):
+    def diverge(self, network, volume, before) -> int:
+        network.head.weight.data.fill_(float("nan"))
+        return 3
+
+    assert predict(work, "inductive", "--inductive") == 0
+    monkeypatch.setattr(Transduction, "adapt", diverge)
+    assert predict(work, "output") == 0
+    for case, array in segmentations(work, "output").items():
+        assert np.array_equal(array, segmentations(work, "inductive")[case]) and array.any()
+        report = reports(work, "output")[case]
+        assert report["diverged"] == [True]
+        assert all(entry["size_after_ml"] == entry["size_before_ml"] for entry in report["classes"].values())
 
 
 def test_an_image_without_air_is_told(work, capsys):
@@ -296,10 +340,20 @@ def test_parts_share_the_cases(work):
     for part in ("0", "1"):
         assert predict(work, f"part_{part}", "--inductive", "-num_parts", "2", "-part_id", part) == 0
     parts = [list(segmentations(work, f"part_{part}")) for part in (0, 1)]
-    assert [len(part) for part in parts] == [1, 1] and parts[0] != parts[1]
+    cases = [file.name[: -len("_0000.nii.gz")] for file in sorted((work.root / "images").iterdir())]
+    assert parts == [cases[:1], cases[1:]]
+    assert predict(work, "part_2", "--inductive", "-num_parts", "2", "-part_id", "2") == 2
 
 
 def test_largest_component(work):
+    """Of each class; the command does it, too."""
+    file = work.root / "labels.nii.gz"
+    array = np.zeros((12, 12, 12), np.uint8)
+    array[1:6, 1:6, 1:6], array[8:10, 8:10, 8:10], array[1:3, 8:10, 1:3] = 1, 1, 2
+    nib.save(nib.Nifti1Image(array, np.eye(4)), file)
+    keep_largest_components(file, load(work))
+    array[8:10, 8:10, 8:10] = 0
+    assert np.array_equal(np.asarray(nib.load(file).dataobj), array)
     assert predict(work, "output", "--inductive", "--largest_component") == 0
     for array in segmentations(work, "output").values():
         assert all(label(array == k)[1] <= 1 for k in (1, 2, 3)) and array.any()

@@ -92,7 +92,14 @@ class TimeBudgetTrainer(StoppableTrainer):
             self.lr_scheduler.step()
         return super().train_step(batch)
 
+    def on_train_start(self):
+        super().on_train_start()
+        self.stop_at_budget()  # a training that was continued after its end
+
     def on_epoch_end(self):
         super().on_epoch_end()
+        self.stop_at_budget()
+
+    def stop_at_budget(self) -> None:
         if self.budget_seconds() is not None and self.of_rank_0(self.seconds_trained()) >= self.budget_seconds():
             raise StopTraining(f"the budget of {self.budget_seconds():.0f} s is used")

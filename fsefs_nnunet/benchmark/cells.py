@@ -13,13 +13,11 @@ from fsefs_nnunet.benchmark.evaluation import METRICS, evaluate
 from fsefs_nnunet.benchmark.methods import METHODS, Method
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.study import Study
-from fsefs_nnunet.benchmark.weights import sha256_of_weights
 from fsefs_nnunet.cases.splits import support_cases
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.training_logs import logged_support, peak_memory
 from fsefs_nnunet.experiment import trained_parameters, training_budget, training_seconds
-
-FAILURES = (RuntimeError, ValueError, OSError)  # of one cell, after which the others go on
+from fsefs_nnunet.inference.weights import sha256_of_weights
 
 
 @dataclass(frozen=True, eq=False)

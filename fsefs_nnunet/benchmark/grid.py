@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import mean
 
-from fsefs_nnunet.benchmark.cells import FAILURES, Cell
+from fsefs_nnunet.benchmark.cells import Cell
 from fsefs_nnunet.benchmark.methods import METHODS, choose
 from fsefs_nnunet.benchmark.outputs import write_results
 from fsefs_nnunet.benchmark.report import write_report
@@ -71,7 +71,7 @@ def run_cells(study: Study, cells: list[Cell], command: list[str]) -> None:
                     continue
                 print(f"[{number}/{len(cells)}] {cell.title}{_left(cells, results, failures, spent)}", flush=True)
                 results[cell] = cell.run(spent.get(cell, 0.0))
-            except FAILURES as error:
+            except Exception as error:  # of one cell, the others go on: libraries raise whatever they like
                 results.pop(cell, None)
                 failures[cell] = str(error)
                 print(f"This one failed, the others go on: {error}", flush=True)

@@ -11,7 +11,7 @@ from time import time
 from tqdm import tqdm
 
 from fsefs_nnunet.atomic import write_atomically
-from fsefs_nnunet.benchmark.cells import FAILURES, Cell
+from fsefs_nnunet.benchmark.cells import Cell
 from fsefs_nnunet.devices import device_named
 from fsefs_nnunet.evaluation.tables import duration
 from fsefs_nnunet.inference.prediction import QueryPredictor
@@ -36,7 +36,7 @@ def share_features(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, float
         start = time()
         try:
             cell.train()
-        except FAILURES as error:
+        except Exception as error:  # of one cell, the others go on: libraries raise whatever they like
             failures[cell] = str(error)
             print(f"This one failed, the others go on: {error}", flush=True)
         seconds[cell] = time() - start
@@ -77,7 +77,7 @@ def _predict_together(cells: list[Cell]) -> dict[Cell, str]:
             if predictors:
                 model.network.backbone = next(iter(predictors.values())).model.network.backbone  # held in memory once
             predictors[cell] = QueryPredictor(model, memories_of(model) if cell.method.transductive else None)
-        except FAILURES as error:
+        except Exception as error:
             failures[cell] = str(error)
     images = study.target.image_files()
     title = f"predicting {len(images)} volumes with {len(predictors)} adapters"
@@ -98,7 +98,7 @@ def _predict_together(cells: list[Cell]) -> dict[Cell, str]:
     for cell in predictors:
         try:
             cell.count_dice()
-        except FAILURES as error:
+        except Exception as error:
             failures[cell] = str(error)
     return failures
 

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
-from fsefs_nnunet.cases.queries import images_in
+from fsefs_nnunet.cases.queries import images_in, require_channels
 from fsefs_nnunet.errors import InputError
 
 
@@ -38,6 +38,7 @@ class Target:
         for case in self.cases:
             if case not in found:
                 raise InputError(f"{self.images} has no image of {case!r}, which the splits name: put it back.")
+            require_channels(found[case])
         return {case: found[case] for case in self.cases}
 
     @cached_property
@@ -93,8 +94,10 @@ def test_set(images: Path, labels: Path, raw: Path) -> Target:
         InputError: for a folder without images, a case without a label, or imagesTr, whose cases are trained on.
     """
     dataset_json = read_dataset_json(raw / "dataset.json")
-    cases = tuple(images_in(images, dataset_json))
+    files = images_in(images, dataset_json)
+    cases = tuple(files)
     for case in cases:
+        require_channels(files[case])
         label = labels / f"{case}{dataset_json['file_ending']}"
         if not label.exists():
             raise InputError(f"{label} is missing: -l wants a reference segmentation of every case of -i.")

@@ -23,6 +23,7 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.inference.support_memory import SupportMemory
 from fsefs_nnunet.inference.trained_model import TrainedModel
 from fsefs_nnunet.inference.transduction import Transduction
+from fsefs_nnunet.inference.weights import sha256_of_weights
 from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.network import AdaptedNetwork
 from fsefs_nnunet.query_sizes import PredictedSizes, QueryVolume, block_voxels, scale_between, sizes_of
@@ -30,6 +31,7 @@ from fsefs_nnunet.query_sizes import PredictedSizes, QueryVolume, block_voxels, 
 # Voxels of a volume that adaptation looks at, after averaging, and that logits are computed of at a time.
 MAX_ADAPTED_VOXELS = 10_000
 SLAB_VOXELS = 1_000_000
+MADE_OF = "made_of"  # in a volume's report: with what it was predicted, so that only the same goes on from there
 PART_FOLDER = ".fseft_part"  # nnU-Net takes every file in the output folder for a segmentation, but no folder
 
 
@@ -67,12 +69,13 @@ class Volume:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What adaptation did in one fold, and its wall time. `after` is `before` where there was none."""
+    """What adaptation did in one fold, and its wall time. `after` is `before` where there was none, or it diverged."""
 
     before: PredictedSizes
     after: PredictedSizes
     steps: int = 0
     seconds: float = 0.0
+    diverged: bool = False
 
 
 class QueryPredictor:
@@ -141,9 +144,11 @@ class QueryPredictor:
         steps = transduction.adapt(network, volume, before)
         if not steps:
             return logits, Prediction(before, before, seconds=monotonic() - start)
-        logits = volume_logits(network, features)
-        after = sizes_of(logits, self.voxel_ml, self.has_regions)
-        return logits, Prediction(before, after, steps, monotonic() - start)
+        adapted = volume_logits(network, features)
+        if not adapted.isfinite().all():
+            return logits, Prediction(before, before, steps, monotonic() - start, diverged=True)
+        after = sizes_of(adapted, self.voxel_ml, self.has_regions)
+        return adapted, Prediction(before, after, steps, monotonic() - start)
 
     def _export(self, logits: torch.Tensor, properties: dict, output: Path, keep_largest: bool) -> None:
         from nnunetv2.inference.export_prediction import export_prediction_from_logits
@@ -182,7 +187,7 @@ class QueryPredictor:
                 "prior_ml": round(float(np.mean([prior.size for prior in known])), 4) if known else None,
                 "prior_spread_ml": round(float(np.mean([prior.spread for prior in known])), 4) if known else None,
             }
-            if known:
+            if known and self.memories is not None:
                 size = torch.tensor([prior.size if prior else 0.0 for prior in priors])
                 at_border = any(bool(fold.before.at_border[k]) for fold in folds)
                 absent = any(bool(fold.before[[k]].absent(size[i : i + 1])) for i, fold in enumerate(folds))
@@ -192,6 +197,7 @@ class QueryPredictor:
         return {
             "transductive": self.memories is not None,
             "steps": [fold.steps for fold in folds],
+            "diverged": [fold.diverged for fold in folds],
             "adaptation_seconds": round(sum(fold.seconds for fold in folds), 3),
             "classes": classes,
         }
@@ -208,6 +214,14 @@ def keep_largest_components(file: Path, model: TrainedModel) -> None:
     for label_or_region in model.classes:
         segmentation = remove_all_but_largest_component_from_segmentation(segmentation, label_or_region)
     reader.write_seg(segmentation[0], str(file), properties)
+
+
+def _made_of(sizes: Path) -> dict | None:
+    """What `predict_folder` wrote of the weights and options of a report; None without one that can be read."""
+    try:
+        return read_json(sizes).get(MADE_OF)
+    except (FileNotFoundError, InputError):
+        return None
 
 
 def predict_folder(
@@ -237,16 +251,20 @@ def predict_folder(
             shutil.copy(model.folder / name, output / name)
     except OSError as error:
         raise InputError(f"{output} cannot be written ({error.strerror}): choose another output folder.") from error
+    weights = [sha256_of_weights(file) for file in model.files]
+    transductive = predictor.memories is not None
+    made_of = {"weights": weights, "transductive": transductive, "largest_component": keep_largest}
     failures = []
     for case in tqdm(sorted(cases)[part_id::num_parts], desc="predicting"):
         segmentation = output / f"{case}{model.dataset_json['file_ending']}"
         sizes = output / f"{case}_sizes.json"
-        if continue_prediction and segmentation.exists() and sizes.exists():
-            if read_json(sizes)["transductive"] == (predictor.memories is not None):
-                continue
         try:
+            if continue_prediction and segmentation.exists() and _made_of(sizes) == made_of:
+                continue
             report = predictor.predict(cases[case], segmentation, keep_largest)
-            write_atomically(sizes, json.dumps(report, indent=1))
+            write_atomically(sizes, json.dumps({**report, MADE_OF: made_of}, indent=1))
+            if any(report["diverged"]):
+                tqdm.write(f"{cases[case][0]}: its adaptation diverged, the trained adapter segments it as it is.")
         except Exception as error:  # readers of broken files raise whatever they like
             failures.append(f"{cases[case][0]} was not segmented: {error}")
             tqdm.write(failures[-1])

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from fsefs_nnunet.atomic import read_json
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.cases.dataset_json import read_dataset_json
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import foreground_classes, foreground_names
 from fsefs_nnunet.network import AdaptedNetwork
+from fsefs_nnunet.plan_keys import check_plan_keys
 from fsefs_nnunet.size_prior import SizePrior
 
 PRIOR_KEY, MEMORY_KEY = "fseft_prior", "fseft_support"  # what our trainers add to nnU-Net's checkpoints
@@ -57,8 +59,8 @@ class TrainedModel:
         if missing:
             trained = sorted(f.parent.name[5:] for f in self.folder.glob(f"fold_*/{checkpoint}"))
             raise InputError(f"{missing[0]} is missing; trained folds: {' '.join(trained) or 'none'}. Choose with -f.")
-        self.plans_manager = PlansManager(json.loads((self.folder / "plans.json").read_text("utf-8")))
-        self.dataset_json = json.loads((self.folder / "dataset.json").read_text("utf-8"))
+        self.plans_manager = PlansManager(read_json(self.folder / "plans.json"))
+        self.dataset_json = read_dataset_json(self.folder / "dataset.json")
         self.configuration = self.plans_manager.get_configuration(configuration)
         self.settings = self.configuration.configuration
         self.label_manager = self.plans_manager.get_label_manager(self.dataset_json)
@@ -70,6 +72,7 @@ class TrainedModel:
                 f"{(without or self.files)[0]} holds no adapter with size priors: train one with FSEFTTrainer, or use "
                 "nnUNetv2_predict."
             )
+        check_plan_keys(self.settings, configuration, self.folder / "plans")
         for file, content in zip(self.files, checkpoints):
             require_backbone_of(file, content, self.settings)
         self.priors = [[p and SizePrior(*p) for p in content[PRIOR_KEY]] for content in checkpoints]

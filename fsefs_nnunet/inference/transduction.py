@@ -42,7 +42,7 @@ class Transduction:
             classes may grow.
 
         Returns:
-            The number of steps.
+            The number of steps. They end, too, where a size is no longer finite: look at what the network gives then.
         """
         optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=0.0)
         device = network.feature_mean.device
