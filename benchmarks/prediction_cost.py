@@ -3,11 +3,13 @@
     FSEFT_SHARED=FOLDER python benchmarks/prediction_cost.py --work /data/hippocampus
 
 Uses the trainings of benchmarks/hippocampus.py at K = 5 in the same folder; trains what is missing. Predicts imagesTs.
+Seconds are those of reading, backbone, adaptation and export, without the start of Python and the loading of models.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 from time import monotonic
@@ -18,11 +20,27 @@ from fsefs_nnunet.evaluation.tables import markdown_table
 from fsefs_nnunet.experiment import Experiment
 
 TRAINER, CONFIGURATION, FOLDS = "FSEFTTrainer", "3d_fullres_5shot", ("0", "1", "2", "3", "4")
-WAYS = {
-    "one fold, inductive": ("-f", "0", "--inductive"),
-    "one fold, transductive": ("-f", "0"),
-    "five folds, inductive": ("-f", *FOLDS, "--inductive"),
+WAYS = {  # folds, and whether to adapt to each volume
+    "one fold, inductive": (FOLDS[:1], False),
+    "one fold, transductive": (FOLDS[:1], True),
+    "five folds, inductive": (FOLDS, False),
 }
+
+
+def predict(experiment: Experiment, folds: tuple[str, ...], transductive: bool, images: Path, output: Path) -> float:
+    """Seconds for all of `images`."""
+    from fsefs_nnunet.devices import device_named
+    from fsefs_nnunet.inference.prediction import QueryPredictor, predict_folder
+    from fsefs_nnunet.inference.support import memories_of
+    from fsefs_nnunet.inference.trained_model import TrainedModel
+
+    folder, device = experiment.model(TRAINER, CONFIGURATION), device_named(experiment.device)
+    model = TrainedModel(folder, CONFIGURATION, folds, "checkpoint_final.pth", device)
+    predictor = QueryPredictor(model, memories_of(model) if transductive else None)
+    start = monotonic()
+    if failures := predict_folder(predictor, images, output):
+        raise RuntimeError("\n".join(failures))
+    return monotonic() - start
 
 
 def main() -> None:
@@ -37,15 +55,14 @@ def main() -> None:
     for fold in FOLDS:
         if not (experiment.model(TRAINER, CONFIGURATION) / f"fold_{fold}" / "checkpoint_final.pth").exists():
             experiment.train(TRAINER, CONFIGURATION, int(fold))
+    os.environ.update(experiment.environment())  # before nnU-Net reads its folders
     images, output = experiment.raw / "imagesTs", work / "prediction_cost"
-    model = ("-d", DATASET, "-c", CONFIGURATION, "-tr", TRAINER, "-device", args.device)
     seconds: dict[str, float] = {}
     for _ in range(args.repeats):
-        for way, flags in WAYS.items():
+        for way, (folds, transductive) in WAYS.items():
             shutil.rmtree(output, ignore_errors=True)
-            start = monotonic()
-            experiment.run("fseft", "predict", "-i", images, "-o", output, *model, *flags)
-            seconds[way] = min(seconds.get(way, float("inf")), monotonic() - start)
+            took = predict(experiment, folds, transductive, images, output)
+            seconds[way] = min(seconds.get(way, float("inf")), took)
     first = next(iter(seconds.values()))
     volumes = len(list(images.glob("*.nii.gz")))
     print(

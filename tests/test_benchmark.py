@@ -18,7 +18,6 @@ from scipy.stats import wilcoxon
 
 from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint
 from fsefs_nnunet.benchmark import grid as grid_module
-from fsefs_nnunet.benchmark import weights
 from fsefs_nnunet.benchmark.cells import Cell
 from fsefs_nnunet.benchmark.evaluation import METRICS
 from fsefs_nnunet.benchmark.grid import _left, plan_cells, run_cells
@@ -36,7 +35,7 @@ from fsefs_nnunet.evaluation.report import size_section
 from fsefs_nnunet.evaluation.surface import surface_metrics
 from fsefs_nnunet.evaluation.tables import duration
 from fsefs_nnunet.experiment import Experiment
-from fsefs_nnunet.inference import prediction
+from fsefs_nnunet.inference import prediction, weights
 
 NAN = float("nan")
 SPACING = (1.0, 2.0, 3.0)

@@ -143,8 +143,9 @@ def test_damaged_entry_is_computed_again(bank, images, backbone, damage):
     (npy,), (json_file,) = bank.folder.glob("a_*.npy"), bank.folder.glob("a_*.json")
     expected, info = npy.read_bytes(), json.loads(json_file.read_text())
     damage(npy, json_file)
-    again = make_bank(bank.root, backbone)
-    assert again.fill(["a"], images.get, whole) == 1
+    again, said = make_bank(bank.root, backbone), []
+    assert again.fill(["a"], images.get, whole, log=said.append) == 1
+    assert f"1 entries were not whole, or altered, and are computed again: {npy.stem}." in said
     assert npy.read_bytes() == expected and json.loads(json_file.read_text()) == info
     assert not list(bank.folder.glob("*.part"))
     assert again.fill(["a"], images.get, whole) == 0
@@ -429,16 +430,20 @@ def test_linear_probe_on_the_bank_is_the_predictors_sliding_window(tiny, contrac
     windows = predictor._internal_get_sliding_window_slicers(image.shape[1:])
     assert len(windows) == 8
     theirs = predictor.predict_sliding_window_return_logits(image).float()
-    # the predictor sums in float16: near the volume's corners, where its weights underflow, its logits are coarse
-    weight = torch.zeros(image.shape[1:])
+    gaussian = compute_gaussian(WINDOW, 1 / 8, 10, device=CPU).float()
+    blended, weight = torch.zeros_like(ours), torch.zeros(image.shape[1:])
+    padded = torch.nn.functional.pad(image, (0, 4, 0, 2))
     for window in windows:
-        weight[window[1:]] += compute_gaussian(WINDOW, 1 / 8, 10, device=CPU).float()
+        with torch.no_grad():
+            logits = network(image[window][None])[0]
+        blended[window] += logits * gaussian
+        weight[window[1:]] += gaussian
+    torch.testing.assert_close(ours, blended / weight, rtol=1e-3, atol=1e-3)
+    # the predictor sums in float16: near the volume's corners, where its weights underflow, its logits are coarse
     sound = weight > 0.01
     assert sound.float().mean() > 0.6 and theirs.abs().max() > 1
-    # and the bank holds float16 as well
     torch.testing.assert_close(ours[:, sound], theirs[:, sound], rtol=2e-3, atol=2e-3)
     # windows matter: the volume in one piece gives something else
-    padded = torch.nn.functional.pad(image, (0, 4, 0, 2))
     with torch.no_grad():
         in_one_piece = network(padded[None])[0, :, :, :22, :20]
     assert (in_one_piece - theirs)[:, sound].abs().max() > 0.03

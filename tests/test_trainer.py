@@ -447,7 +447,21 @@ def test_constant_images(work):
     assert np.isfinite(trainer.logger.get_value("train_losses", step=None)).all()
     assert all(torch.isfinite(tensor).all() for tensor in trainer.network.state_dict().values())
     log = text_of(trainer)
+    for case in (splits["folds"][0][0], query):
+        assert f"The image of {case} is constant" in log
     assert f"{query} seems to lack spleen" in log.split("after training")[1]
+
+
+def test_unlabelled_query_without_the_organ(work):
+    """Nothing is enlarged in it, and that is said; the others are constrained as before."""
+    file = work.preprocessed / "FSEFTPlans_3d_fullres_queries" / "scan_0.npy"
+    air = np.load(file)
+    air[:] = np.random.default_rng(0).normal(0, 0.01, air.shape)
+    np.save(file, air)
+    trainer = trained(work)
+    after = text_of(trainer).split("after training")[1]
+    assert re.search(r"scan_0 seems to lack [a-z_, ]*spleen", after)
+    assert np.isfinite(trainer.logger.get_value("train_losses", step=None)).all()
 
 
 def test_regions_with_ignore_label(work):

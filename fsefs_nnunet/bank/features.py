@@ -160,6 +160,8 @@ class FeatureBank:
         keys = []
         for case in cases:
             image = _finite_image(case, load_image)
+            if image.min() == image.max():
+                log(f"The image of {case} is constant: there is nothing in it to tell voxels apart.")
             image_sha256 = hashlib.sha256(image).hexdigest()
             keys.append(EntryKey(self.recipe, case, image_sha256, layout(case, image.shape[1:])))
         missing = [key for key in keys if not self._open(key)]
@@ -172,11 +174,21 @@ class FeatureBank:
                 f"Feature bank {self.folder}: {len(volumes)} volumes to go through the frozen backbone, once; "
                 f"their features take {gigabytes(needed)}."
             )
+            self._tell_odd(missing, log)
             require_space(self.root, needed, cap_gb)
         progress = tqdm(volumes.values(), desc="feature bank", disable=not missing)
         computed = sum(self._compute(keys, load_image) for keys in progress)
         log(f"Feature bank {self.folder} takes {gigabytes(used_bytes(self.folder))}.")
         return computed
+
+    def _tell_odd(self, missing: list[EntryKey], log: Callable[[str], None]) -> None:
+        left = (".npy", ".json", ".npy.part")
+        damaged = [key.name for key in missing if any((self.folder / f"{key.name}{end}").exists() for end in left)]
+        if damaged:
+            log(f"{len(damaged)} entries were not whole, or altered, and are computed again: {', '.join(damaged)}.")
+        small = sum(any(n < w for n, w in zip(key.layout.shape, self.patch_size)) for key in missing)
+        if small:
+            log(f"{small} of them are smaller than the window of {self.patch_size} voxels: padded with zeros.")
 
     def _compute(self, keys: list[EntryKey], load_image: Callable[[str], np.ndarray]) -> int:
         """Entries of one volume; returns how many this process computed."""
