@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import nibabel as nib
@@ -9,7 +10,7 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from fsefs_nnunet import planning
-from fsefs_nnunet.backbones.store import EMBEDDED, load_weights, save_backbone
+from fsefs_nnunet.backbones.store import EMBEDDED, find_backbone, load_weights, save_backbone
 from fsefs_nnunet.cases.queries import UnlabelledQueries, images_in, require_channels
 from fsefs_nnunet.cases.splits import load_splits
 from fsefs_nnunet.cli.main import main
@@ -358,3 +359,60 @@ def test_query_folders_that_are_refused(workspace, tmp_path):
     (workspace.queries / "scan_0_0000.nii.gz").rename(workspace.queries / "case_0_0000.nii.gz")
     with pytest.raises(ValueError, match="share case names, e.g. case_0: rename the queries"):
         planning.write_splits(77, [], str(workspace.queries), 20, 5, 1)
+
+
+# ---- what is refused, before anything is replaced ----
+
+
+def raw_image(workspace, case="case_7"):
+    return workspace.raw / "imagesTr" / f"{case}_0000.nii.gz"
+
+
+def with_nan(workspace) -> None:
+    image = nib.load(raw_image(workspace))
+    array = image.get_fdata(dtype=np.float32)
+    array[3, 3, 3] = np.nan
+    nib.save(nib.Nifti1Image(array, image.affine), raw_image(workspace))
+
+
+def truncated(workspace) -> None:
+    raw_image(workspace).write_bytes(raw_image(workspace).read_bytes()[:1000])
+
+
+def second_channel(workspace) -> None:
+    shutil.copy(raw_image(workspace), raw_image(workspace).with_name("case_7_0001.nii.gz"))
+
+
+def two_channels_wanted(workspace) -> None:
+    edit(workspace.raw / "dataset.json", lambda content: content.update(channel_names={"0": "CT", "1": "CT"}))
+
+
+def damaged_backbone(workspace) -> None:
+    store = workspace.root / "store"
+    save_backbone(replace(find_backbone("phantom"), id="mine"), load_weights(find_backbone("phantom")), store)
+    file = store / "mine.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+REFUSED = {
+    "NaN": (with_nan, [], r"case_7_0000\.nii\.gz holds NaN or infinite values: repair"),
+    "truncated image": (truncated, [], r"case_7_0000\.nii\.gz cannot be read .*: repair it, or leave the case out"),
+    "a channel too many": (second_channel, [], r"case_7 has 2 images in .*, dataset\.json names 1 channel"),
+    "a channel too few": (two_channels_wanted, [], r"channel"),
+    "K beyond the cases": (None, ["--shots", "99"], r"99 shots need as many labelled cases, the dataset has 8"),
+    "unknown backbone": (None, ["-b", "fantom"], r"'fantom'"),
+    "damaged backbone": (damaged_backbone, ["-b", "mine"], r"mine\.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_anything_is_replaced(workspace, monkeypatch, capsys, name):
+    break_it, options, sentence = REFUSED[name]
+    monkeypatch.setenv("fseft_backbones", str(workspace.root / "store"))
+    if break_it is not None:
+        break_it(workspace)
+    before = {path: path.read_bytes() for path in workspace.preprocessed.rglob("*") if path.is_file()}
+    assert main(["plan_and_preprocess", "-d", "77", "--seed", "1", "-np", "1", *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("fseft: ") and re.search(sentence, error)
+    assert {path: path.read_bytes() for path in workspace.preprocessed.rglob("*") if path.is_file()} == before
