@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from published_files import turned
 from scipy.ndimage import label
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
@@ -334,6 +335,18 @@ def test_an_image_without_air_is_told(work, capsys):
     assert predict(work, "output", "--inductive") == 0
     told = capsys.readouterr()
     assert f"{first} has no value below 0" in told.out + told.err and str(second) not in told.out + told.err
+
+
+def test_stored_orientation_does_not_matter(work):
+    assert predict(work, "before") == 0
+    for file in (work.root / "images").iterdir():
+        image = nib.load(file)
+        nib.save(turned(nib.Nifti1Image(np.asarray(image.dataobj), image.affine), "LPS"), file)
+    assert predict(work, "after") == 0
+    for case, expected in segmentations(work, "before").items():
+        made = nib.load(work.root / "after" / f"{case}.nii.gz")
+        assert nib.aff2axcodes(made.affine) == ("L", "P", "S")
+        assert (np.asarray(turned(made, "RAS").dataobj) != expected).mean() < 1e-3 and expected.any()
 
 
 def test_parts_share_the_cases(work):
