@@ -14,7 +14,7 @@ from fsefs_nnunet.query_sizes import PredictedSizes, QueryVolume
 from fsefs_nnunet.size_prior import size_penalty
 
 WEIGHT = 1.0
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 1e-4  # larger first steps of AdamW overshoot the band
 MAX_STEPS = 30
 
 
