@@ -1,5 +1,4 @@
 import json
-import re
 import shutil
 import sys
 from dataclasses import replace
@@ -441,25 +440,13 @@ def test_constant_images(work):
     for case in (splits["folds"][0][0], query):
         edit_images(work, case, np.zeros_like)
         assert not np.asarray(infer_dataset_class(folder)(folder, [case]).load_case(case)[0][:]).any()
-    trainer = trained(work)
+    trainer = trained(work, fseft_lambda=0.1)
     assert np.isfinite(trainer.logger.get_value("train_losses", step=None)).all()
     assert all(torch.isfinite(tensor).all() for tensor in trainer.network.state_dict().values())
     log = text_of(trainer)
     for case in (splits["folds"][0][0], query):
         assert f"The image of {case} is constant" in log
     assert f"{query} seems to lack spleen" in log.split("after training")[1]
-
-
-def test_unlabelled_query_without_the_organ(work):
-    """Nothing is enlarged in it, and that is said; the others are constrained as before."""
-    file = work.preprocessed / "FSEFTPlans_3d_fullres_queries" / "scan_0.npy"
-    air = np.load(file)
-    air[:] = np.random.default_rng(0).normal(0, 0.01, air.shape)
-    np.save(file, air)
-    trainer = trained(work)
-    after = text_of(trainer).split("after training")[1]
-    assert re.search(r"scan_0 seems to lack [a-z_, ]*spleen", after)
-    assert np.isfinite(trainer.logger.get_value("train_losses", step=None)).all()
 
 
 def test_regions_with_ignore_label(work):
@@ -827,7 +814,7 @@ def test_model_whose_support_is_no_longer_preprocessed(work):
         ({"fseft_stop_at_plateau": "no"}, "fseft_stop_at_plateau .*: make it true or false"),
         ({"fseft_seed": None}, "fseft_seed .* is None: make it a whole number"),
         ({"fseft_lamda": 0.5}, "'fseft_lamda' of .* is no key of ours: did you mean 'fseft_lambda'"),
-        ({"fseft_zzz": 1}, "'fseft_zzz' of .* is no key of ours: known are fseft_crop_size, "),
+        ({"fseft_quux_thing_xyz": 1}, "'fseft_quux_thing_xyz' of .* is no key of ours: known are fseft_crop_size, "),
     ],
 )
 def test_impossible_values_in_the_plans(work, settings, sentence):

@@ -306,7 +306,7 @@ def test_bad_input(workspace, tmp_path, capsys, monkeypatch):
     file.write_text(json.dumps({**content, "labels": {"background": 0, "stomach": 1}}))
     assert "'phantom' knows none of the labels stomach; its head knows " in refused("-i", images)
     file.write_text(json.dumps({**content, "channel_names": {"0": "CT", "1": "CT"}}))
-    assert "scan_0_0001.nii.gz is missing" in refused("-i", str(workspace.queries))
+    assert "has 2 channel(s), backbone 'phantom' takes 1: choose" in refused("-i", str(workspace.queries))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no GPU here that PyTorch can use as 'cuda': add -device cpu" in refused("-i", images, "-device", "cuda")
     assert not (tmp_path / "out").exists()

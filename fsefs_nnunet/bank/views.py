@@ -25,12 +25,22 @@ def augmented_view(
     Args:
         transforms: of batchgeneratorsv2, nnU-Net's training transforms for a patch of (X, Y, Z).
     """
+    _leave_timing_out(transforms)
     with _seeded(seed):
         result = transforms(
             image=torch.from_numpy(np.array(image, np.float32)),
             segmentation=torch.from_numpy(np.array(segmentation, np.int16)),
         )
     return result["image"].numpy(), result["segmentation"].numpy()
+
+
+def _leave_timing_out(transform: object) -> None:
+    """nnU-Net's blur measures which of two convolutions is faster here and now; their results differ in rounding."""
+    if hasattr(transform, "benchmark"):
+        transform.benchmark = False
+    for inner in [getattr(transform, "transform", None), *getattr(transform, "transforms", [])]:
+        if inner is not None:
+            _leave_timing_out(inner)
 
 
 @contextmanager
