@@ -44,8 +44,7 @@ _KEYS: dict[str, _Rule] = {
 
 
 def check_plan_keys(settings: dict, configuration: str, plans_name: str) -> None:
-    """Raises InputError for the first key of `settings`, the configuration, that is unknown, missing or holds no such
-    value."""
+    """Raises InputError for a key of `settings`, the configuration, that is unknown, missing or holds no such value."""
     known = [*_KEYS, *_CHECKED_ELSEWHERE]
     for key in settings:
         if key.startswith("fseft_") and key not in known:

@@ -32,7 +32,7 @@ BYTES_PER_CROP_VOXEL = 2 * 2 * 4 * 5
 MOST_FEATURES = 256
 SMALLEST_CROP, LARGEST_CROP = 16, 32
 # Crops a step and steps an epoch: many small steps teach more than few large ones, but of a single case the adapter
-# learns by heart what many steps show it (documentation/benchmarks.md, "What was chosen on the queries").
+# learns by heart what many steps show it (documentation/benchmarks.md, "The queries, and what was chosen on them").
 ONE_SHOT, MORE_SHOTS = (4, 4), (2, 8)
 # Each view costs as much as its case in time and disk.
 VIEWS, MOST_AUGMENTED = 8, 40
