@@ -58,7 +58,7 @@ class QueryVolume:
 
     def predict(self, network: AdaptedNetwork, has_regions: bool) -> PredictedSizes:
         device = network.feature_mean.device
-        logits = network.adapt(self.features.to(device).float()).float()
+        logits = network.adapt(self.features.to(device)).float()
         return sizes_of(logits[0], self.voxels_ml.to(device), has_regions, self.scale)
 
 

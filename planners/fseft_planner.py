@@ -31,11 +31,10 @@ BYTES_PER_CROP_VOXEL = 2 * 2 * 4 * 5
 # and more in all their stages, 32 in the decoder's last.
 MOST_FEATURES = 256
 SMALLEST_CROP, LARGEST_CROP = 16, 32
-# Crops a step and steps an epoch: many small steps teach more than few large ones, but of a single case the adapter
-# learns by heart what many steps show it (documentation/benchmarks.md, "The queries, and what was chosen on them").
-ONE_SHOT, MORE_SHOTS = (4, 4), (2, 8)
-# Each view costs as much as its case in time and disk.
-VIEWS, MOST_AUGMENTED = 8, 40
+# Many small steps teach more than few large ones, and with few views the adapter learns them by heart
+# (documentation/benchmarks.md, "The queries, and what was chosen on them").
+CROPS_PER_STEP, STEPS_PER_EPOCH = 2, 8
+VIEWS = 64  # of all support cases together; each costs a pass of the backbone over one window
 # Calibrated sizes of features pooled by 2 serve the prior as well as those of whole volumes, at an eighth of the cost.
 LEAST_POOLING = 2
 
@@ -165,7 +164,6 @@ class FSEFTPlanner(ExperimentPlanner):
                 f"gpu_memory_target_in_gb = {self.UNet_vram_target_GB} is too small for one crop of {crop} voxels."
             )
         cases = len(self.dataset) if shots == "all" else shots
-        crops, steps = ONE_SHOT if cases == 1 else MORE_SHOTS
         return {
             "inherits_from": "3d_fullres",
             "patch_size": window,
@@ -185,9 +183,9 @@ class FSEFTPlanner(ExperimentPlanner):
             "fseft_backbone": self.contract.id,
             "fseft_shots": shots,
             "fseft_crop_size": crop,
-            "fseft_crops_per_step": min(crops, fitting),
-            "fseft_views": min(VIEWS, max(1, MOST_AUGMENTED // cases)),
-            "fseft_steps_per_epoch": steps,
+            "fseft_crops_per_step": min(CROPS_PER_STEP, fitting),
+            "fseft_views": max(1, VIEWS // cases),
+            "fseft_steps_per_epoch": STEPS_PER_EPOCH,
             "fseft_loss": "nnunet",
             "fseft_lambda": 0.3,
             "fseft_gamma": 0.1,

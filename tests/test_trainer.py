@@ -384,6 +384,22 @@ def test_views_of_the_support(work):
         assert mask.any() and image[0][mask].mean() > image[0].mean()
 
 
+def test_views_of_a_volume_larger_than_the_window(work):
+    """One window each, so that a view costs one pass of the backbone; image and label map stay together."""
+    trainer = make_trainer(work, fseft_views=6, fold=1, patch_size=[24, 24, 24], fseft_lambda=0.0)
+    trainer.on_train_start()
+    entries = [trainer.bank[name] for name in trainer.views]
+    assert {entry.layout.shape for entry in entries} == {(24, 24, 24)}
+    assert all(entry.layout.boxes == (((0, 0, 0), (24, 24, 24)),) for entry in entries)
+    kidneys = 0
+    for name in trainer.views:
+        image, kidney = trainer.load_image(name)[0], trainer.load_segmentation(name)[0] == 3
+        if kidney.sum() > 20:
+            kidneys += 1
+            assert image[kidney].mean() > image[~kidney].mean()
+    assert kidneys >= 6
+
+
 def test_second_training_fills_no_bank(work):
     bank = work.preprocessed / "fseft_features"
     times = {file: file.stat().st_mtime_ns for file in bank.rglob("*.npy")}

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 
 from fsefs_nnunet.bank.crops import CropLoader, region_transform
 from fsefs_nnunet.bank.disk import BANK_FOLDER, cap_in_gb
 from fsefs_nnunet.bank.features import FeatureBank
 from fsefs_nnunet.bank.layout import Layout, pooled_name, query_layout, support_layout
-from fsefs_nnunet.bank.views import augmented_view, view_name
+from fsefs_nnunet.bank.views import augmented_view, view_name, view_patch
 from fsefs_nnunet.cases.preprocessed import refuse_missing
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cases.splits import SPLITS_FILE, fold_seed, load_splits, query_cases
@@ -66,9 +67,10 @@ class FSEFTTrainer(AdaptedTrainer):
     def load_view(self, name: str) -> np.ndarray:
         """Image of an augmented view, a function of the plans' seed; its label map stays for load_segmentation."""
         case, view = self.views[name]
-        segmentation = self.load_segmentation(case)
+        image, segmentation = self.load_image(case), self.load_segmentation(case)
+        window = np.minimum(self.configuration_manager.patch_size, segmentation.shape[1:])
         transforms = self.get_training_transforms(
-            segmentation.shape[1:],
+            window,
             self.rotation,
             None,
             None,
@@ -77,7 +79,10 @@ class FSEFTTrainer(AdaptedTrainer):
             foreground_labels=self.label_manager.foreground_labels,
         )
         seed = (self.settings["fseft_seed"], view, *case.encode())
-        image, turned = augmented_view(transforms, self.load_image(case), segmentation, seed)
+        patch = view_patch(segmentation, window, self.initial_patch_size, seed)
+        image, turned = augmented_view(
+            transforms, crop_and_pad_nd(image, patch, 0), crop_and_pad_nd(segmentation, patch, -1), seed
+        )
         self.view_segmentations[name] = turned.astype(segmentation.dtype)
         return image
 
@@ -111,7 +116,9 @@ class FSEFTTrainer(AdaptedTrainer):
             f"{len(self.support)} labelled support cases (all the labels that this training uses): {self.support}; "
             f"{len(self.queries)} queries, {len(labelled_queries)} of them with labels for the final validation."
         )
-        self.rotation, self.dummy_2d, _, _ = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        self.rotation, self.dummy_2d, self.initial_patch_size, _ = (
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
         self.view_segmentations: dict[str, np.ndarray] = {}
         self.views = {
             view_name(case, v): (case, v) for case in self.support for v in range(self.settings["fseft_views"])

@@ -13,7 +13,7 @@ from fsefs_nnunet.bank.features import FeatureBank
 class CropLoader:
     """Iterates over batches like nnU-Net's data loaders: 'data', 'target' and 'keys'.
 
-    'data' is (B, C, X, Y, Z) features, 'target' (B, 1, X, Y, Z) the label map, or what `transform` makes of it.
+    'data' is (B, C, X, Y, Z) features in float16, 'target' (B, 1, X, Y, Z) the label map, or what `transform` makes of it.
     A resumed training draws what an uninterrupted one would have drawn: call `start_epoch` before each epoch.
     Half of the crops are centred on a random foreground voxel (foreground : background 1 : 1, as published). The others
     lie anywhere, as far as the bank holds the volume: in one of the blocks that it keeps for them.
@@ -73,7 +73,7 @@ class CropLoader:
         target = torch.from_numpy(np.maximum(seg[box], 0).astype(np.int16))
         if self.transform is not None:
             target = self.transform(**{"segmentation": target})["segmentation"]
-        return torch.from_numpy(entry.crop(start, self.crop_size).astype(np.float32)), target
+        return torch.from_numpy(np.ascontiguousarray(entry.crop(start, self.crop_size))), target
 
 
 def region_transform(label_manager) -> Callable | None:

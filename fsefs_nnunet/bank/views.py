@@ -1,4 +1,8 @@
-"""Augmented views of support volumes: stored features cannot be augmented as images are, so the images are, before."""
+"""Augmented views of support volumes, of a window each, as nnU-Net's patches are.
+
+Stored features cannot be augmented as images are, so the images are, before. A window costs one pass of the backbone,
+where a volume of a patient costs a hundred.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,31 @@ SEPARATOR = "__view"
 def view_name(case: str, view: int) -> str:
     """The name of a view in the feature bank."""
     return f"{case}{SEPARATOR}{view}"
+
+
+def view_patch(
+    segmentation: np.ndarray, window: Sequence[int], initial_patch: Sequence[int], seed: Sequence[int]
+) -> list[list[int]]:
+    """Where a view is cut, [first, stop) per axis: beyond the window, so that turning it finds image at its corners.
+
+    The window lies in the volume, around a random voxel of a random class, as nnU-Net oversamples foreground.
+
+    Args:
+        segmentation: label map (1, X, Y, Z); nothing is cut along axes that are no longer than the window.
+        window: voxels per axis, at most the volume's.
+        initial_patch: nnU-Net's size of a patch before its spatial transform.
+    """
+    rng = np.random.default_rng(list(seed))
+    shape = np.array(segmentation.shape[1:])
+    classes = np.unique(segmentation[segmentation > 0])
+    centre = shape // 2
+    if len(classes):
+        voxels = np.argwhere(segmentation[0] == rng.choice(classes))
+        centre = voxels[rng.integers(len(voxels))]
+    first = np.clip(centre - np.array(window) // 2, 0, shape - window)
+    beyond = np.where(shape > window, np.maximum(np.subtract(initial_patch, window), 0), 0)
+    start = first - beyond // 2
+    return np.stack([start, start + window + beyond], 1).tolist()
 
 
 def augmented_view(

@@ -40,12 +40,12 @@ def volume_logits(network: AdaptedNetwork, features: torch.Tensor) -> torch.Tens
     """Features (C, X, Y, Z) -> logits (outputs, X, Y, Z), both on the CPU; in slabs that overlap by what it reaches."""
     device, margin = network.feature_mean.device, network.adapter.margin
     if margin is None:  # its output depends on all of the volume
-        return network.adapt(features[None].to(device).float())[0].float().cpu()
+        return network.adapt(features[None].to(device))[0].float().cpu()
     size = max(1, SLAB_VOXELS // int(np.prod(features.shape[2:])))
     slabs = []
     for start in range(0, features.shape[1], size):
         first, stop = max(0, start - margin), min(features.shape[1], start + size + margin)
-        logits = network.adapt(features[None, :, first:stop].to(device).float())[0]
+        logits = network.adapt(features[None, :, first:stop].to(device))[0]
         slabs.append(logits[:, start - first : start - first + size].float().cpu())
     return torch.cat(slabs, 1)
 

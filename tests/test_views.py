@@ -1,0 +1,48 @@
+"""Where augmented views are cut from a support volume."""
+
+import numpy as np
+
+from fsefs_nnunet.bank.views import view_patch
+
+WINDOW, INITIAL = (8, 8, 8), (11, 10, 8)
+
+
+def labelled(*boxes: tuple[int, slice, slice, slice]) -> np.ndarray:
+    segmentation = np.zeros((1, 20, 30, 40), np.int16)
+    for label, *box in boxes:
+        segmentation[(0, *box)] = label
+    return segmentation
+
+
+def test_a_volume_that_fits_the_window_is_taken_whole():
+    segmentation = labelled((1, slice(3, 5), slice(3, 5), slice(3, 5)))
+    for seed in range(5):
+        assert view_patch(segmentation, (20, 30, 40), (30, 40, 50), (seed,)) == [[0, 20], [0, 30], [0, 40]]
+    (first, *whole) = view_patch(segmentation, (8, 30, 40), (12, 40, 50), (0,))
+    assert whole == [[0, 30], [0, 40]] and first[1] - first[0] == 12
+
+
+def test_windows_lie_around_voxels_of_every_class_alike():
+    """A class of 2 voxels gets as many views as one of 2,000; the patch goes beyond the window on both sides."""
+    large, small = (1, slice(0, 10), slice(0, 10), slice(0, 20)), (2, slice(19, 20), slice(28, 30), slice(39, 40))
+    segmentation = labelled(large, small)
+    shows = []
+    for seed in range(100):
+        patch = np.array(view_patch(segmentation, WINDOW, INITIAL, (seed,)))
+        assert (patch[:, 1] - patch[:, 0]).tolist() == list(INITIAL)
+        first = patch[:, 0] + (np.array(INITIAL) - WINDOW) // 2
+        assert (first >= 0).all() and (first + WINDOW <= segmentation.shape[1:]).all()
+        window = segmentation[(0, *(slice(a, a + n) for a, n in zip(first, WINDOW)))]
+        shows.append([(window == label).any() for label in (1, 2)])
+    assert all(one != two for one, two in shows)
+    assert 30 <= sum(two for _, two in shows) <= 70
+
+
+def test_a_volume_without_labels_gives_its_middle():
+    assert view_patch(labelled(), WINDOW, WINDOW, (3,)) == [[6, 14], [11, 19], [16, 24]]
+
+
+def test_the_seed_decides():
+    segmentation = labelled((1, slice(0, 20), slice(0, 30), slice(0, 40)))
+    patches = [view_patch(segmentation, WINDOW, INITIAL, (1, view)) for view in (0, 0, 1)]
+    assert patches[0] == patches[1] != patches[2]
