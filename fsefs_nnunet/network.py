@@ -144,7 +144,7 @@ class AdaptedNetwork(nn.Module):
                 shape = (1, -1, 1, 1, 1)
                 reduced = torch.addcmul((-mean / std).view(shape), features, (1 / std).view(shape))
             else:
-                # standardisation as a part of the reduction: a pass of its own over all features costs a tenth of a step
+                # standardisation as a part of the reduction: a pass of its own over all features is a tenth of a step
                 weight = self.reduction.weight / std.view(1, -1, 1, 1, 1)
                 reduced = conv3d(features, weight, -(weight.flatten(1) * mean).sum(1))
             return self.head(self.adapter(reduced))

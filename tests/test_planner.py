@@ -53,7 +53,9 @@ def test_configurations(tiny, contract):
         assert child["architecture"]["network_class_name"] == "fsefs_nnunet.network.AdaptedNetwork"
         assert child["architecture"]["arch_kwargs"]["sha256"] == contract.sha256
         assert (child["fseft_lambda"], child["fseft_gamma"]) == (0.3, 0.1)
-        assert child["fseft_steps_per_epoch"] == (4 if shots == 1 else 8)
+        assert (child["fseft_crops_per_step"], child["fseft_steps_per_epoch"]) == (2, 8)
+        # 64 of all support cases together; "all" are eight
+        assert child["fseft_views"] == {1: 64, 5: 12, "all": 8}[shots]
         flat = {key: value for key, value in child.items() if key.startswith("fseft_")}
         assert not any(isinstance(value, dict) for value in flat.values())  # inherits_from is a shallow merge
 
@@ -132,8 +134,8 @@ def test_window_of_other_axes(workspace):
 
 
 def test_memory_target(workspace):
-    children = [plan(workspace, gpu_memory_target_in_gb=gb)["configurations"]["3d_fullres_1shot"] for gb in (0.06, 8)]
-    assert [child["fseft_crops_per_step"] for child in children] == [2, 4]
+    children = [plan(workspace, gpu_memory_target_in_gb=gb)["configurations"]["3d_fullres_1shot"] for gb in (0.03, 8)]
+    assert [child["fseft_crops_per_step"] for child in children] == [1, 2]
     with pytest.raises(ValueError, match="gpu_memory_target_in_gb = 0.01 is too small for one crop"):
         plan(workspace, gpu_memory_target_in_gb=0.01)
 

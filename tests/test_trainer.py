@@ -29,6 +29,7 @@ from fsefs_nnunet.inference.trained_model import TrainedModel
 from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 from fsefs_nnunet.shims import fseft_trainers
+from fsefs_nnunet.size_prior import size_penalty
 from fsefs_nnunet.trainers.fine_tuning import FSEFTTrainer_FTLast
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer, FSEFTTrainer_Adapter, FSEFTTrainer_LinearProbe
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
@@ -649,6 +650,21 @@ def test_five_labelled_cases_and_unlabelled_queries(five):
     assert not (Path(trainer.output_folder) / "validation").exists()
     # the prior acts
     assert not identical(weights(trainer), weights(trained(five, FSEFTTrainer_Adapter)))
+
+
+def test_an_unlabelled_query_without_the_organs(five):
+    """A scan of air: said, and the prior does not ask for organs in it. (Three epochs find no stomach anywhere.)"""
+    file = five.preprocessed / "FSEFTPlans_3d_fullres_queries" / "scan_1.npy"
+    np.save(file, np.zeros_like(np.load(file)))
+    trainer = trained(five)
+    prior = trainer.prior_ml[[0, 2]]
+    for query, shows in (("scan_0", True), ("scan_1", False)):
+        predicted = trainer.query_sizes.predict(trainer.network, query, has_regions=False)[[0, 2]]
+        whole = predicted.seen_whole(prior)
+        assert not predicted.absent(prior).any() if shows else not whole.any()
+    assert not size_penalty(predicted.soft, prior, 0.1, whole).any()
+    log = text_of(trainer).split("after training")[1]
+    assert "scan_1 seems to lack spleen, kidney_left" in log and "scan_0 seems to lack" not in log
 
 
 def test_no_queries_at_all(five):

@@ -13,7 +13,7 @@ from fsefs_nnunet.bank.features import FeatureBank
 class CropLoader:
     """Iterates over batches like nnU-Net's data loaders: 'data', 'target' and 'keys'.
 
-    'data' is (B, C, X, Y, Z) features in float16, 'target' (B, 1, X, Y, Z) the label map, or what `transform` makes of it.
+    'data' is (B, C, X, Y, Z) float16 features, 'target' (B, 1, X, Y, Z) the label map, or what `transform` makes of it.
     A resumed training draws what an uninterrupted one would have drawn: call `start_epoch` before each epoch.
     Half of the crops are centred on a random foreground voxel (foreground : background 1 : 1, as published). The others
     lie anywhere, as far as the bank holds the volume: in one of the blocks that it keeps for them.
