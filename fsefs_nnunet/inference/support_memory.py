@@ -33,7 +33,7 @@ class SupportMemory:
         limit = 1
         while len(crops) < limit:
             batch = next(loader)
-            crops.extend(zip(batch["data"].half(), batch["target"].to(torch.int16)))
+            crops.extend(zip(batch["data"], batch["target"].to(torch.int16)))
             limit = max(1, min(MAX_CROPS, MAX_BYTES // sum(tensor.nbytes for tensor in crops[0])))
         crops = crops[:limit]
         features, targets = zip(*crops)
@@ -42,7 +42,7 @@ class SupportMemory:
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (BATCH_SIZE, C, x, y, z) float32 and targets of training step `step`; every crop in turn."""
         which = torch.from_numpy(np.arange(step * BATCH_SIZE, (step + 1) * BATCH_SIZE) % len(self.features))
-        return self.features[which].float(), self.targets[which]
+        return self.features[which], self.targets[which]
 
     def state(self) -> dict[str, torch.Tensor]:
         return {"features": self.features, "targets": self.targets}
