@@ -17,6 +17,7 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.stats import wilcoxon
 
 from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint
+from fsefs_nnunet.backbones.store import user_folder
 from fsefs_nnunet.benchmark import grid as grid_module
 from fsefs_nnunet.benchmark.cells import Cell
 from fsefs_nnunet.benchmark.evaluation import METRICS
@@ -678,7 +679,10 @@ def test_a_grid(grid):
         "Best, median and worst case: linear probe, 5 shots, fold 0",
         "SHA-256",
         "fseft benchmark -d 77 -p FSEFTPlans -device cpu --folds 1 --shots 5 --methods probe ft_last -o ",
-        "export nn",
+        "export nnUNet_raw=",
+        f"export fseft_backbones={user_folder()}",
+        "<summary>splits_fseft.json</summary>",
+        "&quot;fseft_lambda&quot;: 0.3",
     ):
         assert text in page
     assert page.count("data:image/png") == 1 + 3 and "http" not in page.split("base64")[0]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from matplotlib.colors import to_rgb
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
@@ -98,6 +99,18 @@ def test_slices_lie_as_radiologists_expect(tmp_path):
     array, spacing = _load(tmp_path / "x.nii.gz")
     assert array[0, 0, 0] == 1  # left column and top row of every panel
     np.testing.assert_allclose(spacing, SPACING)
+
+
+@pytest.mark.parametrize("ending", [".mha", ".nrrd"])
+def test_overlay_of_what_simpleitk_reads(tmp_path, case, ending):
+    """The same picture as of NIfTI, whose axes nibabel turns, SimpleITK's being stored as they come."""
+    files = write(tmp_path / "nii", case, save_ras)
+    others = {name: file.with_name(f"{name}{ending}") for name, file in files.items()}
+    for name, file in files.items():
+        SimpleITK.WriteImage(SimpleITK.ReadImage(file), others[name])
+    for group, png in ((files, "a.png"), (others, "b.png")):
+        save_overlay(group["image"], group["segmentation"], tmp_path / png, group["reference"])
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_overlay_of_an_empty_segmentation(tmp_path, case):

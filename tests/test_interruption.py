@@ -1,13 +1,16 @@
-"""nnUNetv2_train, killed without warning and continued with --c: the adapter is the uninterrupted run's, bit by bit."""
+"""Our commands and nnUNetv2_train, killed without warning and run again: what comes out is the uninterrupted run's."""
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +19,8 @@ from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 pytestmark = pytest.mark.slow
 
 FIVE = "3d_fullres_5shot"
-COMMAND = [Path(sys.executable).parent / "nnUNetv2_train", "77", FIVE, "0", "-tr", "FSEFTTrainer", "-p", "FSEFTPlans"]
+PROGRAMS = Path(sys.executable).parent
+COMMAND = [PROGRAMS / "nnUNetv2_train", "77", FIVE, "0", "-tr", "FSEFTTrainer", "-p", "FSEFTPlans"]
 
 
 def environment(work) -> dict[str, str]:
@@ -42,13 +46,13 @@ def train(work, *arguments: str) -> None:
     )
 
 
-def kill_when(work, happened) -> None:
-    """Start the training and kill it with SIGKILL as soon as `happened()`."""
-    process = subprocess.Popen([*COMMAND, "-device", "cpu"], env=environment(work), stdout=subprocess.DEVNULL)
+def kill_when(work, happened, command=(*COMMAND, "-device", "cpu")) -> None:
+    """Start the command and kill it and its children with SIGKILL as soon as `happened()`."""
+    process = subprocess.Popen(command, env=environment(work), stdout=subprocess.DEVNULL, start_new_session=True)
     while not happened():
-        assert process.poll() is None, "the training ended before it could be killed"
+        assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.01)
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -61,10 +65,16 @@ def adapter(work) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tiny, tmp_path_factory) -> dict[str, torch.Tensor]:
+def uninterrupted(tiny, tmp_path_factory):
+    """A workspace with a finished training; do not write into it."""
     work = copy_of(tiny, tmp_path_factory.mktemp("whole") / "work")
     train(work)
-    return adapter(work)
+    return work
+
+
+def same_adapter(work, other) -> bool:
+    expected = adapter(other)
+    return all(torch.equal(tensor, expected[name]) for name, tensor in adapter(work).items())
 
 
 @pytest.mark.parametrize("when", ["the bank is filled", "it trains"])
@@ -79,6 +89,46 @@ def test_killed_and_continued(tiny, tmp_path, uninterrupted, when):
     kill_when(work, happened)
     assert not (fold(work) / "checkpoint_final.pth").exists()
     train(work, "--c")
-    assert all(torch.equal(tensor, uninterrupted[name]) for name, tensor in adapter(work).items())
+    assert same_adapter(work, uninterrupted)
     assert (fold(work) / "validation" / "summary.json").exists()
     assert not list(fold(work).glob("*.part"))
+
+
+def test_a_killed_prediction_goes_on(uninterrupted, tmp_path):
+    """What lies there is whole, is not made again, and the rest comes out as in one go."""
+    work = uninterrupted
+    images, whole, killed = (tmp_path / name for name in ("images", "whole", "killed"))
+    images.mkdir()
+    for i in range(6):
+        shutil.copy(work.raw / "imagesTr" / f"case_{i}_0000.nii.gz", images)
+    command = [PROGRAMS / "fseft", "predict", "-d", "77", "-c", FIVE, "-f", "0", "-device", "cpu", "-i", images, "-o"]
+    subprocess.run([*command, whole], env=environment(work), check=True)
+    kill_when(work, lambda: (killed / "case_1_sizes.json").exists(), [*command, killed])
+    made = {file: file.stat().st_mtime_ns for case in (0, 1) for file in killed.glob(f"case_{case}*")}
+    assert len(made) == 4 and not (killed / "case_5.nii.gz").exists()
+    subprocess.run([*command, killed, "--continue_prediction"], env=environment(work), check=True)
+    assert {file: file.stat().st_mtime_ns for file in made} == made
+    for i in range(6):
+        arrays = [np.asarray(nib.load(folder / f"case_{i}.nii.gz").dataobj) for folder in (whole, killed)]
+        assert np.array_equal(*arrays)
+    assert sorted(f.name for f in killed.iterdir()) == sorted(f.name for f in whole.iterdir())
+
+
+@pytest.mark.parametrize("when", ["it trains", "it predicts"])
+def test_a_killed_benchmark_goes_on(tiny, tmp_path, uninterrupted, when):
+    """As a cluster kills a job, at its time limit for example: no cell is lost, none differs."""
+    source, output = {"it trains": tiny, "it predicts": uninterrupted}[when], tmp_path / "output"
+    work = copy_of(source, tmp_path / "work")
+    methods = ["--shots", "5", "--folds", "1", "--methods", "fseft"]
+    command = [PROGRAMS / "fseft", "benchmark", "-d", "77", "-device", "cpu", "-o", output, *methods]
+
+    def happened() -> bool:
+        if when == "it trains":
+            return any("Epoch 33" in log.read_text() for log in fold(work).glob("training_log_*.txt"))
+        return (fold(work) / "validation" / "made_of.json").exists()
+
+    kill_when(work, happened, command)
+    assert not (output / "report.html").exists()
+    subprocess.run(command, env=environment(work), check=True)
+    assert same_adapter(work, uninterrupted)
+    assert "fseft,5,0," in (output / "results.csv").read_text() and (output / "report.html").exists()

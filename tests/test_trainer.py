@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, infer_dataset_class
@@ -251,6 +252,17 @@ def test_plateau_stop_holds_when_continued(work):
     assert continued.current_epoch == 30
     assert identical(weights(continued), weights(stopped))
     assert trained(work, Still, epochs=31, **{**settings, "fseft_stop_at_plateau": False}).current_epoch == 31
+
+
+def test_one_training_of_a_fold_at_a_time(work):
+    """A command that was started twice, or the training of one that was killed, would write into each other's files."""
+    trainer, beside = make_trainer(work, epochs=1), make_trainer(work, epochs=1, fold=1)
+    with FileLock(Path(trainer.output_folder) / "training.lock"):
+        with pytest.raises(InputError, match=r"Another process trains in .*fold_0.*wait until it ends, or end it"):
+            trainer.run_training()
+        beside.run_training()
+    trainer.run_training()
+    assert (Path(trainer.output_folder) / "checkpoint_final.pth").exists()
 
 
 # ---- what a training leaves ----

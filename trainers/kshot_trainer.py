@@ -6,6 +6,8 @@ import os
 from os.path import join
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint, read_checkpoint
 from fsefs_nnunet.cases.preprocessed import require_cases
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, query_cases, support_cases
@@ -13,6 +15,8 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.inference.trained_model import require_backbone_of
 from fsefs_nnunet.peak_memory import peak_memory_gb
 from fsefs_nnunet.trainers.without_mirroring import WithoutMirroring
+
+LOCK_FILE = "training.lock"
 
 
 class KShotTrainer(WithoutMirroring):
@@ -34,6 +38,17 @@ class KShotTrainer(WithoutMirroring):
     def initialize(self):
         self.do_split()  # nnU-Net's own reading of an empty folder ends in a traceback
         super().initialize()
+
+    def run_training(self):
+        try:
+            # the kernel releases the lock when its holder dies; the empty file stays
+            with FileLock(join(self.output_folder, LOCK_FILE), timeout=0):
+                super().run_training()
+        except Timeout as error:
+            raise InputError(
+                f"Another process trains in {self.output_folder}, one that a killed command left behind perhaps: wait "
+                "until it ends, or end it and continue with `--c`."
+            ) from error
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         if isinstance(filename_or_checkpoint, str):

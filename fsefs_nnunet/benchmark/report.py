@@ -7,11 +7,13 @@ import sys
 from importlib.metadata import version
 
 from fsefs_nnunet.atomic import write_atomically
+from fsefs_nnunet.backbones.store import user_folder
 from fsefs_nnunet.benchmark.cells import Cell
 from fsefs_nnunet.benchmark.outputs import NOTES, figure
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.study import Study
 from fsefs_nnunet.benchmark.summary import class_table, comparisons, table
+from fsefs_nnunet.cases.splits import SPLITS_FILE
 from fsefs_nnunet.evaluation import html
 from fsefs_nnunet.evaluation.report import ranked_overlays, size_section
 
@@ -58,12 +60,9 @@ def shown(cells: list[Cell]) -> list[Cell]:
 
 def _pictures(cell: Cell) -> list[str]:
     target, predictions = cell.study.target, cell.predictions
-    ending = target.dataset_json["file_ending"]
     parts = [html.heading(f"Best, median and worst case: {cell.title}")]
     if not (predictions / "summary.json").exists():
         parts.append(html.paragraph(f"The predictions are no longer in {predictions}."))
-    elif ending not in (".nii", ".nii.gz"):
-        parts.append(html.paragraph(f"Pictures are drawn of NIfTI files; these are {ending}."))
     else:
         try:
             overlays = ranked_overlays(predictions, target.images, target.labels, target.dataset_json)
@@ -84,8 +83,14 @@ def _repeat(study: Study, command: list[str]) -> list[str]:
     facts = (
         f"{software}; Python {sys.version.split()[0]}; device {experiment.device}. Backbone {backbone['backbone']}, "
         f"SHA-256 {backbone['sha256']}. Splits: seed {splits['seed']}, {splits['num_folds']} folds, "
-        f"{len(splits['queries'])} labelled queries. splits_fseft.json and {experiment.plans}.json in "
-        f"{experiment.preprocessed} hold the rest."
+        f"{len(splits['queries'])} labelled queries. The two files below lie in {experiment.preprocessed}."
     )
-    folders = [f"export {name}={shlex.quote(str(path))}" for name, path in experiment.folders.items()]
-    return [html.heading("To repeat it"), html.paragraph(facts), html.commands(*folders, shlex.join(command))]
+    variables = {**experiment.folders, "fseft_backbones": user_folder()}
+    exports = [f"export {name}={shlex.quote(str(path))}" for name, path in variables.items()]
+    files = [experiment.preprocessed / name for name in (SPLITS_FILE, f"{experiment.plans}.json")]
+    return [
+        html.heading("To repeat it"),
+        html.paragraph(facts),
+        html.commands(*exports, shlex.join(command)),
+        *(html.folded(file.name, file.read_text("utf-8")) for file in files),
+    ]

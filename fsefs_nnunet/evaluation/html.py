@@ -57,6 +57,11 @@ def commands(*lines: str) -> str:
     return f"<pre>{escape(chr(10).join(lines))}</pre>"
 
 
+def folded(summary: str, text: str) -> str:
+    """A long text under its summary, shown on a click."""
+    return f"<details><summary>{escape(summary)}</summary>{commands(text)}</details>"
+
+
 def table(rows: list[dict]) -> str:
     """Columns and numbers as in markdown_table; it scrolls on a narrow screen."""
     columns = columns_of(rows)

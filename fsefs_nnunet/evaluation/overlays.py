@@ -24,8 +24,8 @@ def save_overlay(
 
     The slices are those with the most foreground in the reference, so that several segmentations of one case are shown
     on the same slices; without a reference, in the segmentation; without any foreground, the middle ones. Slices lie
-    as radiologists expect: anterior or superior up, the patient's right on the viewer's left. Files are NIfTI in any
-    orientation.
+    as radiologists expect: anterior or superior up, the patient's right on the viewer's left. Files are NIfTI, or what
+    SimpleITK reads, in any orientation.
 
     Args:
         segmentation_file: drawn with solid lines.
@@ -53,6 +53,11 @@ def save_overlay(
 
 def _load(file: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Volume (X, Y, Z) whose axes go from right to left, front to back and head to foot, and its spacing in mm."""
+    if not str(file).endswith((".nii", ".nii.gz")):
+        import SimpleITK
+
+        volume = SimpleITK.DICOMOrient(SimpleITK.ReadImage(file), "LPI")
+        return SimpleITK.GetArrayFromImage(volume).T, np.array(volume.GetSpacing())
     import nibabel as nib
 
     volume = nib.as_closest_canonical(nib.load(file))
