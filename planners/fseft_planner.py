@@ -32,7 +32,7 @@ BYTES_PER_CROP_VOXEL = 2 * 2 * 4 * 5
 MOST_FEATURES = 256
 SMALLEST_CROP, LARGEST_CROP = 16, 32
 # Many small steps teach more than few large ones, and with few views the adapter learns them by heart
-# (documentation/benchmarks.md, "The queries, and what was chosen on them").
+# (documentation/tuning.md).
 CROPS_PER_STEP, STEPS_PER_EPOCH = 2, 8
 VIEWS = 64  # of all support cases together; each costs a pass of the backbone over one window
 # Calibrated sizes of features pooled by 2 serve the prior as well as those of whole volumes, at an eighth of the cost.

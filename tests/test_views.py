@@ -2,9 +2,13 @@
 
 import numpy as np
 
-from fsefs_nnunet.bank.views import view_patch
+from fsefs_nnunet.bank.views import class_voxels, view_patch
 
 WINDOW, INITIAL = (8, 8, 8), (11, 10, 8)
+
+
+def patch_of(segmentation: np.ndarray, window, initial, seed, labels=(1, 2)) -> list[list[int]]:
+    return view_patch(class_voxels(segmentation, labels), segmentation.shape[1:], window, initial, seed)
 
 
 def labelled(*boxes: tuple[int, slice, slice, slice]) -> np.ndarray:
@@ -17,8 +21,8 @@ def labelled(*boxes: tuple[int, slice, slice, slice]) -> np.ndarray:
 def test_a_volume_that_fits_the_window_is_taken_whole():
     segmentation = labelled((1, slice(3, 5), slice(3, 5), slice(3, 5)))
     for seed in range(5):
-        assert view_patch(segmentation, (20, 30, 40), (30, 40, 50), (seed,)) == [[0, 20], [0, 30], [0, 40]]
-    (first, *whole) = view_patch(segmentation, (8, 30, 40), (12, 40, 50), (0,))
+        assert patch_of(segmentation, (20, 30, 40), (30, 40, 50), (seed,)) == [[0, 20], [0, 30], [0, 40]]
+    (first, *whole) = patch_of(segmentation, (8, 30, 40), (12, 40, 50), (0,))
     assert whole == [[0, 30], [0, 40]] and first[1] - first[0] == 12
 
 
@@ -28,7 +32,7 @@ def test_windows_lie_around_voxels_of_every_class_alike():
     segmentation = labelled(large, small)
     shows = []
     for seed in range(100):
-        patch = np.array(view_patch(segmentation, WINDOW, INITIAL, (seed,)))
+        patch = np.array(patch_of(segmentation, WINDOW, INITIAL, (seed,)))
         assert (patch[:, 1] - patch[:, 0]).tolist() == list(INITIAL)
         first = patch[:, 0] + (np.array(INITIAL) - WINDOW) // 2
         assert (first >= 0).all() and (first + WINDOW <= segmentation.shape[1:]).all()
@@ -39,10 +43,23 @@ def test_windows_lie_around_voxels_of_every_class_alike():
 
 
 def test_a_volume_without_labels_gives_its_middle():
-    assert view_patch(labelled(), WINDOW, WINDOW, (3,)) == [[6, 14], [11, 19], [16, 24]]
+    assert patch_of(labelled(), WINDOW, WINDOW, (3,)) == [[6, 14], [11, 19], [16, 24]]
+
+
+def test_ignored_voxels_are_no_class():
+    segmentation = labelled((3, slice(0, 20), slice(0, 30), slice(0, 40)), (1, slice(0, 1), slice(0, 1), slice(0, 1)))
+    assert {str(patch_of(segmentation, WINDOW, WINDOW, (seed,))) for seed in range(9)} == {str([[0, 8]] * 3)}
+
+
+def test_few_voxels_of_a_large_class_are_kept():
+    """From all over it."""
+    segmentation = labelled((1, slice(0, 20), slice(0, 30), slice(0, 40)))
+    (voxels,) = class_voxels(segmentation, [1])
+    assert 5_000 < len(voxels) <= 10_000
+    assert voxels.min(0).tolist() == [0, 0, 0] and (voxels.max(0) >= [19, 29, 38]).all()
 
 
 def test_the_seed_decides():
     segmentation = labelled((1, slice(0, 20), slice(0, 30), slice(0, 40)))
-    patches = [view_patch(segmentation, WINDOW, INITIAL, (1, view)) for view in (0, 0, 1)]
+    patches = [patch_of(segmentation, WINDOW, INITIAL, (1, view)) for view in (0, 0, 1)]
     assert patches[0] == patches[1] != patches[2]

@@ -13,7 +13,7 @@ from fsefs_nnunet.bank.crops import CropLoader, region_transform
 from fsefs_nnunet.bank.disk import BANK_FOLDER, cap_in_gb
 from fsefs_nnunet.bank.features import FeatureBank
 from fsefs_nnunet.bank.layout import Layout, pooled_name, query_layout, support_layout
-from fsefs_nnunet.bank.views import augmented_view, view_name, view_patch
+from fsefs_nnunet.bank.views import augmented_view, class_voxels, view_name, view_patch
 from fsefs_nnunet.cases.preprocessed import refuse_missing
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cases.splits import SPLITS_FILE, fold_seed, load_splits, query_cases
@@ -67,8 +67,12 @@ class FSEFTTrainer(AdaptedTrainer):
     def load_view(self, name: str) -> np.ndarray:
         """Image of an augmented view, a function of the plans' seed; its label map stays for load_segmentation."""
         case, view = self.views[name]
-        image, segmentation = self.load_image(case), self.load_segmentation(case)
-        window = np.minimum(self.configuration_manager.patch_size, segmentation.shape[1:])
+        # read in part: a patient's volume is many windows
+        image, segmentation = self.dataset_class(self.preprocessed_dataset_folder, [case]).load_case(case)[:2]
+        shape = segmentation.shape[1:]
+        window = np.minimum(self.configuration_manager.patch_size, shape)
+        if case not in self.class_voxels:
+            self.class_voxels[case] = class_voxels(segmentation[:], self.label_manager.foreground_labels)
         transforms = self.get_training_transforms(
             window,
             self.rotation,
@@ -79,7 +83,7 @@ class FSEFTTrainer(AdaptedTrainer):
             foreground_labels=self.label_manager.foreground_labels,
         )
         seed = (self.settings["fseft_seed"], view, *case.encode())
-        patch = view_patch(segmentation, window, self.initial_patch_size, seed)
+        patch = view_patch(self.class_voxels[case], shape, window, self.initial_patch_size, seed)
         image, turned = augmented_view(
             transforms, crop_and_pad_nd(image, patch, 0), crop_and_pad_nd(segmentation, patch, -1), seed
         )
@@ -120,6 +124,7 @@ class FSEFTTrainer(AdaptedTrainer):
             self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
         self.view_segmentations: dict[str, np.ndarray] = {}
+        self.class_voxels: dict[str, list[np.ndarray]] = {}
         self.views = {
             view_name(case, v): (case, v) for case in self.support for v in range(self.settings["fseft_views"])
         }

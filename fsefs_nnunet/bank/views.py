@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 SEPARATOR = "__view"
+MOST_VOXELS = 10_000  # of a class, to draw from, as nnU-Net keeps them
 
 
 def view_name(case: str, view: int) -> str:
@@ -21,27 +22,37 @@ def view_name(case: str, view: int) -> str:
     return f"{case}{SEPARATOR}{view}"
 
 
+def class_voxels(segmentation: np.ndarray, labels: Sequence[int]) -> list[np.ndarray]:
+    """Voxels (n, 3) of each of `labels` that the label map (1, X, Y, Z) shows, at most MOST_VOXELS of each."""
+    voxels = [np.argwhere(segmentation[0] == label) for label in labels]
+    return [of_class[:: -(-len(of_class) // MOST_VOXELS)] for of_class in voxels if len(of_class)]
+
+
 def view_patch(
-    segmentation: np.ndarray, window: Sequence[int], initial_patch: Sequence[int], seed: Sequence[int]
+    voxels: Sequence[np.ndarray],
+    shape: Sequence[int],
+    window: Sequence[int],
+    initial_patch: Sequence[int],
+    seed: Sequence[int],
 ) -> list[list[int]]:
     """Where a view is cut, [first, stop) per axis: beyond the window, so that turning it finds image at its corners.
 
     The window lies in the volume, around a random voxel of a random class, as nnU-Net oversamples foreground.
 
     Args:
-        segmentation: label map (1, X, Y, Z); nothing is cut along axes that are no longer than the window.
+        voxels: of each class, what `class_voxels` gave.
+        shape: of the volume (X, Y, Z); nothing is cut along axes that are no longer than the window.
         window: voxels per axis, at most the volume's.
         initial_patch: nnU-Net's size of a patch before its spatial transform.
     """
     rng = np.random.default_rng(list(seed))
-    shape = np.array(segmentation.shape[1:])
-    classes = np.unique(segmentation[segmentation > 0])
+    shape, window = np.array(shape), np.array(window)
     centre = shape // 2
-    if len(classes):
-        voxels = np.argwhere(segmentation[0] == rng.choice(classes))
-        centre = voxels[rng.integers(len(voxels))]
-    first = np.clip(centre - np.array(window) // 2, 0, shape - window)
-    beyond = np.where(shape > window, np.maximum(np.subtract(initial_patch, window), 0), 0)
+    if voxels:
+        of_class = voxels[rng.integers(len(voxels))]
+        centre = of_class[rng.integers(len(of_class))]
+    first = np.clip(centre - window // 2, 0, shape - window)
+    beyond = np.where(shape > window, np.maximum(initial_patch - window, 0), 0)
     start = first - beyond // 2
     return np.stack([start, start + window + beyond], 1).tolist()
 
