@@ -512,6 +512,7 @@ def test_regions_with_ignore_label(work):
 
 VARIANTS = {
     "one class": {"labels": {"background": 0, "spleen": 1}},
+    "twenty classes": {"labels": {"background": 0, **{f"slab_{i}": i for i in range(1, 21)}}},
     "regions": {
         "labels": {"background": 0, "organs": [1, 2, 3], "kidney_left": 3},
         "regions_class_order": [1, 3],
@@ -522,16 +523,17 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_label_variants(work, variant):
-    """Regions and the ignore label each without the other, and a single class: a step and what is predicted then."""
+    """Regions and the ignore label each without the other, one class and twenty: a step and what is predicted then."""
     change = {
         "one class": lambda seg: np.where(seg == 1, 1, 0),
+        "twenty classes": lambda seg: 1 + np.indices(seg.shape)[1] * 20 // seg.shape[1],
         "ignore": lambda seg: np.where(np.arange(seg.shape[1])[:, None, None] < 5, 4, seg),
     }.get(variant)
     if change:
         edit_labels(work, splits_of(work)["folds"][0], change)
     dataset = {**work.dataset_json(), **VARIANTS[variant]}
     trainer = trained(work, epochs=1, dataset_json=dataset, fseft_steps_per_epoch=1)
-    outputs = {"one class": 2, "regions": 2, "ignore": 4}[variant]
+    outputs = {"one class": 2, "twenty classes": 21, "regions": 2, "ignore": 4}[variant]
     assert trainer.network.head.out_channels == outputs
     assert trainer.label_manager.has_regions == (variant == "regions")
     assert trainer.label_manager.has_ignore_label == (variant == "ignore")
@@ -539,7 +541,8 @@ def test_label_variants(work, variant):
     assert [prior is None for prior in trainer.priors] == [variant == "ignore"] * len(trainer.classes)
     assert np.isfinite(trainer.logger.get_value("train_losses", step=None)).all()
     values = set(np.unique(predicted(trainer, splits_of(work)["queries"][0])))
-    assert values <= {"one class": {0, 1}, "regions": {0, 1, 3}, "ignore": {0, 1, 2, 3}}[variant]
+    possible = {"one class": {0, 1}, "regions": {0, 1, 3}, "ignore": {0, 1, 2, 3}, "twenty classes": {*range(21)}}
+    assert values <= possible[variant]
 
 
 def test_labels_in_any_order(work):
