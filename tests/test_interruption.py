@@ -119,6 +119,7 @@ def test_a_killed_benchmark_goes_on(tiny, tmp_path, uninterrupted, when):
     """As a cluster kills a job, at its time limit for example: no cell is lost, none differs."""
     source, output = {"it trains": tiny, "it predicts": uninterrupted}[when], tmp_path / "output"
     work = copy_of(source, tmp_path / "work")
+    shutil.rmtree(fold(work) / "validation", ignore_errors=True)  # nnU-Net's own would be taken
     methods = ["--shots", "5", "--folds", "1", "--methods", "fseft"]
     command = [PROGRAMS / "fseft", "benchmark", "-d", "77", "-device", "cpu", "-o", output, *methods]
 
