@@ -42,13 +42,14 @@ class KShotTrainer(WithoutMirroring):
     def run_training(self):
         try:
             # the kernel releases the lock when its holder dies; the empty file stays
-            with FileLock(join(self.output_folder, LOCK_FILE), timeout=0):
-                super().run_training()
+            held = FileLock(join(self.output_folder, LOCK_FILE)).acquire(timeout=0)
         except Timeout as error:
             raise InputError(
                 f"Another process trains in {self.output_folder}, one that a killed command left behind perhaps: wait "
                 "until it ends, or end it and continue with `--c`."
             ) from error
+        with held:
+            super().run_training()
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         if isinstance(filename_or_checkpoint, str):

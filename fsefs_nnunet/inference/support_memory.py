@@ -40,7 +40,7 @@ class SupportMemory:
         return cls(torch.stack(features), torch.stack(targets))
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (BATCH_SIZE, C, x, y, z) float32 and targets of training step `step`; every crop in turn."""
+        """Features (BATCH_SIZE, C, x, y, z) float16 and targets of training step `step`; every crop in turn."""
         which = torch.from_numpy(np.arange(step * BATCH_SIZE, (step + 1) * BATCH_SIZE) % len(self.features))
         return self.features[which], self.targets[which]
 
