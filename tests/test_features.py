@@ -529,7 +529,7 @@ def test_crops_are_what_lies_in_the_volumes(loader):
     for _ in range(5):
         batch = next(iterator)
         assert sorted(batch["keys"]) == ["a", "b", "c"]  # without replacement
-        assert batch["data"].shape == (3, 3, 6, 7, 8) and batch["data"].dtype == torch.float32
+        assert batch["data"].shape == (3, 3, 6, 7, 8) and batch["data"].dtype == torch.float16
         assert batch["target"].shape == (3, 1, 6, 7, 8) and batch["target"].dtype == torch.int16
         for case, data, target in zip(batch["keys"], batch["data"], batch["target"]):
             start = data[:, 0, 0, 0].long()
