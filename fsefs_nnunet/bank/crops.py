@@ -73,7 +73,7 @@ class CropLoader:
         target = torch.from_numpy(np.maximum(seg[box], 0).astype(np.int16))
         if self.transform is not None:
             target = self.transform(**{"segmentation": target})["segmentation"]
-        return torch.from_numpy(np.ascontiguousarray(entry.crop(start, self.crop_size))), target
+        return torch.from_numpy(np.array(entry.crop(start, self.crop_size))), target
 
 
 def region_transform(label_manager) -> Callable | None:
