@@ -40,6 +40,8 @@ class KShotTrainer(WithoutMirroring):
         super().initialize()
 
     def run_training(self):
+        if self.local_rank:  # of several processes that train together the first holds the lock
+            return super().run_training()
         try:
             # the kernel releases the lock when its holder dies; the empty file stays
             held = FileLock(join(self.output_folder, LOCK_FILE)).acquire(timeout=0)

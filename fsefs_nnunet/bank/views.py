@@ -25,7 +25,7 @@ def view_name(case: str, view: int) -> str:
 def class_voxels(segmentation: np.ndarray, labels: Sequence[int]) -> list[np.ndarray]:
     """Voxels (n, 3) of each of `labels` that the label map (1, X, Y, Z) shows, at most MOST_VOXELS of each."""
     voxels = [np.argwhere(segmentation[0] == label) for label in labels]
-    return [of_class[:: -(-len(of_class) // MOST_VOXELS)] for of_class in voxels if len(of_class)]
+    return [of_class[:: -(-len(of_class) // MOST_VOXELS)].copy() for of_class in voxels if len(of_class)]
 
 
 def view_patch(
