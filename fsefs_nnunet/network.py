@@ -139,7 +139,7 @@ class AdaptedNetwork(nn.Module):
         mean, std = self.feature_mean, self.feature_std
         with unless_thin(features):
             if not torch.is_autocast_enabled(features.device.type):  # autocast casts what is stored at half the cost
-                features = features.float()
+                features = features.to(mean.dtype)
             if isinstance(self.reduction, nn.Identity):
                 shape = (1, -1, 1, 1, 1)
                 reduced = torch.addcmul((-mean / std).view(shape), features, (1 / std).view(shape))

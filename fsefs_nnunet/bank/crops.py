@@ -73,6 +73,7 @@ class CropLoader:
         target = torch.from_numpy(np.maximum(seg[box], 0).astype(np.int16))
         if self.transform is not None:
             target = self.transform(**{"segmentation": target})["segmentation"]
+        # a copy: the file is mapped read-only
         return torch.from_numpy(np.array(entry.crop(start, self.crop_size))), target
 
 

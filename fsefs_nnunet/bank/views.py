@@ -37,7 +37,7 @@ def view_patch(
 ) -> list[list[int]]:
     """Where a view is cut, [first, stop) per axis: beyond the window, so that turning it finds image at its corners.
 
-    The window lies in the volume, around a random voxel of a random class, as nnU-Net oversamples foreground.
+    The window lies in the volume, around a random voxel of a random class, as nnU-Net's patches of foreground.
 
     Args:
         voxels: of each class, what `class_voxels` gave.
