@@ -419,7 +419,7 @@ def test_second_training_fills_no_bank(work):
     assert len(times) == 20  # five support cases, a view of each, once more pooled, five queries
     trainer = trained(work, epochs=1, fold=2)
     assert {file: file.stat().st_mtime_ns for file in bank.rglob("*.npy")} == times
-    assert "volumes to go through the frozen backbone" not in text_of(trainer)
+    assert "through the frozen backbone" not in text_of(trainer)
 
 
 # ---- variants ----

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fsefs_nnunet.bank.views import class_voxels, view_patch
+from fsefs_nnunet.bank.views import ANYWHERE_EVERY, SupportViews, class_voxels, view_patch
 
 WINDOW, INITIAL = (8, 8, 8), (11, 10, 8)
 
@@ -42,8 +42,22 @@ def test_windows_lie_around_voxels_of_every_class_alike():
     assert 30 <= sum(two for _, two in shows) <= 70
 
 
-def test_a_volume_without_labels_gives_its_middle():
-    assert patch_of(labelled(), WINDOW, WINDOW, (3,)) == [[6, 14], [11, 19], [16, 24]]
+def test_in_a_volume_without_labels_windows_lie_anywhere():
+    starts = np.array([np.array(patch_of(labelled(), WINDOW, WINDOW, (seed,)))[:, 0] for seed in range(200)])
+    assert starts.min(0).tolist() == [0, 0, 0] and starts.max(0).tolist() == [12, 22, 32]
+
+
+def test_three_views_of_four_lie_around_labels():
+    """The others anywhere: this organ fills a thousandth of the volume."""
+    segmentation = labelled((1, slice(0, 2), slice(0, 3), slice(0, 4)))
+    image = np.zeros((1, 20, 30, 40), np.float32)
+    identity = lambda _: lambda **patch: patch  # noqa: E731
+    views = SupportViews(["a", "b"], 32, lambda _: (image, segmentation), identity, [1], WINDOW, WINDOW, 0)
+    assert len(views) == 64 and all(views[name].shape == (1, *WINDOW) for name in views)
+    shown = [bool((views.segmentations[name] > 0).any()) for name in views]
+    around = [shown[i] for i in range(64) if i % ANYWHERE_EVERY != ANYWHERE_EVERY - 1]
+    assert all(around) and len(around) == 48
+    assert sum(shown) < 52
 
 
 def test_ignored_voxels_are_no_class():

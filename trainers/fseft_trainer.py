@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
 import torch
-from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 
 from fsefs_nnunet.bank.crops import CropLoader, region_transform
 from fsefs_nnunet.bank.disk import BANK_FOLDER, cap_in_gb
 from fsefs_nnunet.bank.features import FeatureBank
 from fsefs_nnunet.bank.layout import Layout, pooled_name, query_layout, support_layout
-from fsefs_nnunet.bank.views import augmented_view, class_voxels, view_name, view_patch
+from fsefs_nnunet.bank.views import SupportViews
 from fsefs_nnunet.cases.preprocessed import refuse_missing
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cases.splits import SPLITS_FILE, fold_seed, load_splits, query_cases
@@ -49,46 +49,24 @@ class FSEFTTrainer(AdaptedTrainer):
     def get_tr_and_val_datasets(self):
         raise NotImplementedError(f"{type(self).__name__} reads the feature bank, see get_dataloaders.")
 
+    def load_case(self, case: str) -> tuple:
+        """Image, label map and more of a preprocessed training case, as nnU-Net's dataset gives them."""
+        return self.dataset_class(self.preprocessed_dataset_folder, [case]).load_case(case)
+
     def load_image(self, case: str) -> np.ndarray:
         """Preprocessed image (channels, X, Y, Z) of a training case, a view of one, or an unlabelled query."""
         case = self.pooled_support.get(case, case)
         if case in self.unlabelled.cases:
             return self.unlabelled.load(case)
         if case in self.views:
-            return self.load_view(case)
-        return self.dataset_class(self.preprocessed_dataset_folder, [case]).load_case(case)[0][:]
+            return self.views[case]
+        return self.load_case(case)[0][:]
 
     def load_segmentation(self, case: str) -> np.ndarray:
         """Label map (1, X, Y, Z) of a support case, or of a view that was loaded."""
         if case in self.views:
-            return self.view_segmentations[case]
-        return self.dataset_class(self.preprocessed_dataset_folder, [case]).load_case(case)[1][:]
-
-    def load_view(self, name: str) -> np.ndarray:
-        """Image of an augmented view, a function of the plans' seed; its label map stays for load_segmentation."""
-        case, view = self.views[name]
-        # read in part: a patient's volume is many windows
-        image, segmentation = self.dataset_class(self.preprocessed_dataset_folder, [case]).load_case(case)[:2]
-        shape = segmentation.shape[1:]
-        window = np.minimum(self.configuration_manager.patch_size, shape)
-        if case not in self.class_voxels:
-            self.class_voxels[case] = class_voxels(segmentation[:], self.label_manager.foreground_labels)
-        transforms = self.get_training_transforms(
-            window,
-            self.rotation,
-            None,
-            None,
-            self.dummy_2d,
-            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
-            foreground_labels=self.label_manager.foreground_labels,
-        )
-        seed = (self.settings["fseft_seed"], view, *case.encode())
-        patch = view_patch(self.class_voxels[case], shape, window, self.initial_patch_size, seed)
-        image, turned = augmented_view(
-            transforms, crop_and_pad_nd(image, patch, 0), crop_and_pad_nd(segmentation, patch, -1), seed
-        )
-        self.view_segmentations[name] = turned.astype(segmentation.dtype)
-        return image
+            return self.views.segmentations[case]
+        return self.load_case(case)[1][:]
 
     def get_dataloaders(self):
         regions = region_transform(self.label_manager)
@@ -120,14 +98,7 @@ class FSEFTTrainer(AdaptedTrainer):
             f"{len(self.support)} labelled support cases (all the labels that this training uses): {self.support}; "
             f"{len(self.queries)} queries, {len(labelled_queries)} of them with labels for the final validation."
         )
-        self.rotation, self.dummy_2d, self.initial_patch_size, _ = (
-            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
-        self.view_segmentations: dict[str, np.ndarray] = {}
-        self.class_voxels: dict[str, list[np.ndarray]] = {}
-        self.views = {
-            view_name(case, v): (case, v) for case in self.support for v in range(self.settings["fseft_views"])
-        }
+        self.views = self.support_views()
         self.pooled_support = {}
         if self.use_size_prior and self.settings["fseft_pool"] > 1:
             self.pooled_support = {pooled_name(case): case for case in self.support[:CALIBRATION_CASES]}
@@ -137,6 +108,28 @@ class FSEFTTrainer(AdaptedTrainer):
         super().on_train_start()
         self.log_query_sizes("before this training")
         self.stop_at_plateau()
+
+    def support_views(self) -> SupportViews:
+        """The support cases under nnU-Net's augmentation."""
+        rotation, dummy_2d, initial_patch, _ = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        foreground = self.label_manager.foreground_labels
+
+        def transforms_of(window: np.ndarray) -> Callable:
+            masks = self.configuration_manager.use_mask_for_norm
+            return self.get_training_transforms(
+                window, rotation, None, None, dummy_2d, use_mask_for_norm=masks, foreground_labels=foreground
+            )
+
+        return SupportViews(
+            self.support,
+            self.settings["fseft_views"],
+            self.load_case,
+            transforms_of,
+            foreground,
+            self.configuration_manager.patch_size,
+            initial_patch,
+            self.settings["fseft_seed"],
+        )
 
     def fill_bank(self) -> None:
         """Run the frozen backbone once over support and queries, unless an earlier training did."""
@@ -256,7 +249,7 @@ class FSEFTTrainer(AdaptedTrainer):
         has_regions = self.label_manager.has_regions
         self.query_sizes.calibrate(self.network, has_regions)
         names = [self.class_names[i] for i in self.known]
-        cut = {}
+        not_whole = {}
         with torch.no_grad():
             for query in self.queries:
                 predicted = self.query_sizes.predict(self.network, query, has_regions)[self.known]
@@ -264,8 +257,10 @@ class FSEFTTrainer(AdaptedTrainer):
                 parts = (f"{name} {size:.2f} (S {prior:.2f})" for name, size, prior in sizes)
                 self.print_to_log_file(f"  {query}: {', '.join(parts)}", add_timestamp=False)
                 whole = predicted.seen_whole(self.prior_ml).tolist()
-                cut[query] = [name for name, seen in zip(names, whole) if not seen]
-        for query, missing in cut.items():
+                not_whole[query] = [name for name, seen in zip(names, whole) if not seen]
+        if not self.current_epoch:  # what an untrained network misses says nothing of the queries
+            return
+        for query, missing in not_whole.items():
             if missing:
                 self.print_to_log_file(
                     f"{query} seems to lack {', '.join(missing)}, or to show a part: the prior does not enlarge it."

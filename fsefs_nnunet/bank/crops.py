@@ -15,8 +15,8 @@ class CropLoader:
 
     'data' is (B, C, X, Y, Z) float16 features, 'target' (B, 1, X, Y, Z) the label map, or what `transform` makes of it.
     A resumed training draws what an uninterrupted one would have drawn: call `start_epoch` before each epoch.
-    Half of the crops are centred on a random foreground voxel (foreground : background 1 : 1, as published). The others
-    lie anywhere, as far as the bank holds the volume: in one of the blocks that it keeps for them.
+    Half of the crops are centred on a random foreground voxel, if there is one (foreground : background 1 : 1, as
+    published). The others lie anywhere, as far as the bank holds the volume: in a block that it keeps for them.
     """
 
     def __init__(

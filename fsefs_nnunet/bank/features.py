@@ -171,8 +171,8 @@ class FeatureBank:
         if missing:
             needed = sum(key.layout.voxels for key in missing) * self.backbone.out_channels * 2
             log(
-                f"Feature bank {self.folder}: {len(volumes)} volumes to go through the frozen backbone, once; "
-                f"their features take {gigabytes(needed)}."
+                f"Feature bank {self.folder}: {len(volumes)} volumes and views to go through the frozen backbone, "
+                f"once; their features take {gigabytes(needed)}."
             )
             self._tell_odd(missing, log)
             require_space(self.root, needed, cap_gb)
@@ -208,13 +208,16 @@ class FeatureBank:
 
     def _write(self, key: EntryKey, features: torch.Tensor) -> None:
         array = key.layout.pack(features)
-        # one channel at a time: float64 of a whole volume is four times what is stored
-        channels = [channel.half().double() for channel in features]
+        sums, square_sums = [], []
+        for channel in features:  # one at a time: float64 of a whole volume is four times what is stored
+            channel = channel.half().double().flatten()
+            sums.append(channel.sum().item())
+            square_sums.append(torch.dot(channel, channel).item())
         content = {
             "key": asdict(key),
             "features_sha256": hashlib.sha256(array).hexdigest(),
-            "sums": [channel.sum().item() for channel in channels],
-            "square_sums": [channel.square().sum().item() for channel in channels],
+            "sums": sums,
+            "square_sums": square_sums,
         }
         _write_whole(self.folder / f"{key.name}.npy", lambda f: np.save(f, array))
         _write_whole(self.folder / f"{key.name}.json", lambda f: f.write(json.dumps(content).encode()))

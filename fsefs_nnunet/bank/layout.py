@@ -34,7 +34,8 @@ class Layout:
         """Features (C, X, Y, Z) of the volume -> its boxes one after another, flat float16."""
         features = pooled(features, self.pool)[0] if self.pool > 1 else features
         parts = [features[(slice(None), *map(slice, *box))] for box in self.boxes]
-        return np.concatenate([part.half().numpy().ravel() for part in parts])
+        flat = [part.half().numpy().ravel() for part in parts]
+        return flat[0] if len(flat) == 1 else np.concatenate(flat)  # one box is most often a whole volume
 
     def unpack(self, flat: np.ndarray) -> list[np.ndarray]:
         """What `pack` gave -> each box's features (C, x, y, z), views of `flat`."""

@@ -7,14 +7,75 @@ where a volume of a patient costs a hundred.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 
 SEPARATOR = "__view"
 MOST_VOXELS = 10_000  # of a class, to draw from, as nnU-Net keeps them
+# Every so many views lies anywhere, so that crops show the background far from labels, too.
+ANYWHERE_EVERY = 4
+
+
+class SupportViews(Mapping):
+    """Augmented views of support cases by name: the image (channels, X, Y, Z), made anew each time it is asked for.
+
+    segmentations: label map (1, X, Y, Z) of each view that was made.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[str],
+        views: int,
+        load_case: Callable[[str], tuple],
+        transforms_of: Callable[[np.ndarray], Callable],
+        labels: Sequence[int],
+        window: Sequence[int],
+        initial_patch: Sequence[int],
+        seed: int,
+    ):
+        """
+        Args:
+            views: of each case.
+            load_case: image and label map of a case, in memory or mapped, and whatever follows them.
+            transforms_of: batchgeneratorsv2's training transforms for a patch of so many voxels.
+            labels: foreground labels of the dataset.
+            window: the backbone's.
+            initial_patch: nnU-Net's size of a patch before its spatial transform.
+        """
+        self.cases = {view_name(case, view): (case, view) for case in cases for view in range(views)}
+        self.load_case, self.transforms_of, self.labels = load_case, transforms_of, labels
+        self.window, self.initial_patch, self.seed = window, initial_patch, seed
+        self.segmentations: dict[str, np.ndarray] = {}
+        self._class_voxels: dict[str, list[np.ndarray]] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.cases)
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.cases
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        case, view = self.cases[name]
+        image, segmentation = self.load_case(case)[:2]
+        shape = segmentation.shape[1:]
+        window = np.minimum(self.window, shape)
+        if case not in self._class_voxels:
+            self._class_voxels[case] = class_voxels(segmentation[:], self.labels)
+        voxels = None if (view + 1) % ANYWHERE_EVERY == 0 else self._class_voxels[case]
+        seed = (self.seed, view, *case.encode())
+        patch = view_patch(voxels, shape, window, self.initial_patch, seed)
+        image, turned = augmented_view(
+            self.transforms_of(window), crop_and_pad_nd(image, patch, 0), crop_and_pad_nd(segmentation, patch, -1), seed
+        )
+        self.segmentations[name] = turned.astype(segmentation.dtype)
+        return image
 
 
 def view_name(case: str, view: int) -> str:
@@ -29,7 +90,7 @@ def class_voxels(segmentation: np.ndarray, labels: Sequence[int]) -> list[np.nda
 
 
 def view_patch(
-    voxels: Sequence[np.ndarray],
+    voxels: Sequence[np.ndarray] | None,
     shape: Sequence[int],
     window: Sequence[int],
     initial_patch: Sequence[int],
@@ -40,18 +101,18 @@ def view_patch(
     The window lies in the volume, around a random voxel of a random class, as nnU-Net's patches of foreground.
 
     Args:
-        voxels: of each class, what `class_voxels` gave.
+        voxels: of each class, what `class_voxels` gave. None, or no class: the window lies anywhere.
         shape: of the volume (X, Y, Z); nothing is cut along axes that are no longer than the window.
         window: voxels per axis, at most the volume's.
         initial_patch: nnU-Net's size of a patch before its spatial transform.
     """
     rng = np.random.default_rng(list(seed))
     shape, window = np.array(shape), np.array(window)
-    centre = shape // 2
     if voxels:
         of_class = voxels[rng.integers(len(voxels))]
-        centre = of_class[rng.integers(len(of_class))]
-    first = np.clip(centre - window // 2, 0, shape - window)
+        first = np.clip(of_class[rng.integers(len(of_class))] - window // 2, 0, shape - window)
+    else:
+        first = rng.integers(0, shape - window + 1)
     beyond = np.where(shape > window, np.maximum(initial_patch - window, 0), 0)
     start = first - beyond // 2
     return np.stack([start, start + window + beyond], 1).tolist()
