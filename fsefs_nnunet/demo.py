@@ -22,7 +22,7 @@ METHODS = {
     "from scratch, equal time": ("FSEFTTrainer_Scratch", f"{CONFIGURATION}_scratch"),
 }
 # the plans' defaults train longer
-SHORT = {"fseft_steps_per_epoch": 2, "fseft_views": 4, "fseft_crop_size": [24, 24, 24]}
+SHORT = {"fseft_steps_per_epoch": 2, "fseft_views": 20, "fseft_crop_size": [24, 24, 24]}
 
 
 def prepare(experiment: Experiment, num_queries: int, pool: int, shots: tuple[str, ...] = ("5",)) -> None:

@@ -163,7 +163,6 @@ class FSEFTPlanner(ExperimentPlanner):
             raise InputError(
                 f"gpu_memory_target_in_gb = {self.UNet_vram_target_GB} is too small for one crop of {crop} voxels."
             )
-        cases = len(self.dataset) if shots == "all" else shots
         return {
             "inherits_from": "3d_fullres",
             "patch_size": window,
@@ -184,7 +183,7 @@ class FSEFTPlanner(ExperimentPlanner):
             "fseft_shots": shots,
             "fseft_crop_size": crop,
             "fseft_crops_per_step": min(CROPS_PER_STEP, fitting),
-            "fseft_views": max(1, VIEWS // cases),
+            "fseft_views": VIEWS,
             "fseft_steps_per_epoch": STEPS_PER_EPOCH,
             "fseft_loss": "nnunet",
             "fseft_lambda": 0.3,

@@ -49,11 +49,15 @@ def train(work, *arguments: str) -> None:
 def kill_when(work, happened, command=(*COMMAND, "-device", "cpu")) -> None:
     """Start the command and kill it and its children with SIGKILL as soon as `happened()`."""
     process = subprocess.Popen(command, env=environment(work), stdout=subprocess.DEVNULL, start_new_session=True)
-    while not happened():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    deadline = time.monotonic() + 300
+    try:
+        while not happened():
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline, "what it was to be killed at did not happen"
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def fold(work) -> Path:
@@ -114,22 +118,36 @@ def test_a_killed_prediction_goes_on(uninterrupted, tmp_path):
     assert sorted(f.name for f in killed.iterdir()) == sorted(f.name for f in whole.iterdir())
 
 
-@pytest.mark.parametrize("when", ["it trains", "it predicts"])
-def test_a_killed_benchmark_goes_on(tiny, tmp_path, uninterrupted, when):
-    """As a cluster kills a job, at its time limit for example: no cell is lost, none differs."""
-    source, output = {"it trains": tiny, "it predicts": uninterrupted}[when], tmp_path / "output"
-    work = copy_of(source, tmp_path / "work")
-    shutil.rmtree(fold(work) / "validation", ignore_errors=True)  # nnU-Net's own would be taken
+def benchmark_of(output: Path) -> list:
+    """`fseft benchmark` of one cell, the adapter with the size prior."""
     methods = ["--shots", "5", "--folds", "1", "--methods", "fseft"]
-    command = [PROGRAMS / "fseft", "benchmark", "-d", "77", "-device", "cpu", "-o", output, *methods]
+    return [PROGRAMS / "fseft", "benchmark", "-d", "77", "-device", "cpu", "-o", output, *methods]
 
-    def happened() -> bool:
-        if when == "it trains":
-            return any("Epoch 33" in log.read_text() for log in fold(work).glob("training_log_*.txt"))
-        return (fold(work) / "validation" / "made_of.json").exists()
 
-    kill_when(work, happened, command)
+def test_a_benchmark_killed_in_training_goes_on(tiny, tmp_path, uninterrupted):
+    """As a cluster kills a job, at its time limit for example: no cell is lost, none differs."""
+    work, output = copy_of(tiny, tmp_path / "work"), tmp_path / "output"
+    logs = lambda: fold(work).glob("training_log_*.txt")  # noqa: E731
+    kill_when(work, lambda: any("Epoch 33" in log.read_text() for log in logs()), benchmark_of(output))
     assert not (output / "report.html").exists()
-    subprocess.run(command, env=environment(work), check=True)
+    subprocess.run(benchmark_of(output), env=environment(work), check=True)
     assert same_adapter(work, uninterrupted)
+    assert "fseft,5,0," in (output / "results.csv").read_text() and (output / "report.html").exists()
+
+
+def test_a_benchmark_killed_while_it_predicts_goes_on(tmp_path, uninterrupted):
+    """What was segmented is kept, the rest comes out as in the training's own validation."""
+    work, output = copy_of(uninterrupted, tmp_path / "work"), tmp_path / "output"
+    predictions = fold(work) / "validation"
+    shutil.move(predictions, tmp_path / "whole")  # nnU-Net's own would be taken
+    segmented = lambda: sorted(predictions.glob("*.nii.gz"))  # noqa: E731
+    kill_when(work, lambda: len(segmented()) > 0, benchmark_of(output))
+    made = {file: file.stat().st_mtime_ns for file in segmented()}
+    whole = sorted((tmp_path / "whole").glob("*.nii.gz"))
+    assert 0 < len(made) < len(whole) and not (output / "report.html").exists()
+    subprocess.run(benchmark_of(output), env=environment(work), check=True)
+    assert {file: file.stat().st_mtime_ns for file in made} == made
+    assert [file.name for file in segmented()] == [file.name for file in whole]
+    for file, expected in zip(segmented(), whole):
+        assert np.array_equal(*(np.asarray(nib.load(f).dataobj) for f in (file, expected)))
     assert "fseft,5,0," in (output / "results.csv").read_text() and (output / "report.html").exists()

@@ -1,6 +1,7 @@
 """Where augmented views are cut from a support volume."""
 
 import numpy as np
+import pytest
 
 from fsefs_nnunet.bank.views import ANYWHERE_EVERY, SupportViews, class_voxels, view_patch
 
@@ -47,12 +48,18 @@ def test_in_a_volume_without_labels_windows_lie_anywhere():
     assert starts.min(0).tolist() == [0, 0, 0] and starts.max(0).tolist() == [12, 22, 32]
 
 
+@pytest.mark.parametrize(("cases", "views", "of_each"), [(1, 64, 64), (5, 64, 12), (70, 64, 1), (3, 1, 1), (3, 0, 0)])
+def test_views_are_shared_out(cases, views, of_each):
+    made = SupportViews([str(i) for i in range(cases)], views, None, None, [1], WINDOW, WINDOW, 0)
+    assert len(made) == cases * of_each
+
+
 def test_three_views_of_four_lie_around_labels():
     """The others anywhere: this organ fills a thousandth of the volume."""
     segmentation = labelled((1, slice(0, 2), slice(0, 3), slice(0, 4)))
     image = np.zeros((1, 20, 30, 40), np.float32)
     identity = lambda _: lambda **patch: patch  # noqa: E731
-    views = SupportViews(["a", "b"], 32, lambda _: (image, segmentation), identity, [1], WINDOW, WINDOW, 0)
+    views = SupportViews(["a", "b"], 64, lambda _: (image, segmentation), identity, [1], WINDOW, WINDOW, 0)
     assert len(views) == 64 and all(views[name].shape == (1, *WINDOW) for name in views)
     shown = [bool((views.segmentations[name] > 0).any()) for name in views]
     around = [shown[i] for i in range(64) if i % ANYWHERE_EVERY != ANYWHERE_EVERY - 1]

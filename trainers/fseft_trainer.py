@@ -240,6 +240,7 @@ class FSEFTTrainer(AdaptedTrainer):
 
     def on_train_end(self):
         self.log_query_sizes("after training")
+        self.print_to_log_file(f"The frozen backbone ran over {self.network.backbone.windows} windows.")
         super().on_train_end()
 
     def log_query_sizes(self, when: str) -> None:

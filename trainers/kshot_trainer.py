@@ -42,13 +42,15 @@ class KShotTrainer(WithoutMirroring):
     def run_training(self):
         if self.local_rank:  # of several processes that train together the first holds the lock
             return super().run_training()
+        lock = join(self.output_folder, LOCK_FILE)
         try:
             # the kernel releases the lock when its holder dies; the empty file stays
-            held = FileLock(join(self.output_folder, LOCK_FILE)).acquire(timeout=0)
+            held = FileLock(lock).acquire(timeout=0)
         except Timeout as error:
+            # where the file system knows no such locks, the file itself is the lock
             raise InputError(
                 f"Another process trains in {self.output_folder}, one that a killed command left behind perhaps: wait "
-                "until it ends, or end it and continue with `--c`."
+                f"until it ends, or end it and continue with `--c`. Where there is none, delete {lock}."
             ) from error
         with held:
             super().run_training()

@@ -9,7 +9,7 @@ import numpy as np
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.errors import InputError
 
-# Both turn images to RAS and give the same array and spacing (tests/test_importing.py), from different file types.
+# Both turn images to RAS and give the same array and spacing (tests/test_readers.py), from different file types.
 REORIENTING = ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
 
 

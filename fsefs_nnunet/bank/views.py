@@ -39,14 +39,15 @@ class SupportViews(Mapping):
     ):
         """
         Args:
-            views: of each case.
+            views: of all cases together, at least one of each; 0: none.
             load_case: image and label map of a case, in memory or mapped, and whatever follows them.
             transforms_of: batchgeneratorsv2's training transforms for a patch of so many voxels.
             labels: foreground labels of the dataset.
             window: the backbone's.
             initial_patch: nnU-Net's size of a patch before its spatial transform.
         """
-        self.cases = {view_name(case, view): (case, view) for case in cases for view in range(views)}
+        of_each = max(views // len(cases), min(views, 1))
+        self.cases = {view_name(case, view): (case, view) for case in cases for view in range(of_each)}
         self.load_case, self.transforms_of, self.labels = load_case, transforms_of, labels
         self.window, self.initial_patch, self.seed = window, initial_patch, seed
         self.segmentations: dict[str, np.ndarray] = {}

@@ -95,6 +95,9 @@ def _predict_together(cells: list[Cell]) -> dict[Cell, str]:
             except Exception as error:
                 failures[cell] = f"{files[0]} was not segmented: {error}"
                 del predictors[cell]
+    if predictors:
+        windows = next(iter(predictors.values())).model.network.backbone.windows
+        print(f"The frozen backbone ran over {windows} windows.", flush=True)
     for cell in predictors:
         try:
             cell.count_dice()
