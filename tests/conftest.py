@@ -11,6 +11,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from banks import make_bank, make_images
+from nnunet_models import FOLDER, Model, write_model
+from trainings import make_trainer, text_of
+
+from fsefs_nnunet.backbones.frozen import FrozenBackbone
 
 SHAPE = (32, 28, 30)
 SPACING = (10.0, 10.0, 10.0)
@@ -152,3 +157,59 @@ def image() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand((1, 1, 32, 24, 16), generator=generator)
     return torch.nn.functional.avg_pool3d(noise, 5, 1, 2, count_include_pad=False).sub(0.3).mul(2.5)
+
+
+@pytest.fixture(scope="session")
+def banked(tiny, tmp_path_factory):
+    """A feature bank of the tiny dataset, filled by one epoch of training, for the other tests to copy."""
+    folder = tmp_path_factory.mktemp("banked") / "work"
+    shutil.copytree(tiny.root, folder)
+    copy = type(tiny)(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in copy.environment().items():
+            patch.setenv(name, value)
+        trainer = make_trainer(copy, epochs=1)
+        trainer.run_training()
+    return copy, text_of(trainer)
+
+
+@pytest.fixture
+def work(banked, tmp_path, monkeypatch):
+    """A copy with a filled bank and no results."""
+    source, _ = banked
+    copy = type(source)(tmp_path / "copy")
+    shutil.copytree(source.root, copy.root, ignore=shutil.ignore_patterns("nnUNet_results"))
+    for name, folder in copy.environment().items():
+        monkeypatch.setenv(name, folder)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return FrozenBackbone("phantom", "last")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return make_images()
+
+
+@pytest.fixture
+def bank(backbone, tmp_path):
+    return make_bank(tmp_path, backbone)
+
+
+@pytest.fixture
+def backbones(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("fseft_backbones", str(tmp_path / "backbones"))
+    return tmp_path / "backbones"
+
+
+@pytest.fixture
+def model(tmp_path, backbones) -> Model:
+    return write_model(tmp_path / "results" / FOLDER, ["CT"])
+
+
+@pytest.fixture
+def folders(workspace, tmp_path):
+    return workspace, tmp_path / "output"

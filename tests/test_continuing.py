@@ -1,0 +1,77 @@
+"""Trainings that were interrupted, stopped early, or started twice."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from trainings import identical, make_trainer, text_of, trained, weights
+
+from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Interruption(Exception):
+    pass
+
+
+class Interrupted(FSEFTTrainer):
+    def on_epoch_end(self):
+        super().on_epoch_end()
+        if self.current_epoch == 2:
+            raise Interruption
+
+
+def test_continued_training_is_bit_identical(work):
+    expected = trained(work, epochs=4)
+    broken = make_trainer(work, Interrupted, epochs=4)
+    with pytest.raises(Interruption):
+        broken.run_training()
+    latest = Path(broken.output_folder) / "checkpoint_latest.pth"
+    assert not list(latest.parent.glob("*.part"))
+    torch.manual_seed(999)
+    continued = make_trainer(work, epochs=4)
+    continued.load_checkpoint(str(latest))
+    assert continued.current_epoch == 2
+    continued.run_training()
+    assert identical(weights(continued), weights(expected))
+    losses = [t.logger.get_value("train_losses", step=None) for t in (continued, expected)]
+    np.testing.assert_array_equal(losses[0], losses[1])
+
+
+def test_plateau_stop_holds_when_continued(work):
+    """The rule needs thirty epochs; a loss that cannot fall, because the rate is zero, ends the training there."""
+    settings = dict(fseft_stop_at_plateau=True, fseft_steps_per_epoch=1, fseft_crop_size=[4, 4, 4], fseft_lambda=0.0)
+
+    class Still(FSEFTTrainer):
+        initial_lr_of_method = 0.0
+
+        def on_train_epoch_start(self):
+            super().on_train_epoch_start()
+            self.dataloader_train.start_epoch(0)  # the same crops, the same loss
+
+    stopped = trained(work, Still, epochs=40, **settings)
+    assert stopped.current_epoch == 30
+    assert "Training ends after epoch 29: the training loss no longer falls" in text_of(stopped)
+    continued = make_trainer(work, Still, epochs=40, **settings)
+    continued.load_checkpoint(str(Path(stopped.output_folder) / "checkpoint_final.pth"))
+    continued.run_training()
+    assert continued.current_epoch == 30
+    assert identical(weights(continued), weights(stopped))
+    assert trained(work, Still, epochs=31, **{**settings, "fseft_stop_at_plateau": False}).current_epoch == 31
+
+
+def test_one_training_of_a_fold_at_a_time(work):
+    """A command that was started twice, or the training of one that was killed, would write into each other's files."""
+    trainer, beside = make_trainer(work, epochs=1), make_trainer(work, epochs=1, fold=1)
+    with FileLock(Path(trainer.output_folder) / "training.lock"):
+        with pytest.raises(
+            InputError, match=r"Another process trains in .*fold_0.*wait until it ends, or end it.*delete .*lock"
+        ):
+            trainer.run_training()
+        beside.run_training()
+    trainer.run_training()
+    assert (Path(trainer.output_folder) / "checkpoint_final.pth").exists()

@@ -1,0 +1,158 @@
+"""Training batches from the bank."""
+
+import numpy as np
+import pytest
+import torch
+from banks import CPU, WINDOW, make_bank, store
+
+from fsefs_nnunet.bank.crops import CropLoader
+from fsefs_nnunet.bank.features import FeatureBank
+from fsefs_nnunet.bank.layout import (
+    BACKGROUND_BLOCKS,
+    support_layout,
+)
+
+
+@pytest.fixture
+def loader(tmp_path, backbone):
+    """Support of three cases; features are voxel coordinates, so a crop tells where it was taken."""
+    bank = make_bank(tmp_path, backbone)
+    segmentations = {}
+    for i, (case, shape) in enumerate({"a": (20, 18, 16), "b": (14, 20, 18), "c": (16, 16, 16)}.items()):
+        store(bank, case, torch.from_numpy(np.indices(shape)).float())
+        segmentation = np.zeros((1, *shape), np.int8)
+        segmentation[0, 12, 3 + i, 5] = 1 + i
+        segmentation[0, 0] = -1  # outside of the image
+        segmentations[case] = segmentation
+
+    def make(seed=(1, 2), crop_size=(6, 7, 8), batch_size=2, transform=None, segmentations=segmentations):
+        return CropLoader(bank, segmentations, crop_size, batch_size, seed, transform)
+
+    make.segmentations = segmentations
+    return make
+
+
+def same(a: dict, b: dict) -> bool:
+    return a["keys"] == b["keys"] and torch.equal(a["data"], b["data"]) and torch.equal(a["target"], b["target"])
+
+
+def test_crops_depend_on_seed_epoch_and_step_alone(loader):
+    first = loader()
+    batches = {}
+    for epoch in range(3):
+        first.start_epoch(epoch)
+        for step in range(3):
+            batches[epoch, step] = next(first)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    second = loader()
+    for epoch in (2, 1):  # as if resumed
+        second.start_epoch(epoch)
+        for step in range(3):
+            assert same(next(second), batches[epoch, step])
+    values = list(batches.values())
+    assert not any(same(values[0], other) for other in values[1:])
+    assert not same(next(loader(seed=(1, 3))), batches[0, 0])
+
+
+def test_crops_are_what_lies_in_the_volumes(loader):
+    iterator = loader(batch_size=3)
+    for _ in range(5):
+        batch = next(iterator)
+        assert sorted(batch["keys"]) == ["a", "b", "c"]  # without replacement
+        assert batch["data"].shape == (3, 3, 6, 7, 8) and batch["data"].dtype == torch.float16
+        assert batch["target"].shape == (3, 1, 6, 7, 8) and batch["target"].dtype == torch.int16
+        for case, data, target in zip(batch["keys"], batch["data"], batch["target"]):
+            start = data[:, 0, 0, 0].long()
+            assert torch.equal(data, torch.from_numpy(np.indices((6, 7, 8))) + start.view(3, 1, 1, 1))
+            box = tuple(slice(a, a + n) for a, n in zip(start.tolist(), (6, 7, 8)))
+            expected = np.maximum(loader.segmentations[case][(slice(None), *box)], 0)
+            assert np.array_equal(target, expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_every_other_crop_holds_foreground(loader, batch_size):
+    iterator = loader(batch_size=batch_size)
+    found = np.concatenate([(next(iterator)["target"] > 0).flatten(1).any(1).numpy() for _ in range(40)])
+    assert found[::2].all()
+    assert not found[1::2].all()
+
+
+def test_case_without_foreground_gives_crops(loader):
+    empty = {"c": np.zeros((1, 16, 16, 16), np.int8)}
+    batch = next(loader(segmentations=empty))
+    assert batch["keys"] == ["c", "c"] and not batch["target"].any()
+
+
+def test_crops_fit_the_smallest_support_volume(loader):
+    batch = next(loader(crop_size=(32, 32, 32)))
+    assert batch["data"].shape == (2, 3, 14, 16, 16)
+
+
+def test_transform_makes_the_target(loader):
+    class Double:
+        def __call__(self, segmentation):
+            return {"segmentation": 2 * segmentation}
+
+    plain, doubled = next(loader()), next(loader(transform=Double()))
+    assert torch.equal(doubled["target"], 2 * plain["target"]) and torch.equal(doubled["data"], plain["data"])
+
+
+def test_crops_of_a_whole_volume_are_drawn_as_ever(loader):
+    """Results on volumes of one window do not depend on how larger ones are kept."""
+    rng = np.random.default_rng((1, 2, 0, 0))
+    keys = [list("abc")[i] for i in rng.permutation(3)[:2]]
+    first, second = (loader.segmentations[case] for case in keys)
+    foreground = np.argwhere(first[0] > 0)
+    crop = np.array((6, 7, 8))
+    starts = [np.clip(foreground[rng.integers(1)] - crop // 2, 0, first.shape[1:] - crop)]
+    starts.append(rng.integers(0, second.shape[1:] - crop + 1))
+    batch = next(loader())
+    assert batch["keys"] == keys
+    assert np.array_equal(batch["data"][:, :, 0, 0, 0], starts)
+
+
+@pytest.fixture
+def kept_in_part(bank):
+    """Two loaders for one support case: from its parts and from the whole volume; features are voxel coordinates."""
+    shape, crop = (60, 50, 40), (8, 9, 10)
+    segmentation = np.zeros((1, *shape), np.int8)
+    segmentation[0, 20:24, 20:25, 2:6] = 1
+    features = torch.from_numpy(np.indices(shape)).float()
+    layout = support_layout("a", segmentation[0] > 0, crop, WINDOW)
+    store(bank, "a", features, layout)
+    loaders = [CropLoader(bank, {"a": segmentation}, crop, 2, (1, 2))]
+    full = FeatureBank(bank.root / "whole", bank.backbone, "last", WINDOW, CPU)
+    store(full, "a", features)
+    return layout, *loaders, CropLoader(full, {"a": segmentation}, crop, 2, (1, 2))
+
+
+def test_crops_of_parts_are_crops_of_the_volume(kept_in_part):
+    layout, parts, full = kept_in_part
+    assert len(layout.boxes) > 1
+    places = set()
+    for _ in range(300):
+        batch, reference = next(parts), next(full)
+        # around foreground: the same crops, whatever is kept of the rest
+        assert torch.equal(batch["data"][0], reference["data"][0])
+        assert torch.equal(batch["target"][0], reference["target"][0])
+        start = batch["data"][1, :, 0, 0, 0].long()
+        assert torch.equal(batch["data"][1].long(), torch.from_numpy(np.indices((8, 9, 10))) + start.view(3, 1, 1, 1))
+        box = tuple(slice(a, a + n) for a, n in zip(start.tolist(), (8, 9, 10)))
+        assert np.array_equal(batch["target"][1], parts.segmentations["a"][(slice(None), *box)])
+        places.add(tuple(start.tolist()))
+    # background: every block is drawn, and nothing else
+    assert places == {start for start, _ in layout.boxes[1:]}
+
+
+def test_smaller_crops_move_within_the_blocks(kept_in_part):
+    """The smallest support volume may allow smaller crops than the bank was filled for."""
+    layout, parts, _ = kept_in_part
+    parts.crop_size = np.array((5, 9, 4))
+    starts = {tuple(next(parts)["data"][1, :, 0, 0, 0].long().tolist()) for _ in range(100)}
+    assert len(starts) > BACKGROUND_BLOCKS
+    for start in starts:
+        assert any(
+            all(a <= s and s + n <= b for a, s, n, b in zip(first, start, (5, 9, 4), end))
+            for first, end in layout.boxes[1:]
+        )
