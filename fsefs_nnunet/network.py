@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.functional import conv3d
 
 from fsefs_nnunet.adapters import build_adapter
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
@@ -144,7 +143,12 @@ class AdaptedNetwork(nn.Module):
                 shape = (1, -1, 1, 1, 1)
                 reduced = torch.addcmul((-mean / std).view(shape), features, (1 / std).view(shape))
             else:
-                # standardisation as a part of the reduction: a pass of its own over all features is a tenth of a step
-                weight = self.reduction.weight / std.view(1, -1, 1, 1, 1)
-                reduced = conv3d(features, weight, -(weight.flatten(1) * mean).sum(1))
-            return self.head(self.adapter(reduced))
+                # standardisation as a part of the reduction: a pass of its own over all features is a tenth of a step;
+                # and as a product of matrices: oneDNN reorders the input of a convolution, which takes longer than that
+                weight = self.reduction.weight.flatten(1) / std
+                bias = -(weight @ mean).view(1, -1, 1)
+                reduced = torch.baddbmm(bias, weight.expand(len(features), -1, -1), features.flatten(2))
+                reduced = reduced.unflatten(2, features.shape[2:])
+            # reduced precision of CPUs takes half the time where channels come last
+            reduced = reduced.contiguous(memory_format=torch.channels_last_3d)
+            return self.head(self.adapter(reduced)).contiguous()

@@ -235,15 +235,15 @@ def test_adapt_takes_what_forward_computes(contract, image):
 
 
 def test_the_reduction_standardises(contract, image):
-    """In one convolution what standardising first and reducing then gives."""
+    """In one product what standardising first and reducing then gives."""
     network = randomised(build(contract, stages="all", channels=48), 0)
     fit(network, image, SOFTMAX, False)
-    torch.nn.init.normal_(network.reduction.weight, std=0.1)
+    torch.nn.init.normal_(network.reduction.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         features = network.backbone(image)
         mean, std = (value.view(1, -1, 1, 1, 1) for value in (network.feature_mean, network.feature_std))
         expected = network.head(network.adapter(network.reduction((features - mean) / std)))
-        torch.testing.assert_close(network.adapt(features), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(network.adapt(features), expected, atol=1e-3, rtol=1e-4)
 
 
 VARIANTS = [("spatial", "all", 48), ("spatial", "last", 48), ("spatial", "last", None), ("linear_probe", "all", None)]

@@ -26,6 +26,7 @@ from fsefs_nnunet.inference.transduction import Transduction
 from fsefs_nnunet.inference.weights import sha256_of_weights
 from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.network import AdaptedNetwork
+from fsefs_nnunet.precision import reduced_precision
 from fsefs_nnunet.query_sizes import PredictedSizes, QueryVolume, block_voxels, scale_between, sizes_of
 
 # Voxels of a volume that adaptation looks at, after averaging, and that logits are computed of at a time.
@@ -37,17 +38,35 @@ PART_FOLDER = ".fseft_part"  # nnU-Net takes every file in the output folder for
 
 @torch.no_grad()
 def volume_logits(network: AdaptedNetwork, features: torch.Tensor) -> torch.Tensor:
-    """Features (C, X, Y, Z) -> logits (outputs, X, Y, Z), both on the CPU; in slabs that overlap by what it reaches."""
+    """Features (C, X, Y, Z) -> logits (outputs, X, Y, Z), both on the CPU; in slabs that overlap by what it reaches.
+
+    In the precision of the training.
+    """
     device, margin = network.feature_mean.device, network.adapter.margin
-    if margin is None:  # its output depends on all of the volume
-        return network.adapt(features[None].to(device))[0].float().cpu()
-    size = max(1, SLAB_VOXELS // int(np.prod(features.shape[2:])))
-    slabs = []
-    for start in range(0, features.shape[1], size):
-        first, stop = max(0, start - margin), min(features.shape[1], start + size + margin)
-        logits = network.adapt(features[None, :, first:stop].to(device))[0]
-        slabs.append(logits[:, start - first : start - first + size].float().cpu())
-    return torch.cat(slabs, 1)
+    with reduced_precision(device):
+        if margin is None:  # its output depends on all of the volume
+            return network.adapt(features[None].to(device))[0].float().cpu()
+        size = slab_size(features)
+        slabs = []
+        for start in range(0, features.shape[1], size):
+            first, stop = max(0, start - margin), min(features.shape[1], start + size + margin)
+            logits = network.adapt(features[None, :, first:stop].to(device))[0]
+            slabs.append(logits[:, start - first : start - first + size].float().cpu())
+        return torch.cat(slabs, 1)
+
+
+def slab_size(features: torch.Tensor) -> int:
+    """Along the first axis of features (C, X, Y, Z)."""
+    return max(1, SLAB_VOXELS // int(np.prod(features.shape[2:])))
+
+
+def as_reduced(network: AdaptedNetwork, features: torch.Tensor) -> torch.Tensor:
+    """Features (C, X, Y, Z) in the type that the reductions of all folds want, if one slab holds them."""
+    if isinstance(network.reduction, torch.nn.Identity) or slab_size(features) < features.shape[1]:
+        return features
+    kind = network.feature_mean.device.type
+    with reduced_precision(network.feature_mean.device):
+        return features.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)
 
 
 def averaged(features: torch.Tensor, voxel_ml: float) -> QueryVolume:
@@ -118,8 +137,9 @@ class QueryPredictor:
     def segment(self, volume: Volume, output: Path, keep_largest: bool = False) -> dict:
         """Segment a volume that `read` gave, or that of another model on the same backbone and plans."""
         total, folds = None, []
+        features = as_reduced(self.model.network, volume.features)
         for fold in range(len(self.model.weights)):
-            logits, prediction = self._predict_fold(fold, volume.features)
+            logits, prediction = self._predict_fold(fold, features)
             total = logits if total is None else total.add_(logits)
             folds.append(prediction)
         # as nnU-Net does: the mean of the logits
