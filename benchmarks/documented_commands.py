@@ -37,6 +37,7 @@ PAGES = (
     "README.md",
     "documentation/unlabelled_queries.md",
     "documentation/transductive_inference.md",
+    "documentation/comparing_methods.md",
     "documentation/feature_bank.md",
     "documentation/nnunet_commands.md",
     "documentation/choosing_a_backbone.md",
@@ -129,12 +130,14 @@ class Workplace:
             self.shorten()
         if command.startswith("fseft backbones import mymodel nnUNet_results"):
             self.write_model()
-        if command.startswith("fseft plan_and_preprocess -d 4 --shots 5 --queries"):
-            shutil.rmtree(self.preprocessed / "Dataset004_X", ignore_errors=True)
         if command.startswith("fseft predict") and not self.exists("fold_0/checkpoint_final.pth"):
-            self.run("nnUNetv2_train 4 3d_fullres_5shot 0 -tr FSEFTTrainer -p FSEFTPlans -device cpu")
+            self.train(0)
         if "--clear 90cb9cb6f7cc" in command:
-            self.run("nnUNetv2_train 4 3d_fullres_5shot 1 -tr FSEFTTrainer -p FSEFTPlans -device cpu")
+            self.train(1)
+
+    def train(self, fold: int) -> None:
+        self.shorten()
+        self.run(f"nnUNetv2_train 4 3d_fullres_5shot {fold} -tr FSEFTTrainer -p FSEFTPlans -device cpu")
 
     def exists(self, pattern: str) -> bool:
         folder = self.results / "Dataset004_X" / "FSEFTTrainer__FSEFTPlans__3d_fullres_5shot"
@@ -176,7 +179,14 @@ class Workplace:
             self.exported.append(command)
         lines = "\n".join(["set -e", *self.exported, command])
         done = subprocess.run(
-            ["bash", "-c", lines], cwd=self.work, env=self.environment, capture_output=True, text=True, errors="replace"
+            ["bash", "-c", lines],
+            cwd=self.work,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=1800,
         )
         if done.returncode:
             raise InputError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
@@ -193,7 +203,9 @@ def main() -> None:
     place = Workplace(args.work.resolve())
     place.prepare()
     failed = ran = 0
-    for page in PAGES:
+    # the other pages have commands that run elsewhere, or none
+    pages = [*PAGES, *sorted({f"documentation/{f.name}" for f in (ROOT / "documentation").glob("*.md")} - {*PAGES})]
+    for page in pages:
         # variables are of one page's shell
         place.exported = ['eval "$(fseft env)"']
         for command in commands(ROOT / page):
@@ -204,10 +216,11 @@ def main() -> None:
                 place.before(command)
                 place.run(place.adapted(command))
                 said = f"{time() - start:.0f} s"
-            except InputError as error:
+            except Exception as error:  # whatever became of one command, the others go on
                 failed += 1
                 said = f"FAILED, {error}"
             print(f"{page}: {command.split('  #')[0].strip()}: {said}", flush=True)
+    place.run("fseft unlink")  # should it have failed on its page
     print(f"{ran - failed} of {ran} commands ran.")
     sys.exit(bool(failed))
 

@@ -4,29 +4,51 @@
 
 The demo's phantoms (scanner drift 1.6, pretraining saw 0 to 1; the backbone has never seen a stomach) and its short
 training, but 20 cases to draw the support from and 12 queries. What is done is not done again; the table, figure and
-report are in WORK/benchmark. The methods on the frozen backbone come first, one cell of theirs before the others, and
-their passes of the backbone are counted in the logs.
+report are in WORK/benchmark. The methods on the frozen backbone come first, from an empty bank, so that their passes of
+the backbone can be counted in the logs: those of the largest cell alone, and of all cells.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from fsefs_nnunet.benchmark.methods import METHODS
+from fsefs_nnunet.atomic import write_atomically
+from fsefs_nnunet.bank.features import WINDOWS
+from fsefs_nnunet.benchmark.methods import METHODS, choose
 from fsefs_nnunet.demo import prepare
 from fsefs_nnunet.experiment import Experiment
 
 DATASET = "Dataset902_FSEFTPhantoms"
 NUM_QUERIES, POOL = 12, 20
 SHOTS = ("1", "5", "10", "all")
+OUTPUT = "benchmark"
 
 
-def backbone_windows(experiment: Experiment) -> int:
-    """Windows that went through the frozen backbone, as trainings and predictions in `experiment` have logged."""
+def benchmark(experiment: Experiment, shots: list[str], folds: int, methods: list[str]) -> None:
+    chosen = ("--shots", *shots, "--folds", str(folds), "--methods", *methods)
+    output = experiment.work / (OUTPUT if experiment.results == Experiment.results else f"{OUTPUT}_alone")
+    experiment.run("fseft", "benchmark", "-d", DATASET, "-device", experiment.device, "-o", output, *chosen)
+
+
+def windows_of(experiment: Experiment, shots: list[str], folds: int, methods: list[str]) -> int:
+    """Windows that go through the backbone for these cells, from an empty bank; counted once and kept."""
+    kept = experiment.work / f"{experiment.results}_windows.json"
+    if not kept.exists():
+        before = logged_windows(experiment)
+        experiment.run("fseft", "bank", "-d", DATASET, "--clear")
+        benchmark(experiment, shots, folds, methods)
+        write_atomically(kept, json.dumps(logged_windows(experiment) - before))
+    return json.loads(kept.read_text("utf-8"))
+
+
+def logged_windows(experiment: Experiment) -> int:
+    """What trainings and predictions in `experiment` have logged."""
     logs = [*experiment.folders["nnUNet_results"].rglob("training_log_*.txt"), experiment.work / "log.txt"]
-    counts = re.compile(r"The frozen backbone ran over (\d+) windows")
+    counts = re.compile(re.escape(WINDOWS).replace(r"\{\}", r"(\d+)"))
     return sum(int(match[1]) for log in logs for match in counts.finditer(log.read_text("utf-8", errors="replace")))
 
 
@@ -41,21 +63,16 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     experiment = Experiment(args.work.resolve(), DATASET, device=args.device)
     prepare(experiment, NUM_QUERIES, POOL, SHOTS)
-    output = experiment.work / "benchmark"
-
-    def benchmark(shots: list[str], folds: int, methods: list[str]) -> None:
-        chosen = ("--shots", *shots, "--folds", str(folds), "--methods", *methods)
-        experiment.run("fseft", "benchmark", "-d", DATASET, "-device", args.device, "-o", output, *chosen)
-
-    black_box = [method for method in args.methods if METHODS[method].shares_features]
+    methods = choose(args.methods)
     numbers = [shots for shots in args.shots if shots != "all"]
-    if black_box and numbers:
-        benchmark(numbers[-1:], 1, ["fseft"])
-        one = backbone_windows(experiment)
-        benchmark(numbers, args.folds, black_box)
-        print(f"Windows through the backbone: one cell {one}, {', '.join(black_box)} {backbone_windows(experiment)}.")
-    benchmark(args.shots, args.folds, args.methods)
-    print((output / "table.md").read_text("utf-8"))
+    frozen = [method for method in methods if METHODS[method].shares_features]
+    if numbers and frozen:
+        alone = replace(experiment, results="nnUNet_results_alone")
+        one = windows_of(alone, numbers[-1:], 1, frozen[-1:])
+        all_cells = windows_of(experiment, numbers, args.folds, frozen)
+        print(f"Windows through the backbone: one cell {one}, the table of {', '.join(frozen)} {all_cells}.")
+    benchmark(experiment, args.shots, args.folds, methods)
+    print((experiment.work / OUTPUT / "table.md").read_text("utf-8"))
 
 
 if __name__ == "__main__":

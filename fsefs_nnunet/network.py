@@ -134,7 +134,7 @@ class AdaptedNetwork(nn.Module):
         return self.adapt(self.backbone(x))
 
     def adapt(self, features: torch.Tensor) -> torch.Tensor:
-        """Backbone features (B, C, X, Y, Z), stored ones for example -> logits (B, num_classes, X, Y, Z)."""
+        """Backbone features (B, C, X, Y, Z), stored ones for example -> logits (B, num_classes, X, Y, Z), float32."""
         mean, std = self.feature_mean, self.feature_std
         with unless_thin(features):
             if not torch.is_autocast_enabled(features.device.type):  # autocast casts what is stored at half the cost
@@ -149,6 +149,6 @@ class AdaptedNetwork(nn.Module):
                 bias = -(weight @ mean).view(1, -1, 1)
                 reduced = torch.baddbmm(bias, weight.expand(len(features), -1, -1), features.flatten(2))
                 reduced = reduced.unflatten(2, features.shape[2:])
-            # reduced precision of CPUs takes half the time where channels come last
-            reduced = reduced.contiguous(memory_format=torch.channels_last_3d)
-            return self.head(self.adapter(reduced)).contiguous()
+            adapted = self.adapter(reduced)
+        with torch.autocast(features.device.type, enabled=False):  # rounded logits would tie
+            return self.head(adapted.to(self.head.weight)).contiguous()

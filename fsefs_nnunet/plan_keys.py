@@ -56,9 +56,3 @@ def check_plan_keys(settings: dict, configuration: str, plans_name: str) -> None
             raise InputError(
                 f"{key} of {configuration!r} in {plans_name}.json is {settings.get(key)!r}: make it {wanted}."
             )
-    crop, window = settings["fseft_crop_size"], settings["patch_size"]
-    if any(n > w for n, w in zip(crop, window)):
-        raise InputError(
-            f"fseft_crop_size of {configuration!r} in {plans_name}.json is {list(crop)}: no axis may be longer than "
-            f"the backbone's window of {list(window)} voxels, views of the support are no larger."
-        )

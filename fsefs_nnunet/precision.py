@@ -14,9 +14,13 @@ def reduced_precision(device: torch.device, depth: int = THIN + 1) -> torch.auto
 
     depth: first axis of the coarsest feature map; float32 on CPUs where a map could be too thin.
     """
+    on_cpu = device.type == "cpu" and depth > THIN and _native_bfloat16()
+    return torch.autocast(device.type, enabled=device.type == "cuda" or on_cpu)
+
+
+def _native_bfloat16() -> bool:
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
-    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16")) and depth > THIN
-    return torch.autocast(device.type, enabled=device.type == "cuda" or (device.type == "cpu" and native))
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def unless_thin(features: torch.Tensor) -> torch.autocast:

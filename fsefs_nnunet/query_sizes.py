@@ -10,6 +10,7 @@ import torch
 
 from fsefs_nnunet.bank.features import FeatureBank
 from fsefs_nnunet.network import AdaptedNetwork
+from fsefs_nnunet.precision import reduced_precision
 
 ABSENT = 0.05  # a class of less than this share of its prior seems to be absent
 MAX_SCALE = 8.0  # a class that is all but lost says nothing of how much pooling takes
@@ -58,7 +59,8 @@ class QueryVolume:
 
     def predict(self, network: AdaptedNetwork, has_regions: bool) -> PredictedSizes:
         device = network.feature_mean.device
-        logits = network.adapt(self.features.to(device)).float()
+        with reduced_precision(device):  # as all of a training
+            logits = network.adapt(self.features.to(device))
         return sizes_of(logits[0], self.voxels_ml.to(device), has_regions, self.scale)
 
 

@@ -16,12 +16,7 @@ from banks import CPU, WINDOW, make_bank, make_images, store, whole
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.bank import disk, features
 from fsefs_nnunet.bank.features import FeatureBank
-from fsefs_nnunet.bank.layout import (
-    Layout,
-    pooled,
-    query_layout,
-    whole_layout,
-)
+from fsefs_nnunet.bank.layout import Layout, pooled, query_layout, whole_layout
 
 # ---- filling ----
 

@@ -7,10 +7,7 @@ from banks import CPU, WINDOW, make_bank, store
 
 from fsefs_nnunet.bank.crops import CropLoader
 from fsefs_nnunet.bank.features import FeatureBank
-from fsefs_nnunet.bank.layout import (
-    BACKGROUND_BLOCKS,
-    support_layout,
-)
+from fsefs_nnunet.bank.layout import BACKGROUND_BLOCKS, support_layout
 
 
 @pytest.fixture

@@ -14,14 +14,15 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from published_files import turned
 from scipy.ndimage import label
 
+from fsefs_nnunet import precision
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.cases.splits import load_splits
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.inference.prediction import (
     PART_FOLDER,
     QueryPredictor,
-    as_reduced,
     averaged,
+    cast_for_reduction,
     keep_largest_components,
     volume_logits,
 )
@@ -125,19 +126,22 @@ def test_inductive_prediction_is_nnunets(work):
 @pytest.mark.parametrize(
     "adapter, channels", [("spatial", None), ("spatial", 20), ("spatial_in", 20), ("linear_probe", None)]
 )
-def test_slabs_are_the_whole(contract, monkeypatch, adapter, channels):
+@pytest.mark.parametrize("reduced", [False, True])
+def test_slabs_are_the_whole(contract, monkeypatch, adapter, channels, reduced):
     network = AdaptedNetwork(1, 3, "phantom", contract.sha256, adapter, "last", channels, 0)
     for parameter in network.adapter.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    features = torch.randn(16, 9, 5, 4).half()
-    exact, whole = network.adapt(features[None].float())[0].detach(), volume_logits(network, features)
-    torch.testing.assert_close(
-        whole, exact, rtol=0.05, atol=0.05
-    )  # the latter in reduced precision, where there is one
-    assert torch.equal(volume_logits(network, as_reduced(network, features)), whole)
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    features = torch.randn(16, 9, 5, 4, generator=torch.Generator().manual_seed(0)).half()
+    monkeypatch.setattr(precision, "_native_bfloat16", lambda: reduced)
+    cast = cast_for_reduction(network, features)
+    assert cast.dtype == (torch.float16 if channels is None else torch.bfloat16 if reduced else torch.float32)
+    whole, exact = volume_logits(network, cast), network.adapt(features[None].float())[0].detach()
+    tolerance = 0.05 if reduced else 1e-4
+    assert whole.dtype == torch.float32
+    torch.testing.assert_close(whole, exact, rtol=tolerance, atol=tolerance)
     monkeypatch.setattr("fsefs_nnunet.inference.prediction.SLAB_VOXELS", 2 * 5 * 4)
-    torch.testing.assert_close(volume_logits(network, features), whole, rtol=0.01, atol=0.01)
-    assert as_reduced(network, features) is features
+    assert cast_for_reduction(network, features) is features
+    torch.testing.assert_close(volume_logits(network, features), exact, rtol=tolerance, atol=tolerance)
 
 
 def test_sizes_outside_their_band_are_drawn_towards_it(work):

@@ -4,9 +4,7 @@ import pytest
 import torch
 from banks import store
 
-from fsefs_nnunet.bank.layout import (
-    query_layout,
-)
+from fsefs_nnunet.bank.layout import query_layout
 from fsefs_nnunet.network import AdaptedNetwork
 from fsefs_nnunet.query_sizes import QuerySizes
 

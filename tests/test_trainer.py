@@ -163,7 +163,6 @@ def test_size_prior_pulls_the_queries_sizes_towards_it(work):
     penalties = []
 
     def mean_penalty():
-
         with torch.no_grad():
             sizes = [trainer.query_sizes.predict(trainer.network, q, False).soft for q in trainer.queries]
         values = [size_penalty(s[trainer.known], trainer.prior_ml, 0.3).mean().item() for s in sizes]
@@ -224,11 +223,11 @@ def test_views_of_a_volume_larger_than_the_window(work):
     """One window each, so that a view costs one pass of the backbone; image and label map stay together."""
     trainer = make_trainer(work, fseft_views=30, fold=1, patch_size=[24, 24, 24], fseft_lambda=0.0)
     trainer.on_train_start()
-    entries = [trainer.bank[name] for name in trainer.views]
+    entries = [trainer.bank[name] for name in trainer.views.names]
     assert {entry.layout.shape for entry in entries} == {(24, 24, 24)}
     assert all(entry.layout.boxes == (((0, 0, 0), (24, 24, 24)),) for entry in entries)
     kidneys = 0
-    for name in trainer.views:
+    for name in trainer.views.names:
         image, kidney = trainer.load_image(name)[0], trainer.load_segmentation(name)[0] == 3
         if kidney.sum() > 20:
             kidneys += 1

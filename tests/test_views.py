@@ -3,13 +3,29 @@
 import numpy as np
 import pytest
 
-from fsefs_nnunet.bank.views import ANYWHERE_EVERY, SupportViews, class_voxels, view_patch
+from fsefs_nnunet.bank.views import SupportViews, class_voxels, view_patch
 
 WINDOW, INITIAL = (8, 8, 8), (11, 10, 8)
 
 
 def patch_of(segmentation: np.ndarray, window, initial, seed, labels=(1, 2)) -> list[list[int]]:
     return view_patch(class_voxels(segmentation, labels), segmentation.shape[1:], window, initial, seed)
+
+
+def views_of(segmentation: np.ndarray, cases: list[str], views: int, ignore_label: int | None = None) -> SupportViews:
+    """Of cases that share a label map, an image of noise and an identity for nnU-Net's transforms."""
+    image = np.random.default_rng(0).random(segmentation.shape).astype(np.float32)
+    return SupportViews(
+        cases,
+        views,
+        load_case=lambda case: (image, segmentation),
+        transforms_of=lambda window: lambda **patch: patch,
+        labels=[1, 2],
+        ignore_label=ignore_label,
+        window=WINDOW,
+        initial_patch=WINDOW,
+        seed=0,
+    )
 
 
 def labelled(*boxes: tuple[int, slice, slice, slice]) -> np.ndarray:
@@ -50,21 +66,33 @@ def test_in_a_volume_without_labels_windows_lie_anywhere():
 
 @pytest.mark.parametrize(("cases", "views", "of_each"), [(1, 64, 64), (5, 64, 12), (70, 64, 1), (3, 1, 1), (3, 0, 0)])
 def test_views_are_shared_out(cases, views, of_each):
-    made = SupportViews([str(i) for i in range(cases)], views, None, None, [1], WINDOW, WINDOW, 0)
-    assert len(made) == cases * of_each
+    assert len(views_of(labelled(), [str(i) for i in range(cases)], views).names) == cases * of_each
 
 
-def test_three_views_of_four_lie_around_labels():
-    """The others anywhere: this organ fills a thousandth of the volume."""
-    segmentation = labelled((1, slice(0, 2), slice(0, 3), slice(0, 4)))
-    image = np.zeros((1, 20, 30, 40), np.float32)
-    identity = lambda _: lambda **patch: patch  # noqa: E731
-    views = SupportViews(["a", "b"], 64, lambda _: (image, segmentation), identity, [1], WINDOW, WINDOW, 0)
-    assert len(views) == 64 and all(views[name].shape == (1, *WINDOW) for name in views)
-    shown = [bool((views.segmentations[name] > 0).any()) for name in views]
-    around = [shown[i] for i in range(64) if i % ANYWHERE_EVERY != ANYWHERE_EVERY - 1]
-    assert all(around) and len(around) == 48
-    assert sum(shown) < 52
+@pytest.mark.parametrize("cases", [1, 10, 64])
+def test_three_views_of_four_lie_around_labels(cases):
+    """The others anywhere, whatever the number of cases: this organ fills a thousandth of the volume."""
+    views = views_of(labelled((1, slice(0, 2), slice(0, 3), slice(0, 4))), [f"case{i}" for i in range(cases)], 64)
+    made = [views.make(name) for name in views.names]
+    assert len(made) >= 60 and all(image.shape == label_map.shape == (1, *WINDOW) for image, label_map in made)
+    assert 0.6 < np.mean([(label_map > 0).any() for _, label_map in made]) < 0.9
+
+
+def test_a_view_is_the_same_whatever_other_cases_are_there():
+    segmentation = labelled((1, slice(0, 20), slice(0, 30), slice(0, 40)))
+    alone, among = views_of(segmentation, ["b"], 3), views_of(segmentation, ["a", "b", "c"], 9)
+    assert len(alone.names) == 3
+    for name in alone.names:
+        assert all(map(np.array_equal, alone.make(name), among.make(name)))
+
+
+def test_views_that_lie_anywhere_show_annotated_voxels():
+    """Here a slice of twenty, the others are ignored."""
+    segmentation = labelled((3, slice(1, 20), slice(0, 30), slice(0, 40)), (1, slice(0, 1), slice(0, 2), slice(0, 2)))
+    views = views_of(segmentation, ["a"], 64, ignore_label=3)
+    shown = [views.make(name)[1] for name in views.names]
+    assert all((label_map != 3).any() for label_map in shown)
+    assert any(not (label_map == 1).any() for label_map in shown)
 
 
 def test_ignored_voxels_are_no_class():

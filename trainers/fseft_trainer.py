@@ -11,12 +11,13 @@ import torch
 
 from fsefs_nnunet.bank.crops import CropLoader, region_transform
 from fsefs_nnunet.bank.disk import BANK_FOLDER, cap_in_gb
-from fsefs_nnunet.bank.features import FeatureBank
+from fsefs_nnunet.bank.features import WINDOWS, FeatureBank
 from fsefs_nnunet.bank.layout import Layout, pooled_name, query_layout, support_layout
 from fsefs_nnunet.bank.views import SupportViews
 from fsefs_nnunet.cases.preprocessed import refuse_missing
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cases.splits import SPLITS_FILE, fold_seed, load_splits, query_cases
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.inference.trained_model import PRIOR_KEY
 from fsefs_nnunet.labels import foreground_classes, foreground_names
 from fsefs_nnunet.precision import reduced_precision
@@ -58,20 +59,21 @@ class FSEFTTrainer(AdaptedTrainer):
         case = self.pooled_support.get(case, case)
         if case in self.unlabelled.cases:
             return self.unlabelled.load(case)
-        if case in self.views:
-            return self.views[case]
+        if case in self.views.names:
+            image, self.view_segmentations[case] = self.views.make(case)
+            return image
         return self.load_case(case)[0][:]
 
     def load_segmentation(self, case: str) -> np.ndarray:
         """Label map (1, X, Y, Z) of a support case, or of a view that was loaded."""
-        if case in self.views:
-            return self.views.segmentations[case]
+        if case in self.views.names:
+            return self.view_segmentations[case]
         return self.load_case(case)[1][:]
 
     def get_dataloaders(self):
         regions = region_transform(self.label_manager)
         support, views = (
-            {case: self.load_segmentation(case) for case in cases} for cases in (self.support, self.views)
+            {case: self.load_segmentation(case) for case in cases} for cases in (self.support, self.views.names)
         )
 
         def loader(stream: int, segmentations: dict[str, np.ndarray]) -> CropLoader:
@@ -99,6 +101,7 @@ class FSEFTTrainer(AdaptedTrainer):
             f"{len(self.queries)} queries, {len(labelled_queries)} of them with labels for the final validation."
         )
         self.views = self.support_views()
+        self.view_segmentations: dict[str, np.ndarray] = {}
         self.pooled_support = {}
         if self.use_size_prior and self.settings["fseft_pool"] > 1:
             self.pooled_support = {pooled_name(case): case for case in self.support[:CALIBRATION_CASES]}
@@ -110,7 +113,18 @@ class FSEFTTrainer(AdaptedTrainer):
         self.stop_at_plateau()
 
     def support_views(self) -> SupportViews:
-        """The support cases under nnU-Net's augmentation."""
+        """The support cases under nnU-Net's augmentation.
+
+        Raises:
+            InputError: if crops are larger than the views.
+        """
+        views, crop, window = (self.settings[key] for key in ("fseft_views", "fseft_crop_size", "patch_size"))
+        if views and any(n > w for n, w in zip(crop, window)):
+            where = f"{self.configuration_name!r} in {self.plans_manager.plans_name}.json"
+            raise InputError(
+                f"fseft_crop_size of {where} is {list(crop)}: no axis may be longer than a view, the window of "
+                f"{list(window)} voxels; or set fseft_views to 0."
+            )
         rotation, dummy_2d, initial_patch, _ = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         foreground = self.label_manager.foreground_labels
 
@@ -122,13 +136,14 @@ class FSEFTTrainer(AdaptedTrainer):
 
         return SupportViews(
             self.support,
-            self.settings["fseft_views"],
-            self.load_case,
-            transforms_of,
-            foreground,
-            self.configuration_manager.patch_size,
-            initial_patch,
-            self.settings["fseft_seed"],
+            views,
+            load_case=self.load_case,
+            transforms_of=transforms_of,
+            labels=foreground,
+            ignore_label=self.label_manager.ignore_label,
+            window=window,
+            initial_patch=initial_patch,
+            seed=self.settings["fseft_seed"],
         )
 
     def fill_bank(self) -> None:
@@ -140,13 +155,14 @@ class FSEFTTrainer(AdaptedTrainer):
             self.configuration_manager.patch_size,
             self.device,
         )
-        needed = [*self.support, *self.views, *self.pooled_support, *(self.queries if self.use_size_prior else [])]
+        queries = self.queries if self.use_size_prior else []
+        needed = [*self.support, *self.views.names, *self.pooled_support, *queries]
         cap_gb = cap_in_gb(self.settings.get("fseft_bank_gb"))
         self.bank.fill(needed, self.load_image, self.bank_layout, cap_gb, self.print_to_log_file)
 
     def bank_layout(self, case: str, shape: tuple[int, ...]) -> Layout:
         """What the bank keeps of a volume of `shape`; of a query it depends on the image alone."""
-        if case not in self.support and case not in self.views:
+        if case not in self.support and case not in self.views.names:
             return query_layout(shape, self.settings["fseft_pool"])
         foreground = self.load_segmentation(case)[0] > 0
         window = self.configuration_manager.patch_size
@@ -213,8 +229,8 @@ class FSEFTTrainer(AdaptedTrainer):
         target = batch["target"].to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
         with reduced_precision(self.device):
-            loss = self.loss(self.network.adapt(features).float(), target)
-            penalty = self.query_penalty()
+            loss = self.loss(self.network.adapt(features), target)
+        penalty = self.query_penalty()
         if penalty is not None:
             loss = loss + self.settings["fseft_lambda"] * penalty
         if self.grad_scaler is not None:
@@ -240,7 +256,7 @@ class FSEFTTrainer(AdaptedTrainer):
 
     def on_train_end(self):
         self.log_query_sizes("after training")
-        self.print_to_log_file(f"The frozen backbone ran over {self.network.backbone.windows} windows.")
+        self.print_to_log_file(WINDOWS.format(self.bank.windows))
         super().on_train_end()
 
     def log_query_sizes(self, when: str) -> None:

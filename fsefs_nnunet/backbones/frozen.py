@@ -37,7 +37,6 @@ class FrozenBackbone(nn.Module):
         module = ARCHITECTURES[kind](self.contract, stages)
         module.load_backbone_state(load_weights(self.contract, sha256))
         self.__dict__["module"] = module.eval().requires_grad_(False)
-        self.windows = 0  # that went through it
 
     @property
     def out_channels(self) -> int:
@@ -54,5 +53,4 @@ class FrozenBackbone(nn.Module):
     @torch.no_grad()
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """image (B, input_channels, X, Y, Z) -> features (B, out_channels, X, Y, Z)."""
-        self.windows += len(image)
         return self.module(image)

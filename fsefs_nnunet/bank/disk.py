@@ -51,7 +51,7 @@ def require_space(root: Path, needed: int, cap_gb: float | None) -> None:
     figures = f"The feature bank needs {gigabytes(needed)} more in {root}, which holds {gigabytes(used)}"
     remedies = (
         "clear old banks with `fseft bank -d ID --clear`, draw fewer queries with `fseft splits -d ID --num_queries "
-        'N`, or set stages to "last" in the plans.'
+        'N`, or set fseft_views lower or stages to "last" in the plans.'
     )
     if cap_gb is not None and used + needed > cap_gb * 1e9:
         raise InputError(f"{figures}; fseft_bank_gb allows {gigabytes(cap_gb * 1e9)}: raise it, {remedies}")

@@ -23,6 +23,7 @@ from fsefs_nnunet.bank.layout import Layout
 from fsefs_nnunet.cases.preprocessed import require_finite
 
 TILE_STEP_SIZE = 0.5
+WINDOWS = "The frozen backbone ran over {} windows."  # benchmarks/phantoms.py reads it in the logs
 FORMAT = 2  # raise it when the entries change: older ones are left alone then
 
 
@@ -41,7 +42,7 @@ def extract_features(
         (C, X, Y, Z) float32 on the CPU: 4 bytes a voxel and channel, the most memory that filling a bank takes.
     """
     padded, revert = pad_nd_image(image, patch_size, "constant", {"value": 0}, True, None)
-    starts = product(*compute_steps_for_sliding_window(padded.shape[1:], patch_size, TILE_STEP_SIZE))
+    starts = window_starts(image.shape[1:], patch_size)
     windows = [(slice(None), *(slice(a, a + n) for a, n in zip(start, patch_size))) for start in starts]
 
     def features_of(window: tuple[slice, ...]) -> torch.Tensor:
@@ -59,6 +60,11 @@ def extract_features(
         weight[window[1:]] += gaussian
     features /= weight
     return features[(slice(None), *revert[1:])]
+
+
+def window_starts(shape: Sequence[int], patch_size: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """First voxels of the windows over a volume (X, Y, Z), padded to a window where it is smaller."""
+    return list(product(*compute_steps_for_sliding_window(np.maximum(shape, patch_size), patch_size, TILE_STEP_SIZE)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ class FeatureBank:
     def __init__(
         self, root: Path, backbone: FrozenBackbone, stages: str, patch_size: Sequence[int], device: torch.device
     ):
-        """root: the folder of all banks of a dataset."""
+        """root: the folder of all banks of a dataset. `windows` counts what has gone through the backbone."""
         self.root = Path(root)
         self.backbone = backbone
         self.patch_size = tuple(int(n) for n in patch_size)
@@ -128,6 +134,7 @@ class FeatureBank:
             "tile_step_size": TILE_STEP_SIZE,
         }
         self.folder = self.root / f"{backbone.contract.id}_{short_hash(json.dumps(self.recipe, sort_keys=True))}"
+        self.windows = 0
         self._entries: dict[str, Entry] = {}
 
     def __getitem__(self, case: str) -> Entry:
@@ -199,6 +206,7 @@ class FeatureBank:
                 return 0  # another training computed them meanwhile
             image = torch.from_numpy(_finite_image(keys[0].case, load_image))
             features = extract_features(self.backbone, image, self.patch_size, self.device)
+            self.windows += len(window_starts(image.shape[1:], self.patch_size))
             for key in missing:
                 self._write(key, features)
         for key in missing:

@@ -7,7 +7,7 @@ where a volume of a patient costs a hundred.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,30 +16,31 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 
 SEPARATOR = "__view"
 MOST_VOXELS = 10_000  # of a class, to draw from, as nnU-Net keeps them
-# Every so many views lies anywhere, so that crops show the background far from labels, too.
-ANYWHERE_EVERY = 4
+ANYWHERE = 0.25  # share of the views that lie anywhere, so that crops show the background far from labels, too
 
 
-class SupportViews(Mapping):
-    """Augmented views of support cases by name: the image (channels, X, Y, Z), made anew each time it is asked for.
+class SupportViews:
+    """Augmented views of support cases.
 
-    segmentations: label map (1, X, Y, Z) of each view that was made.
+    names: of all views, with their case and number; a view is the same whatever other cases are there.
     """
 
     def __init__(
         self,
         cases: Sequence[str],
         views: int,
+        *,
         load_case: Callable[[str], tuple],
         transforms_of: Callable[[np.ndarray], Callable],
         labels: Sequence[int],
+        ignore_label: int | None,
         window: Sequence[int],
         initial_patch: Sequence[int],
         seed: int,
     ):
         """
         Args:
-            views: of all cases together, at least one of each; 0: none.
+            views: of all cases together, shared out evenly, at least one of each; 0: none.
             load_case: image and label map of a case, in memory or mapped, and whatever follows them.
             transforms_of: batchgeneratorsv2's training transforms for a patch of so many voxels.
             labels: foreground labels of the dataset.
@@ -47,36 +48,39 @@ class SupportViews(Mapping):
             initial_patch: nnU-Net's size of a patch before its spatial transform.
         """
         of_each = max(views // len(cases), min(views, 1))
-        self.cases = {view_name(case, view): (case, view) for case in cases for view in range(of_each)}
-        self.load_case, self.transforms_of, self.labels = load_case, transforms_of, labels
+        self.names = {view_name(case, view): (case, view) for case in cases for view in range(of_each)}
+        self.load_case, self.transforms_of = load_case, transforms_of
+        self.labels, self.ignore_label = labels, ignore_label
         self.window, self.initial_patch, self.seed = window, initial_patch, seed
-        self.segmentations: dict[str, np.ndarray] = {}
-        self._class_voxels: dict[str, list[np.ndarray]] = {}
+        self._voxels: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.cases)
-
-    def __len__(self) -> int:
-        return len(self.cases)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.cases
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        case, view = self.cases[name]
+    def make(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Image (channels, X, Y, Z) and label map (1, X, Y, Z) of a view, a function of the seed."""
+        case, view = self.names[name]
         image, segmentation = self.load_case(case)[:2]
         shape = segmentation.shape[1:]
         window = np.minimum(self.window, shape)
-        if case not in self._class_voxels:
-            self._class_voxels[case] = class_voxels(segmentation[:], self.labels)
-        voxels = None if (view + 1) % ANYWHERE_EVERY == 0 else self._class_voxels[case]
+        if case not in self._voxels:
+            self._voxels[case] = self._voxels_of(segmentation[:])
+        around_labels, anywhere = self._voxels[case]
         seed = (self.seed, view, *case.encode())
-        patch = view_patch(voxels, shape, window, self.initial_patch, seed)
+        lies_anywhere = np.random.default_rng([*seed, 0]).random() < ANYWHERE
+        patch = view_patch(anywhere if lies_anywhere else around_labels, shape, window, self.initial_patch, seed)
         image, turned = augmented_view(
             self.transforms_of(window), crop_and_pad_nd(image, patch, 0), crop_and_pad_nd(segmentation, patch, -1), seed
         )
-        self.segmentations[name] = turned.astype(segmentation.dtype)
-        return image
+        return image, turned.astype(segmentation.dtype)
+
+    def _voxels_of(self, segmentation: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Voxels that views lie around, and those that the others do: none, so that they lie anywhere.
+
+        Where voxels are ignored, all that are not: there is nothing to learn from a window of ignored ones.
+        """
+        around_labels = class_voxels(segmentation, self.labels)
+        if self.ignore_label is None:
+            return around_labels, []
+        annotated = (segmentation >= 0) & (segmentation != self.ignore_label)
+        return around_labels, class_voxels(annotated.astype(np.int8), [1])
 
 
 def view_name(case: str, view: int) -> str:
@@ -91,7 +95,7 @@ def class_voxels(segmentation: np.ndarray, labels: Sequence[int]) -> list[np.nda
 
 
 def view_patch(
-    voxels: Sequence[np.ndarray] | None,
+    voxels: Sequence[np.ndarray],
     shape: Sequence[int],
     window: Sequence[int],
     initial_patch: Sequence[int],
@@ -102,7 +106,7 @@ def view_patch(
     The window lies in the volume, around a random voxel of a random class, as nnU-Net's patches of foreground.
 
     Args:
-        voxels: of each class, what `class_voxels` gave. None, or no class: the window lies anywhere.
+        voxels: of each class, what `class_voxels` gave. Without any class the window lies anywhere.
         shape: of the volume (X, Y, Z); nothing is cut along axes that are no longer than the window.
         window: voxels per axis, at most the volume's.
         initial_patch: nnU-Net's size of a patch before its spatial transform.

@@ -11,6 +11,7 @@ from time import time
 from tqdm import tqdm
 
 from fsefs_nnunet.atomic import write_atomically
+from fsefs_nnunet.bank.features import WINDOWS
 from fsefs_nnunet.benchmark.cells import Cell
 from fsefs_nnunet.devices import device_named
 from fsefs_nnunet.evaluation.tables import duration
@@ -81,6 +82,7 @@ def _predict_together(cells: list[Cell]) -> dict[Cell, str]:
             failures[cell] = str(error)
     images = study.target.image_files()
     title = f"predicting {len(images)} volumes with {len(predictors)} adapters"
+    readers = list(predictors.values())
     for case, files in tqdm(images.items(), desc=title, disable=not predictors):
         waiting = [cell for cell in predictors if not _segmented(cell, case)]
         try:
@@ -95,9 +97,7 @@ def _predict_together(cells: list[Cell]) -> dict[Cell, str]:
             except Exception as error:
                 failures[cell] = f"{files[0]} was not segmented: {error}"
                 del predictors[cell]
-    if predictors:
-        windows = next(iter(predictors.values())).model.network.backbone.windows
-        print(f"The frozen backbone ran over {windows} windows.", flush=True)
+    print(WINDOWS.format(sum(predictor.windows for predictor in readers)), flush=True)
     for cell in predictors:
         try:
             cell.count_dice()

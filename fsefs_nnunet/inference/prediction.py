@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from fsefs_nnunet.atomic import read_json, write_atomically
-from fsefs_nnunet.bank.features import extract_features
+from fsefs_nnunet.bank.features import extract_features, window_starts
 from fsefs_nnunet.bank.layout import pooled, pooling_factor
 from fsefs_nnunet.cases.dataset_json import channel_names
 from fsefs_nnunet.cases.queries import images_in, read_image
@@ -26,7 +26,7 @@ from fsefs_nnunet.inference.transduction import Transduction
 from fsefs_nnunet.inference.weights import sha256_of_weights
 from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.network import AdaptedNetwork
-from fsefs_nnunet.precision import reduced_precision
+from fsefs_nnunet.precision import reduced_precision, unless_thin
 from fsefs_nnunet.query_sizes import PredictedSizes, QueryVolume, block_voxels, scale_between, sizes_of
 
 # Voxels of a volume that adaptation looks at, after averaging, and that logits are computed of at a time.
@@ -45,28 +45,29 @@ def volume_logits(network: AdaptedNetwork, features: torch.Tensor) -> torch.Tens
     device, margin = network.feature_mean.device, network.adapter.margin
     with reduced_precision(device):
         if margin is None:  # its output depends on all of the volume
-            return network.adapt(features[None].to(device))[0].float().cpu()
+            return network.adapt(features[None].to(device))[0].cpu()
         size = slab_size(features)
         slabs = []
         for start in range(0, features.shape[1], size):
             first, stop = max(0, start - margin), min(features.shape[1], start + size + margin)
             logits = network.adapt(features[None, :, first:stop].to(device))[0]
-            slabs.append(logits[:, start - first : start - first + size].float().cpu())
+            slabs.append(logits[:, start - first : start - first + size].cpu())
         return torch.cat(slabs, 1)
 
 
 def slab_size(features: torch.Tensor) -> int:
-    """Along the first axis of features (C, X, Y, Z)."""
+    """Voxels along X of features (C, X, Y, Z)."""
     return max(1, SLAB_VOXELS // int(np.prod(features.shape[2:])))
 
 
-def as_reduced(network: AdaptedNetwork, features: torch.Tensor) -> torch.Tensor:
-    """Features (C, X, Y, Z) in the type that the reductions of all folds want, if one slab holds them."""
+def cast_for_reduction(network: AdaptedNetwork, features: torch.Tensor) -> torch.Tensor:
+    """Features (C, X, Y, Z) in the type that the reductions of all folds compute in, if one slab holds them."""
     if isinstance(network.reduction, torch.nn.Identity) or slab_size(features) < features.shape[1]:
         return features
-    kind = network.feature_mean.device.type
-    with reduced_precision(network.feature_mean.device):
-        return features.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)
+    device = network.feature_mean.device
+    with reduced_precision(device), unless_thin(features[None].to(device)):
+        reduced = torch.is_autocast_enabled(device.type)
+    return features.to(torch.get_autocast_dtype(device.type) if reduced else torch.float32)
 
 
 def averaged(features: torch.Tensor, voxel_ml: float) -> QueryVolume:
@@ -111,6 +112,7 @@ class QueryPredictor:
         self.reader = model.plans_manager.image_reader_writer_class()
         self.shows_ct = channel_names(model.dataset_json)["0"].casefold() == "ct"
         self.preprocessor = model.configuration.preprocessor_class(verbose=False)
+        self.windows = 0  # that went through the backbone
         self.loss = SoftDiceLoss(manager.has_regions, manager.ignore_label)
 
     def predict(self, files: list[str], output: Path, keep_largest: bool = False) -> dict:
@@ -132,25 +134,26 @@ class QueryPredictor:
         context = (model.plans_manager, model.configuration, model.dataset_json)
         data, _, properties = self.preprocessor.run_case_npy(image, None, properties, *context)
         image, window = torch.from_numpy(np.asarray(data, np.float32)), tuple(model.configuration.patch_size)
+        self.windows += len(window_starts(image.shape[1:], window))
         return Volume(extract_features(model.network.backbone, image, window, model.device).half(), properties)
 
     def segment(self, volume: Volume, output: Path, keep_largest: bool = False) -> dict:
         """Segment a volume that `read` gave, or that of another model on the same backbone and plans."""
         total, folds = None, []
-        features = as_reduced(self.model.network, volume.features)
+        features = cast_for_reduction(self.model.network, volume.features)
         for fold in range(len(self.model.weights)):
-            logits, prediction = self._predict_fold(fold, features)
+            logits, prediction = self._predict_fold(fold, volume.features, features)
             total = logits if total is None else total.add_(logits)
             folds.append(prediction)
         # as nnU-Net does: the mean of the logits
         self._export(total.div_(len(folds)), volume.properties, output, keep_largest)
         return self._report(folds)
 
-    def _predict_fold(self, fold: int, features: torch.Tensor) -> tuple[torch.Tensor, Prediction]:
-        """Logits (outputs, X, Y, Z) of one fold for features (C, X, Y, Z)."""
+    def _predict_fold(self, fold: int, features: torch.Tensor, cast: torch.Tensor) -> tuple[torch.Tensor, Prediction]:
+        """Logits (outputs, X, Y, Z) of one fold for features (C, X, Y, Z); `cast` are the same in the folds' type."""
         network = self.model.network
         network.load_state_dict(self.model.weights[fold])  # what the volume before left is overwritten
-        logits = volume_logits(network, features)
+        logits = volume_logits(network, cast)
         before = sizes_of(logits, self.voxel_ml, self.has_regions)
         if self.memories is None:
             return logits, Prediction(before, before)
@@ -164,7 +167,7 @@ class QueryPredictor:
         steps = transduction.adapt(network, volume, before)
         if not steps:
             return logits, Prediction(before, before, seconds=monotonic() - start)
-        adapted = volume_logits(network, features)
+        adapted = volume_logits(network, cast)
         if not adapted.isfinite().all():
             return logits, Prediction(before, before, steps, monotonic() - start, diverged=True)
         after = sizes_of(adapted, self.voxel_ml, self.has_regions)

@@ -51,12 +51,13 @@ class Transduction:
         seen_whole = before.seen_whole(self.prior_ml)[known].to(device)
         for step in range(MAX_STEPS):
             features, target = (tensor.to(device) for tensor in self.memory.batch(step))
+            predicted = volume.predict(network, self.has_regions).soft[known]
+            penalty = size_penalty(predicted, prior, self.gamma, seen_whole).sum()
+            if not penalty > 0:
+                return step
             with reduced_precision(device):
-                predicted = volume.predict(network, self.has_regions).soft[known]
-                penalty = size_penalty(predicted, prior, self.gamma, seen_whole).sum()
-                if not penalty > 0:
-                    return step
-                loss = self.loss(network.adapt(features).float(), target) + WEIGHT * penalty
+                logits = network.adapt(features)
+            loss = self.loss(logits, target) + WEIGHT * penalty
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
