@@ -35,10 +35,10 @@ ORGANS = ("spleen", "kidney_right", "kidney_left", "aorta", "stomach")
 PAGES = (
     "documentation/installation.md",
     "README.md",
-    "documentation/unlabelled_queries.md",
     "documentation/transductive_inference.md",
     "documentation/comparing_methods.md",
     "documentation/feature_bank.md",
+    "documentation/unlabelled_queries.md",
     "documentation/nnunet_commands.md",
     "documentation/choosing_a_backbone.md",
     "documentation/zero_shot.md",
