@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder2
 from studies import study_of
 
 from fsefs_nnunet.backbones.store import user_folder
@@ -47,8 +48,8 @@ def commands(grid) -> list[str]:
 
 @pytest.mark.slow
 def test_a_grid(grid):
-    predicted = ["nnUNetv2_train", "nnUNetv2_evaluate_folder"]  # on stored features
-    assert commands(grid) == [*predicted, "fseft", "nnUNetv2_evaluate_folder", "nnUNetv2_train"]
+    # zero-shot by its own command; the probe, trained first, predicts from stored features
+    assert commands(grid) == ["nnUNetv2_train", "fseft", "nnUNetv2_train"]
     with open(grid.output / "results.csv") as file:
         rows = list(csv.DictReader(file))
     queries = load_splits(grid.work.preprocessed / "splits_fseft.json")["queries"]
@@ -102,6 +103,11 @@ def test_what_is_done_stays_done_and_a_failure_stops_nothing(grid, capsys):
         assert {row["method"] for row in csv.DictReader(file)} == {"zero_shot", "probe", "ft_last"}
 
 
+def saved_at(fold: Path) -> Path:
+    """The folder of the predictions of the test set's images."""
+    return next(folder for folder in fold.glob("benchmark_ft_last_images_*") if folder.is_dir())
+
+
 @pytest.mark.slow
 def test_a_test_set(grid):
     """Fine-tuned weights through nnUNetv2_predict; the labels are those of the very images."""
@@ -113,13 +119,14 @@ def test_a_test_set(grid):
     output = grid.work.root / "test_set"
     assert grid("-i", str(images), "-l", str(labels), "-o", str(output), "--methods", "ft_last") == 0
     predictions = [line for line in (output / "log.txt").read_text().splitlines() if line.startswith("$ ")]
-    assert [line.split()[1] for line in predictions] == [
-        *("fseft", "nnUNetv2_evaluate_folder"),
-        *("nnUNetv2_predict", "nnUNetv2_evaluate_folder"),
-    ]
+    assert [line.split()[1] for line in predictions] == ["fseft", "nnUNetv2_predict"]
     fold = grid.work.results / "FSEFTTrainer_FTLast__FSEFTPlans__3d_fullres_5shot" / "fold_0"
     saved = Result.load(next(fold.glob("benchmark_ft_last_images_*.json")))
     validated = Result.load(fold / "benchmark_ft_last_queries.json")
+    counted = json.loads((saved_at(fold) / "summary.json").read_text())
+    dataset_json, plans = grid.work.raw / "dataset.json", grid.work.preprocessed / "FSEFTPlans.json"
+    compute_metrics_on_folder2(str(labels), str(saved_at(fold)), str(dataset_json), str(plans), num_processes=1)
+    assert counted == json.loads((saved_at(fold) / "summary.json").read_text())
     # nnU-Net predicts the raw image as it did the preprocessed one
     for name, metrics in saved.cases["new"].items():
         assert metrics == pytest.approx(validated.cases[case][name], abs=1e-6, nan_ok=True)

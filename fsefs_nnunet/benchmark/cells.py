@@ -9,7 +9,7 @@ from statistics import mean
 from time import time
 
 from fsefs_nnunet.atomic import read_json
-from fsefs_nnunet.benchmark.evaluation import METRICS, evaluate
+from fsefs_nnunet.benchmark.evaluation import METRICS, evaluate, write_summary
 from fsefs_nnunet.benchmark.methods import METHODS, Method
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.study import Study
@@ -222,6 +222,4 @@ class Cell:
 
     def count_dice(self) -> None:
         """nnU-Net's summary.json of the predictions."""
-        experiment = self.study.experiment
-        files = ("-djfile", experiment.raw / "dataset.json", "-pfile", self.study.plans_file)
-        experiment.run("nnUNetv2_evaluate_folder", self.study.target.labels, self.predictions, *files, "--chill")
+        write_summary(self.predictions, self.study.target, self.study.label_manager(), self.study.reader())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,35 @@ DICE, SURFACE_DICE, DISTANCE, SIZE_ERROR = METRICS = (
     "size error",
 )
 LOWER_IS_BETTER = (DISTANCE, SIZE_ERROR)
+
+
+def write_summary(predictions: Path, target: Target, label_manager, reader) -> None:
+    """The summary.json that `nnUNetv2_evaluate_folder` writes into `predictions`.
+
+    By nnU-Net's own functions, but here: its command starts processes that import torch, which takes a minute for a
+    grid's cell on a busy machine, the counting a second.
+    """
+    from nnunetv2.evaluation.evaluate_predictions import (
+        compute_metrics,
+        recursive_fix_for_json_export,
+        save_summary_json,
+    )
+
+    manager, ending = label_manager, target.dataset_json["file_ending"]
+    classes = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+    cases = [
+        compute_metrics(str(target.labels / file.name), str(file), reader, classes, manager.ignore_label)
+        for file in sorted(predictions.glob(f"*{ending}"))
+    ]
+    names = cases[0]["metrics"][classes[0]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a class that no case shows has no mean
+        means = {c: {name: np.nanmean([case["metrics"][c][name] for case in cases]) for name in names} for c in classes}
+    foreground = {name: np.mean([means[c][name] for c in classes]) for name in names}
+    summary = {"metric_per_case": cases, "mean": means, "foreground_mean": foreground}
+    for part in (*cases, means, foreground):
+        recursive_fix_for_json_export(part)
+    save_summary_json(summary, str(predictions / "summary.json"))
 
 
 def evaluate(predictions: Path, target: Target, reader) -> CaseMetrics:

@@ -59,6 +59,12 @@ class Study:
 
         return PlansManager(self.plans).image_reader_writer_class()
 
+    def label_manager(self):
+        """nnU-Net's, of the dataset."""
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        return PlansManager(self.plans).get_label_manager(self.target.dataset_json)
+
     def known_labels(self) -> dict[str, str]:
         """The dataset's labels that the backbone's own head knows, with its names for them."""
         from fsefs_nnunet.backbones.store import find_backbone
