@@ -14,13 +14,23 @@ if TYPE_CHECKING:
     import torch
 
 
+MOST_TOLERANCE = 0.9  # a class must not be allowed to vanish
+
+
 @dataclass(frozen=True)
 class SizePrior:
-    """Expected size of a class and its standard deviation in ml, from `num_cases` support cases."""
+    """Expected size of a class in ml, the mean of `num_cases` support cases.
+
+    spread: standard deviation in ml of all support cases that show the class.
+    """
 
     size: float
     spread: float
     num_cases: int
+
+    def tolerance(self, gamma: float) -> float:
+        """Relative deviation from `size` that costs nothing: gamma, or the spread where sizes are known to vary more."""
+        return min(max(gamma, self.spread / self.size), MOST_TOLERANCE)
 
 
 def estimate_size(sizes_ml: Sequence[float]) -> SizePrior | None:
@@ -43,16 +53,17 @@ def estimate_size(sizes_ml: Sequence[float]) -> SizePrior | None:
     sizes = sizes[sizes > 0]
     if not len(sizes):
         return None
+    spread = float(sizes.std())
     if len(sizes) >= 5:
         median = np.median(sizes)
         # The bound belongs to the interval: equal sizes lie on it, and so do those of two equally large groups.
         # Rounding must not push these out, it would leave no size at all.
-        sizes = sizes[np.abs(sizes - median) <= sizes.std() + 1e-9 * median]
-    return SizePrior(float(sizes.mean()), float(sizes.std()), len(sizes))
+        sizes = sizes[np.abs(sizes - median) <= spread + 1e-9 * median]
+    return SizePrior(float(sizes.mean()), spread, len(sizes))
 
 
 def size_penalty(
-    predicted: torch.Tensor, prior: torch.Tensor, gamma: float, seen_whole: torch.Tensor | None = None
+    predicted: torch.Tensor, prior: torch.Tensor, gamma: float | torch.Tensor, seen_whole: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Eq. (2) divided by S: how far the predicted size S^ lies outside [(1 - gamma) S, (1 + gamma) S], as a share of S.
 
@@ -61,7 +72,7 @@ def size_penalty(
     Args:
         predicted: S^, the sums of the soft prediction, any shape.
         prior: S, same shape and unit as `predicted`.
-        gamma: tolerated relative deviation.
+        gamma: tolerated relative deviation, one for all or shape of `predicted`.
         seen_whole: bool, shape of `predicted`; where false, a size below the prior costs nothing. Default: all true.
 
     Returns:
@@ -70,7 +81,8 @@ def size_penalty(
     Raises:
         ValueError: if gamma is outside [0, 1) or a prior is not positive.
     """
-    if not 0 <= gamma < 1:
+    of_each = [gamma] if isinstance(gamma, (int, float)) else gamma.flatten().tolist()
+    if not all(0 <= value < 1 for value in of_each):
         raise ValueError(f"gamma must lie in [0, 1), it is {gamma}.")
     if not (prior > 0).all():
         raise ValueError(f"Prior sizes must be positive, they are {prior.tolist()}: leave out classes without a prior.")

@@ -186,7 +186,7 @@ def test_an_organ_at_the_border_is_not_enlarged(work):
     network = model.network
     network.load_state_dict(model.weights[0])
     prior = torch.tensor([4.0, float("nan"), float("nan")])
-    transduction = Transduction(prior, 0.1, memory, SoftDiceLoss(False, None), False)
+    transduction = Transduction(prior, torch.tensor([0.1] * len(prior)), memory, SoftDiceLoss(False, None), False)
     volume = averaged(torch.randn(network.backbone.out_channels, 8, 8, 8), 1.0)
     sizes = torch.tensor([1.0, 1.0, 1.0])
     assert volume.predict(network, False).soft[0] < 3

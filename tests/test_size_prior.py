@@ -23,13 +23,29 @@ def test_estimate_matches_the_published_code(name):
     prior = estimate_size(case["sizes"])
     assert prior.size == pytest.approx(expected, rel=1e-12)
     assert prior.num_cases == len(kept)
-    assert prior.spread == pytest.approx(np.std([case["sizes"][i] for i in kept]), rel=1e-12, abs=1e-9)
+    present = [size for size in case["sizes"] if size]
+    assert prior.spread == pytest.approx(np.std(present), rel=1e-12, abs=1e-9)  # ours alone, of all that are present
 
 
 def test_estimate_by_hand():
     assert estimate_size([2.0, 4.0]) == SizePrior(3.0, 1.0, 2)
     # median 3, standard deviation sqrt(1168.4) = 38: the outlier goes
-    assert estimate_size([1.0, 2.0, 3.0, 4.0, 90.0]) == SizePrior(2.5, np.std([1, 2, 3, 4]), 4)
+    assert estimate_size([1.0, 2.0, 3.0, 4.0, 90.0]) == SizePrior(2.5, np.std([1, 2, 3, 4, 90]), 4)
+
+
+def test_tolerance():
+    """Of one case nothing is known of how sizes vary; a class may not vanish, however much they do."""
+    assert estimate_size([5.0]).tolerance(0.1) == 0.1
+    assert SizePrior(10.0, 0.5, 5).tolerance(0.1) == 0.1
+    assert SizePrior(10.0, 3.0, 5).tolerance(0.1) == pytest.approx(0.3)
+    assert SizePrior(10.0, 30.0, 5).tolerance(0.1) == 0.9
+
+
+def test_penalty_with_a_tolerance_of_each_class():
+    predicted, prior = torch.tensor([12.0, 12.0]), torch.tensor([10.0, 10.0])
+    assert size_penalty(predicted, prior, torch.tensor([0.1, 0.3])).tolist() == pytest.approx([0.1, 0.0])
+    with pytest.raises(ValueError, match="gamma must lie in"):
+        size_penalty(predicted, prior, torch.tensor([0.1, 1.0]))
 
 
 def test_absent_organs_do_not_enter():

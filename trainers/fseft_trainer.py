@@ -179,7 +179,12 @@ class FSEFTTrainer(AdaptedTrainer):
             self.print_to_log_file(f"The size prior has no effect: {why}.")
             return
         for name, prior in zip(self.class_names, self.priors):
-            text = f"{prior.size:.2f} ml, spread {prior.spread:.2f} ml, {prior.num_cases} cases" if prior else "none"
+            text = "none"
+            if prior:
+                tolerance = f"{100 * prior.tolerance(self.settings['fseft_gamma']):.0f} %"
+                text = (
+                    f"{prior.size:.2f} ml, spread {prior.spread:.2f} ml, {prior.num_cases} cases, tolerated {tolerance}"
+                )
             self.print_to_log_file(f"Size prior of {name}: {text}")
         voxel_ml = float(np.prod(spacing)) / 1000
         pooled_support = {
@@ -191,6 +196,8 @@ class FSEFTTrainer(AdaptedTrainer):
         known = [i for i, prior in enumerate(self.priors) if prior]
         self.known = torch.tensor(known, device=self.device)
         self.prior_ml = torch.tensor([self.priors[i].size for i in known], device=self.device)
+        tolerances = [self.priors[i].tolerance(self.settings["fseft_gamma"]) for i in known]
+        self.tolerance = torch.tensor(tolerances, device=self.device)
 
     def why_no_prior(self) -> str | None:
         if not self.use_size_prior or not self.settings["fseft_lambda"]:
@@ -222,7 +229,7 @@ class FSEFTTrainer(AdaptedTrainer):
         query = self.query_sizes.rotating(step, self.settings["fseft_seed"])
         predicted = self.query_sizes.predict(self.network, query, self.label_manager.has_regions)[self.known]
         whole = predicted.seen_whole(self.prior_ml)
-        return size_penalty(predicted.soft, self.prior_ml, self.settings["fseft_gamma"], whole).mean()
+        return size_penalty(predicted.soft, self.prior_ml, self.tolerance, whole).mean()
 
     def train_step(self, batch: dict) -> dict:
         features = batch["data"].to(self.device, non_blocking=True)

@@ -35,13 +35,15 @@ def plot_sizes(
     Args:
         predicted: ml by query and class: filled circles.
         labelled: ml by query and class: rings, just below.
-        gamma: the prior tolerates sizes in [1 - gamma, 1 + gamma] S, shaded.
+        gamma: of the plans; the sizes that the prior tolerates are shaded.
     """
 
     def draw(axes):
-        axes.axvspan(1 - gamma, 1 + gamma, color="white", alpha=0.15, linewidth=0, label=f"tolerated, ±{gamma:.0%}")
         axes.axvline(1, color="white", linewidth=1, linestyle="dashed", label="prior S")
         for row, (name, prior) in enumerate(priors.items()):
+            tolerated = prior.tolerance(gamma)
+            band = {"color": "white", "alpha": 0.15, "linewidth": 0, "label": None if row else "tolerated"}
+            axes.fill_betweenx([row - 0.5, row + 0.5], 1 - tolerated, 1 + tolerated, **band)
             for offset, sizes, style in ((-0.12, predicted, "predicted"), (0.12, labelled, "label")):
                 ratios = [query[name] / prior.size for query in sizes.values() if name in query]
                 axes.plot(ratios, np.full(len(ratios), row + offset), label=style if not row else None, **_MARKS[style])

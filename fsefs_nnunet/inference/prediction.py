@@ -162,8 +162,10 @@ class QueryPredictor:
         with torch.no_grad():
             scale = scale_between(volume.predict(network, self.has_regions).soft.cpu(), before.soft)
         volume = QueryVolume(volume.features, volume.voxels_ml, scale.to(self.model.device))
-        prior = torch.tensor([float("nan") if p is None else p.size for p in self.model.priors[fold]])
-        transduction = Transduction(prior, self.model.gamma, self.memories[fold], self.loss, self.has_regions)
+        priors, nan = self.model.priors[fold], float("nan")
+        prior = torch.tensor([p.size if p else nan for p in priors])
+        tolerance = torch.tensor([p.tolerance(self.model.gamma) if p else nan for p in priors])
+        transduction = Transduction(prior, tolerance, self.memories[fold], self.loss, self.has_regions)
         steps = transduction.adapt(network, volume, before)
         if not steps:
             return logits, Prediction(before, before, seconds=monotonic() - start)

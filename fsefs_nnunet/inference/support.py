@@ -93,7 +93,7 @@ def _same_prior(now: SizePrior | None, then: SizePrior | None) -> bool:
     """Up to the order in which the cases were added up."""
     if now is None or then is None:
         return now is then
-    return now.num_cases == then.num_cases and np.allclose((now.size, now.spread), (then.size, then.spread), 1e-6)
+    return now.num_cases == then.num_cases and np.isclose(now.size, then.size, 1e-6)
 
 
 def remember(model: TrainedModel) -> None:

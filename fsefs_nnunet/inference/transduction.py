@@ -25,12 +25,12 @@ class Transduction:
     They stop as soon as every size lies within its band: a volume whose sizes are as expected stays as it is.
 
     prior_ml: S of each foreground class in ml (classes,), NaN where there is none.
-    gamma: tolerated relative deviation.
+    tolerance: relative deviation of each class that costs nothing (classes,).
     loss: L_SEG of logits and targets.
     """
 
     prior_ml: torch.Tensor
-    gamma: float
+    tolerance: torch.Tensor
     memory: SupportMemory
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     has_regions: bool
@@ -47,12 +47,12 @@ class Transduction:
         optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=0.0)
         device = network.feature_mean.device
         known = self.prior_ml.isfinite()
-        prior = self.prior_ml[known].to(device)
+        prior, tolerance = self.prior_ml[known].to(device), self.tolerance[known].to(device)
         seen_whole = before.seen_whole(self.prior_ml)[known].to(device)
         for step in range(MAX_STEPS):
             features, target = (tensor.to(device) for tensor in self.memory.batch(step))
             predicted = volume.predict(network, self.has_regions).soft[known]
-            penalty = size_penalty(predicted, prior, self.gamma, seen_whole).sum()
+            penalty = size_penalty(predicted, prior, tolerance, seen_whole).sum()
             if not penalty > 0:
                 return step
             with reduced_precision(device):
