@@ -29,7 +29,7 @@ class SizePrior:
     num_cases: int
 
     def tolerance(self, gamma: float) -> float:
-        """Relative deviation from `size` that costs nothing: gamma, or the spread where sizes are known to vary more."""
+        """Relative deviation from `size` that costs nothing: gamma, or the spread where sizes vary more."""
         return min(max(gamma, self.spread / self.size), MOST_TOLERANCE)
 
 

@@ -246,7 +246,7 @@ def test_logged_priors_are_those_that_the_trainer_writes(tmp_path):
         class_names=["left <kidney> & co", "kidney", "spleen"],
         configuration_manager=SimpleNamespace(spacing=(10.0, 10.0, 10.0)),
         label_manager=SimpleNamespace(ignore_label=None, has_regions=False),
-        settings={"fseft_lambda": 0.1},
+        settings={"fseft_lambda": 0.1, "fseft_gamma": 0.3},
         use_size_prior=True,
         bank=None,
         pooled_support={},

@@ -178,14 +178,11 @@ class FSEFTTrainer(AdaptedTrainer):
         if why := self.why_no_prior():
             self.print_to_log_file(f"The size prior has no effect: {why}.")
             return
+        gamma = self.settings["fseft_gamma"]
         for name, prior in zip(self.class_names, self.priors):
-            text = "none"
-            if prior:
-                tolerance = f"{100 * prior.tolerance(self.settings['fseft_gamma']):.0f} %"
-                text = (
-                    f"{prior.size:.2f} ml, spread {prior.spread:.2f} ml, {prior.num_cases} cases, tolerated {tolerance}"
-                )
-            self.print_to_log_file(f"Size prior of {name}: {text}")
+            text = f"{prior.size:.2f} ml, spread {prior.spread:.2f} ml, {prior.num_cases} cases" if prior else "none"
+            tolerated = f", tolerated {prior.tolerance(gamma):.0%}" if prior else ""
+            self.print_to_log_file(f"Size prior of {name}: {text}{tolerated}")
         voxel_ml = float(np.prod(spacing)) / 1000
         pooled_support = {
             name: torch.tensor(sizes[case], dtype=torch.float32)
@@ -196,7 +193,7 @@ class FSEFTTrainer(AdaptedTrainer):
         known = [i for i, prior in enumerate(self.priors) if prior]
         self.known = torch.tensor(known, device=self.device)
         self.prior_ml = torch.tensor([self.priors[i].size for i in known], device=self.device)
-        tolerances = [self.priors[i].tolerance(self.settings["fseft_gamma"]) for i in known]
+        tolerances = [self.priors[i].tolerance(gamma) for i in known]
         self.tolerance = torch.tensor(tolerances, device=self.device)
 
     def why_no_prior(self) -> str | None:
