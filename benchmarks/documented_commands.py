@@ -80,7 +80,7 @@ class Workplace:
         self.exported: list[str] = []
         programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         folders = {f.name: str(f) for f in (self.raw, self.preprocessed, self.results)}
-        quick = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "2", "fseft_train_minutes": "0.05"}
+        quick = {"nnUNet_def_n_proc": "2", "fseft_train_minutes": "0.05"}
         self.environment = os.environ | folders | quick | {"PATH": programs, "fseft_backbones": str(work / "backbones")}
 
     def prepare(self) -> None:
@@ -167,6 +167,8 @@ class Workplace:
             command = command.replace("90cb9cb6f7cc", re.search(r"^  (\w{12}) ", listed, re.MULTILINE)[1])
         if command.startswith("nnUNetv2_train") and "-device" not in command:
             command = re.sub(r"(\s+#.*)?$", " -device cpu", command, count=1)
+        if command.startswith("nnUNetv2_train"):
+            command = f"nnUNet_n_proc_DA=0 {command}"
         return command
 
     def run(self, command: str) -> str:
