@@ -84,8 +84,8 @@ def scale_between(pooled: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
 class QuerySizes:
     """Soft sizes S^ of the classes on the queries, from the features that the bank keeps of them.
 
-    The adapter sees less in features that were averaged over blocks: its soft sizes come out smaller. How much
-    smaller it finds the support cases, whose sizes are known, is what the queries' sizes are divided by.
+    The adapter sees less in features that were averaged over blocks: its soft sizes come out smaller than in whole
+    volumes. How much smaller, of the support cases, is what the queries' sizes are divided by.
     """
 
     def __init__(
@@ -112,13 +112,18 @@ class QuerySizes:
         return self.queries[order[step % len(self.queries)]]
 
     @torch.no_grad()
-    def calibrate(self, network: AdaptedNetwork, has_regions: bool) -> None:
-        """Set `scale` (classes,), what the network's soft sizes of the support cases are of the true ones."""
+    def calibrate(self, network: AdaptedNetwork, has_regions: bool, found: torch.Tensor | float = 1.0) -> None:
+        """Set `scale` (classes,), what the network's soft sizes of pooled support cases are of those of whole ones.
+
+        Args:
+            found: (classes,) share of the labelled voxels that it finds in whole ones. Without it a network that finds
+                too little, in whole volumes as in pooled ones, would seem right, and the prior would drive it on.
+        """
         if not self.support_ml:
             return
         predicted = torch.stack([self._volume(case).predict(network, has_regions).soft for case in self.support_ml])
         true = torch.stack(list(self.support_ml.values())).to(predicted)
-        self.scale = scale_between(torch.where(true > 0, predicted, 0).sum(0), true.sum(0))
+        self.scale = scale_between(torch.where(true > 0, predicted, 0).sum(0), true.sum(0) * found)
 
     def predict(self, network: AdaptedNetwork, query: str, has_regions: bool) -> PredictedSizes:
         return replace(self._volume(query), scale=self.scale).predict(network, has_regions)

@@ -29,8 +29,8 @@ class SizePrior:
     num_cases: int
 
     def tolerance(self, gamma: float) -> float:
-        """Relative deviation from `size` that costs nothing: gamma, or the spread where sizes vary more."""
-        return min(max(gamma, self.spread / self.size), MOST_TOLERANCE)
+        """Relative deviation from `size` that costs nothing: gamma, or two standard deviations if that is more."""
+        return min(max(gamma, 2 * self.spread / self.size), MOST_TOLERANCE)
 
 
 def estimate_size(sizes_ml: Sequence[float]) -> SizePrior | None:

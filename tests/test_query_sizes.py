@@ -70,6 +70,9 @@ def test_sizes_of_pooled_queries_are_calibrated_on_the_support(bank, contract):
     assert calibrated.predict(network, "query", False).soft[0].item() == pytest.approx(9**3 * voxel_ml, rel=1e-4)
     # the second class is in no support case, which says nothing of it
     assert calibrated.scale[1] == 1
+    # finding half of what is labelled is no effect of pooling: the query's size is half, too
+    calibrated.calibrate(network, False, torch.tensor([0.5, 1.0]))
+    assert calibrated.predict(network, "query", False).soft[0].item() == pytest.approx(9**3 * voxel_ml / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("centre, at_border", [(8, False), (3, True)])

@@ -37,7 +37,7 @@ def test_tolerance():
     """Of one case nothing is known of how sizes vary; a class may not vanish, however much they do."""
     assert estimate_size([5.0]).tolerance(0.1) == 0.1
     assert SizePrior(10.0, 0.5, 5).tolerance(0.1) == 0.1
-    assert SizePrior(10.0, 3.0, 5).tolerance(0.1) == pytest.approx(0.3)
+    assert SizePrior(10.0, 1.5, 5).tolerance(0.1) == pytest.approx(0.3)
     assert SizePrior(10.0, 30.0, 5).tolerance(0.1) == 0.9
 
 

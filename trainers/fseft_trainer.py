@@ -25,6 +25,7 @@ from fsefs_nnunet.query_sizes import QuerySizes
 from fsefs_nnunet.size_prior import estimate_sizes, size_penalty, support_sizes_ml
 from fsefs_nnunet.trainers.adapted_trainer import AdaptedTrainer
 
+CALIBRATION_BATCHES = 8  # of crops of the support
 CALIBRATION_CASES = 5  # of the support; each costs as much as a query once an epoch
 
 
@@ -216,7 +217,32 @@ class FSEFTTrainer(AdaptedTrainer):
         self.dataloader_train.start_epoch(self.current_epoch)
         self.dataloader_val.start_epoch(0)  # the same crops each time, so that epochs can be compared
         if self.query_sizes is not None and self.current_epoch >= self.settings["fseft_prior_from_epoch"]:
-            self.query_sizes.calibrate(self.network, self.label_manager.has_regions)
+            self.calibrate()
+
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """Measure what pooling takes from sizes, on the support."""
+        has_regions, labels = self.label_manager.has_regions, self.label_manager.foreground_labels
+        found = labelled = 0
+        self.dataloader_val.start_epoch(0)
+        for _ in range(CALIBRATION_BATCHES):
+            batch = next(self.dataloader_val)
+            target = batch["target"].to(self.device)
+            with reduced_precision(self.device):
+                logits = self.network.adapt(batch["data"].to(self.device))
+            if has_regions:
+                soft, true = torch.sigmoid(logits), target[:, : logits.shape[1]].float()
+                ignored = target[:, logits.shape[1] :].bool().any(1, keepdim=True)
+            else:
+                soft = torch.softmax(logits, 1)[:, 1:]
+                true = torch.cat([target == label for label in labels], 1).float()
+                # -1 is no label: nothing is ignored then
+                ignored = target == (self.label_manager.ignore_label or -1)
+            found += torch.where(ignored, 0, soft).sum((0, 2, 3, 4))
+            labelled += torch.where(ignored, 0, true).sum((0, 2, 3, 4))
+        self.dataloader_val.start_epoch(0)
+        share = torch.where(labelled > 0, found / labelled, 1.0)
+        self.query_sizes.calibrate(self.network, has_regions, share)
 
     def query_penalty(self) -> torch.Tensor | None:
         """Eq. (2) on the step's query, averaged over the classes; None while the warm-up lasts or without a prior."""
@@ -268,7 +294,7 @@ class FSEFTTrainer(AdaptedTrainer):
             return
         self.print_to_log_file(f"Predicted sizes of the queries in ml {when}:")
         has_regions = self.label_manager.has_regions
-        self.query_sizes.calibrate(self.network, has_regions)
+        self.calibrate()
         names = [self.class_names[i] for i in self.known]
         not_whole = {}
         with torch.no_grad():
