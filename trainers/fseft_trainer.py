@@ -222,6 +222,8 @@ class FSEFTTrainer(AdaptedTrainer):
     @torch.no_grad()
     def calibrate(self) -> None:
         """Measure what pooling takes from sizes, on the support."""
+        if not self.pooled_support:
+            return
         has_regions, labels = self.label_manager.has_regions, self.label_manager.foreground_labels
         found = labelled = 0
         self.dataloader_val.start_epoch(0)

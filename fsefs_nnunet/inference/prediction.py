@@ -26,7 +26,7 @@ from fsefs_nnunet.inference.transduction import Transduction
 from fsefs_nnunet.inference.weights import sha256_of_weights
 from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.network import AdaptedNetwork
-from fsefs_nnunet.precision import reduced_precision, unless_thin
+from fsefs_nnunet.precision import reduced_precision
 from fsefs_nnunet.query_sizes import PredictedSizes, QueryVolume, block_voxels, scale_between, sizes_of
 
 # Voxels of a volume that adaptation looks at, after averaging, and that logits are computed of at a time.
@@ -65,7 +65,7 @@ def cast_for_reduction(network: AdaptedNetwork, features: torch.Tensor) -> torch
     if isinstance(network.reduction, torch.nn.Identity) or slab_size(features) < features.shape[1]:
         return features
     device = network.feature_mean.device
-    with reduced_precision(device), unless_thin(features[None].to(device)):
+    with reduced_precision(device, features.shape[1]):  # thin volumes are computed in float32 on a CPU
         reduced = torch.is_autocast_enabled(device.type)
     return features.to(torch.get_autocast_dtype(device.type) if reduced else torch.float32)
 
