@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +13,9 @@ import torch
 from fsefs_nnunet.bank.features import FeatureBank
 from fsefs_nnunet.network import AdaptedNetwork
 from fsefs_nnunet.precision import reduced_precision
+
+if TYPE_CHECKING:
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 ABSENT = 0.05  # a class of less than this share of its prior seems to be absent
 MAX_SCALE = 8.0  # a class that is all but lost says nothing of how much pooling takes
@@ -81,6 +86,28 @@ def scale_between(pooled: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
     return torch.where(true > 0, pooled / true, 1.0).clamp(1 / MAX_SCALE, MAX_SCALE)
 
 
+@torch.no_grad()
+def share_found(network: AdaptedNetwork, batches: Iterable[dict], label_manager: LabelManager) -> torch.Tensor:
+    """Soft predictions on crops of the support as a share of the labelled voxels (classes,); 1 without labels."""
+    has_regions, ignore_label = label_manager.has_regions, label_manager.ignore_label
+    device = network.feature_mean.device
+    found = labelled = 0
+    for batch in batches:
+        target = batch["target"].to(device)
+        with reduced_precision(device):
+            logits = network.adapt(batch["data"].to(device))
+        if has_regions:  # the ignored voxels are the channel behind the regions
+            soft, true = torch.sigmoid(logits), target[:, : logits.shape[1]].float()
+            ignored = target[:, logits.shape[1] :].bool().any(1, keepdim=True)
+        else:
+            soft = torch.softmax(logits, 1)[:, 1:]
+            true = torch.cat([target == label for label in label_manager.foreground_labels], 1).float()
+            ignored = target == (ignore_label if ignore_label is not None else -1)  # -1 is no label
+        found += torch.where(ignored, 0, soft).sum((0, 2, 3, 4))
+        labelled += torch.where(ignored, 0, true).sum((0, 2, 3, 4))
+    return torch.where(labelled > 0, found / labelled, 1.0)
+
+
 class QuerySizes:
     """Soft sizes S^ of the classes on the queries, from the features that the bank keeps of them.
 
@@ -127,3 +154,20 @@ class QuerySizes:
 
     def predict(self, network: AdaptedNetwork, query: str, has_regions: bool) -> PredictedSizes:
         return replace(self._volume(query), scale=self.scale).predict(network, has_regions)
+
+    def predict_beside_support(
+        self, network: AdaptedNetwork, query: str, step: int, has_regions: bool
+    ) -> PredictedSizes:
+        """The sizes of `predict`, with a gradient that knows that `scale` depends on the network.
+
+        Shrinking an organ in every pooled volume alike leaves S^ as it is, for the scale shrinks with it. To a gradient
+        that takes the scale for a constant it would seem to help, step by step, until the organ is lost.
+        """
+        predicted = self.predict(network, query, has_regions)
+        if not self.support_ml:
+            return predicted
+        case = [*self.support_ml][step % len(self.support_ml)]
+        size = self._volume(case).predict(network, has_regions).soft
+        shown = (self.support_ml[case].to(size) > 0) & (size.detach() > 0)
+        relative = torch.where(shown, size / size.detach(), 1.0)  # 1, but not its gradient
+        return replace(predicted, soft=predicted.soft / relative)

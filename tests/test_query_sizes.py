@@ -3,10 +3,11 @@
 import pytest
 import torch
 from banks import store
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from fsefs_nnunet.bank.layout import query_layout
 from fsefs_nnunet.network import AdaptedNetwork
-from fsefs_nnunet.query_sizes import QuerySizes
+from fsefs_nnunet.query_sizes import QuerySizes, share_found
 
 
 def test_every_query_is_visited_once_a_round(bank):
@@ -19,13 +20,18 @@ def test_every_query_is_visited_once_a_round(bank):
     assert [sizes.rotating(step, 4) for step in range(28)] != sum(rounds, [])
 
 
+def constant_probe(contract, logits: list[float]) -> AdaptedNetwork:
+    network = AdaptedNetwork(1, len(logits), "phantom", contract.sha256, "linear_probe", "last", None, len(logits))
+    with torch.no_grad():
+        network.head.weight.zero_()
+        network.head.bias.copy_(torch.tensor(logits))
+    return network
+
+
 @pytest.mark.parametrize("has_regions", [False, True])
 def test_soft_sizes_by_hand(bank, contract, has_regions):
     """Constant logits: every class fills the same share of the volume, whatever the pooling."""
-    network = AdaptedNetwork(1, 3, "phantom", contract.sha256, "linear_probe", "last", None, 3)
-    with torch.no_grad():
-        network.head.weight.zero_()
-        network.head.bias.copy_(torch.tensor([0.0, 1.0, 2.0]))
+    network = constant_probe(contract, [0.0, 1.0, 2.0])
     bias = network.head.bias.detach()
     share = torch.sigmoid(bias) if has_regions else torch.softmax(bias, 0)[1:]
     for pool in (1, 2, 4):
@@ -34,6 +40,29 @@ def test_soft_sizes_by_hand(bank, contract, has_regions):
         torch.testing.assert_close(sizes.detach(), share * 9 * 8 * 7 * 0.25, rtol=1e-4, atol=0)
     sizes.sum().backward()
     assert network.head.bias.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+@pytest.mark.parametrize("has_regions", [False, True])
+def test_share_found_by_hand(contract, has_regions, ignore):
+    """Constant logits on crops of 64 voxels: 8 of a, 16 of b, 32 of background and 8 that may be ignored; none of c."""
+    target = torch.tensor([1] * 8 + [2] * 16 + [0] * 32 + [4 if ignore else 0] * 8).view(1, 1, 4, 4, 4)
+    labels = {"background": 0, "a": 1, "b": 2, "c": 3}
+    order = None
+    if has_regions:
+        labels, order = labels | {"a": [1, 2], "b": [2], "c": [3]}, [1, 2, 3]
+        channels = [torch.isin(target, torch.tensor(members)) for members in ([1, 2], [2], [3], [4])]
+        target = torch.cat(channels[: 3 + ignore], 1).float()
+    if ignore:
+        labels["ignore"] = 4
+    logits = [0.5, 1.0, -1.0] if has_regions else [0.0, 0.5, 1.0, -1.0]
+    batch = {"data": torch.rand(1, 16, 4, 4, 4), "target": target}
+    found = share_found(constant_probe(contract, logits), [batch, batch], LabelManager(labels, order))
+    bias = torch.tensor(logits)
+    probability = torch.sigmoid(bias) if has_regions else torch.softmax(bias, 0)[1:]
+    labelled = torch.tensor([24.0 if has_regions else 8.0, 16.0])
+    torch.testing.assert_close(found[:2], probability[:2] * (56 if ignore else 64) / labelled, rtol=1e-2, atol=0)
+    assert found[2] == 1
 
 
 def probe_of_the_first_channel(contract) -> AdaptedNetwork:
@@ -73,6 +102,36 @@ def test_sizes_of_pooled_queries_are_calibrated_on_the_support(bank, contract):
     # finding half of what is labelled is no effect of pooling: the query's size is half, too
     calibrated.calibrate(network, False, torch.tensor([0.5, 1.0]))
     assert calibrated.predict(network, "query", False).soft[0].item() == pytest.approx(9**3 * voxel_ml / 2, rel=1e-4)
+
+
+def test_the_gradient_of_sizes_knows_their_calibration(bank, contract):
+    """It is the slope of S^ where the scale is measured anew; volumes like the support's have none to follow."""
+    network = probe_of_the_first_channel(contract)
+    with torch.no_grad():
+        network.head.weight[1, 0] = 1.0
+    for name, radius in (("query", 5), ("like the support", 3), ("support", 3)):
+        store(bank, name, ball(radius), query_layout((17, 17, 17), 2))
+    true = torch.tensor([7.0**3, 0.0])
+    sizes = QuerySizes(bank, ["query", "like the support"], 1.0, {"support": true})
+
+    def predicted(query: str, weight: float) -> float:
+        with torch.no_grad():
+            network.head.weight[1, 0] = weight
+        sizes.calibrate(network, False)
+        return sizes.predict(network, query, False).soft[0].item()
+
+    slope = (predicted("query", 1.05) - predicted("query", 0.95)) / 0.1
+    for query, expected in (("query", slope), ("like the support", 0.0)):
+        size = predicted(query, 1.0)
+        beside = sizes.predict_beside_support(network, query, 0, False).soft
+        assert beside[0].item() == pytest.approx(size, rel=1e-5)
+        network.zero_grad()
+        beside[0].backward()
+        assert network.head.weight.grad[1, 0].item() == pytest.approx(expected, rel=0.01, abs=0.01)
+    assert abs(slope) > 1
+    # nothing is known of a class that no support case shows
+    by_itself = sizes.predict(network, "query", False).soft
+    torch.testing.assert_close(sizes.predict_beside_support(network, "query", 0, False).soft[1], by_itself[1])
 
 
 @pytest.mark.parametrize("centre, at_border", [(8, False), (3, True)])

@@ -21,7 +21,7 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.inference.trained_model import PRIOR_KEY
 from fsefs_nnunet.labels import foreground_classes, foreground_names
 from fsefs_nnunet.precision import reduced_precision
-from fsefs_nnunet.query_sizes import QuerySizes
+from fsefs_nnunet.query_sizes import QuerySizes, share_found
 from fsefs_nnunet.size_prior import estimate_sizes, size_penalty, support_sizes_ml
 from fsefs_nnunet.trainers.adapted_trainer import AdaptedTrainer
 
@@ -224,27 +224,11 @@ class FSEFTTrainer(AdaptedTrainer):
         """Measure what pooling takes from sizes, on the support."""
         if not self.pooled_support:
             return
-        has_regions, labels = self.label_manager.has_regions, self.label_manager.foreground_labels
-        found = labelled = 0
+        self.dataloader_val.start_epoch(0)  # the same crops each time
+        batches = (next(self.dataloader_val) for _ in range(CALIBRATION_BATCHES))
+        found = share_found(self.network, batches, self.label_manager)
         self.dataloader_val.start_epoch(0)
-        for _ in range(CALIBRATION_BATCHES):
-            batch = next(self.dataloader_val)
-            target = batch["target"].to(self.device)
-            with reduced_precision(self.device):
-                logits = self.network.adapt(batch["data"].to(self.device))
-            if has_regions:
-                soft, true = torch.sigmoid(logits), target[:, : logits.shape[1]].float()
-                ignored = target[:, logits.shape[1] :].bool().any(1, keepdim=True)
-            else:
-                soft = torch.softmax(logits, 1)[:, 1:]
-                true = torch.cat([target == label for label in labels], 1).float()
-                # -1 is no label: nothing is ignored then
-                ignored = target == (self.label_manager.ignore_label or -1)
-            found += torch.where(ignored, 0, soft).sum((0, 2, 3, 4))
-            labelled += torch.where(ignored, 0, true).sum((0, 2, 3, 4))
-        self.dataloader_val.start_epoch(0)
-        share = torch.where(labelled > 0, found / labelled, 1.0)
-        self.query_sizes.calibrate(self.network, has_regions, share)
+        self.query_sizes.calibrate(self.network, self.label_manager.has_regions, found)
 
     def query_penalty(self) -> torch.Tensor | None:
         """Eq. (2) on the step's query, averaged over the classes; None while the warm-up lasts or without a prior."""
@@ -252,7 +236,8 @@ class FSEFTTrainer(AdaptedTrainer):
             return None
         step = self.current_epoch * self.num_iterations_per_epoch + self.dataloader_train.step - 1
         query = self.query_sizes.rotating(step, self.settings["fseft_seed"])
-        predicted = self.query_sizes.predict(self.network, query, self.label_manager.has_regions)[self.known]
+        has_regions = self.label_manager.has_regions
+        predicted = self.query_sizes.predict_beside_support(self.network, query, step, has_regions)[self.known]
         whole = predicted.seen_whole(self.prior_ml)
         return size_penalty(predicted.soft, self.prior_ml, self.tolerance, whole).mean()
 
