@@ -147,7 +147,7 @@ def against(results: dict[str, list[Result]]) -> list[dict]:
     """Dice points by which the adapter with the size prior is ahead of each other row, per fold."""
     rows = []
     for shots in in_order(results):
-        ours = {r.fold: fold_mean(r, DICE) for r in results[OURS] if r.shots == shots}
+        ours = {r.fold: fold_mean(r, DICE) for r in results.get(OURS, []) if r.shots == shots}
         for title, group in results.items():
             pairs = [r for r in group if r.shots == shots and r.fold in ours and title != OURS]
             if ahead := [100 * (ours[r.fold] - fold_mean(r, DICE)) for r in pairs]:

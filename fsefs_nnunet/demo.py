@@ -55,6 +55,8 @@ def run_demo(folder: Path, seconds: float | None = None, device: str | None = No
     from fsefs_nnunet.evaluation.tables import markdown_table, mean_dice
 
     folder = Path(folder).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: choose an empty or a new folder with -o.")
     if folder.exists() and any(folder.iterdir()) and not (folder / "nnUNet_raw").exists():
         raise InputError(f"{folder} holds other files: choose an empty or a new folder with -o.")
     if not os.access(folder.parent, os.W_OK):

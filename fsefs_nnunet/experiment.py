@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +22,26 @@ ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(2**33),
     "MALLOC_TOP_PAD_": str(2**26),
 }
+
+
+# a user may have exported them for trainings of their own; ours are given what they need
+OF_SINGLE_TRAININGS = ("fseft_train_minutes", "fseft_final_validation")
+
+
+def program(command: str) -> str:
+    """Path of a command that was installed with this Python.
+
+    Raises:
+        InputError: if there is none.
+    """
+    folders = os.pathsep.join([str(Path(sys.executable).parent), sysconfig.get_path("scripts"), os.environ["PATH"]])
+    found = shutil.which(command, path=folders)
+    if found is None:
+        raise InputError(
+            f"The command {command} is neither beside {sys.executable} nor on the PATH: activate the environment that "
+            "fsefs_nnunet is installed in."
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -55,7 +77,8 @@ class Experiment:
         # two processes each: a command of nnU-Net's starts up to eight, which import torch for seconds
         processes = {"nnUNet_def_n_proc": "2", "nnUNet_extTrainer": str(shims)}
         # threads that wait sleep: by default they spin and take the cores from each other
-        return {"OMP_WAIT_POLICY": "PASSIVE", **ALLOCATOR, **os.environ, **folders, **processes}
+        own = {name: value for name, value in os.environ.items() if name not in OF_SINGLE_TRAININGS}
+        return {"OMP_WAIT_POLICY": "PASSIVE", **ALLOCATOR, **own, **folders, **processes}
 
     def run(self, command: str, *args: str | Path, **environment: str) -> None:
         """Run a command of nnU-Net's or ours; its output goes to `work`/log.txt.
@@ -71,9 +94,10 @@ class Experiment:
         with open(log, "a") as f:
             f.write(f"\n$ {line}\n")
             f.flush()
-            program = Path(sys.executable).parent / command
             env = {**self.environment(), **environment}
-            code = subprocess.run([program, *map(str, args)], env=env, stdout=f, stderr=subprocess.STDOUT).returncode
+            code = subprocess.run(
+                [program(command), *map(str, args)], env=env, stdout=f, stderr=subprocess.STDOUT
+            ).returncode
         if code:
             tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-15:])
             raise InputError(f"`{line}` failed; {log} ends with:\n{tail}")
@@ -119,20 +143,22 @@ class OwnExperiment(Experiment):
 
     def environment(self) -> dict[str, str]:
         chosen = {name: os.environ[name] for name in ("nnUNet_def_n_proc",) if name in os.environ}
-        environment = {**super().environment(), **chosen}
-        environment.pop("fseft_train_minutes", None)  # of trainings from scratch, which are given theirs
-        return environment
+        return {**super().environment(), **chosen}
 
 
+_END = re.compile(r": (Training done\.|predicting )")
 _TIMESTAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+):")
 
 
 def training_seconds(fold_folder: Path) -> float:
-    """Wall time from the first timestamp to 'Training done.' in the folder's logs: filling the bank included."""
+    """Wall time from the first timestamp to the training's end in the folder's logs: filling the bank included.
+
+    A log that `--val` wrote counts up to its first prediction, too.
+    """
     seconds = 0.0
     for log in sorted(Path(fold_folder).glob("training_log_*.txt")):
         lines = log.read_text("utf-8").splitlines()
-        end = next((i for i, line in enumerate(lines) if "Training done." in line), len(lines))
+        end = next((i for i, line in enumerate(lines) if _END.search(line)), len(lines))
         times = [datetime.fromisoformat(m[1]) for line in lines[: end + 1] if (m := _TIMESTAMP.match(line))]
         if times:
             seconds += (times[-1] - times[0]).total_seconds()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
+import pandas as pd
+
 from fsefs_nnunet.errors import InputError
 
 # Structure -> its other spellings in public datasets (BTCV, AMOS, FLARE, TotalSegmentator, ...) and backbones, in the
@@ -102,6 +105,15 @@ def match_labels(names: list[str], classes: tuple[str, ...], file: str = "datase
 def foreground(labels: dict) -> dict[str, int | list[int]]:
     """`labels` of a dataset.json without background and ignore label."""
     return {name: value for name, value in labels.items() if name not in ("background", "ignore")}
+
+
+def values_in(label_map: np.ndarray) -> set[int]:
+    return set(pd.unique(label_map.ravel()).tolist())  # as nnU-Net's check does: many times as fast as np.unique
+
+
+def label_values(labels: dict) -> set[int]:
+    """Every value that label maps of a dataset.json's `labels` may hold: background and ignore label, too."""
+    return {int(v) for value in labels.values() for v in (value if isinstance(value, (list, tuple)) else [value])}
 
 
 def foreground_names(labels: dict, has_regions: bool) -> list[str]:

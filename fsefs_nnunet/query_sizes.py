@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 ABSENT = 0.05  # a class of less than this share of its prior seems to be absent
+CALIBRATION_CASES = 5  # each costs as much as a query once an epoch
 MAX_SCALE = 8.0  # a class that is all but lost says nothing of how much pooling takes
 
 
@@ -84,6 +85,15 @@ def sizes_of(
 def scale_between(pooled: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
     """What soft sizes (classes,) of pooled volumes are of the true ones, within bounds; 1 for a class of size 0."""
     return torch.where(true > 0, pooled / true, 1.0).clamp(1 / MAX_SCALE, MAX_SCALE)
+
+
+def calibration_cases(sizes_ml: dict[str, np.ndarray], num_classes: int) -> list[str]:
+    """Support cases that show what pooling takes: the first few, one of each class; by sizes (classes,) in ml."""
+    cases = [*sizes_ml][:CALIBRATION_CASES]
+    for k in range(num_classes):
+        if not any(sizes_ml[case][k] for case in cases):
+            cases += [case for case, sizes in sizes_ml.items() if sizes[k]][:1]
+    return cases
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from fsefs_nnunet.backbones.nnunet import plans_architecture
 from fsefs_nnunet.backbones.readers import find_reader, reoriented_axes, reorients
 from fsefs_nnunet.backbones.store import DEFAULT_BACKBONE, find_backbone, load_weights
 from fsefs_nnunet.bank.layout import pooling_factor
+from fsefs_nnunet.cases.dataset_json import channel_names
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import foreground, match_labels
 from fsefs_nnunet.planning import fitting_shots
@@ -86,7 +87,7 @@ class FSEFTPlanner(ExperimentPlanner):
         self.shots = fitting_shots(shots, len(self.dataset))
         self._check_dataset()
         file = join(self.raw_dataset_folder, "dataset.json")
-        self.contract.check_channels(list(self.dataset_json["channel_names"].values()), file)
+        self.contract.check_channels(list(channel_names(self.dataset_json).values()), file)
         # here, since a training refuses the same labels: nothing is overwritten yet
         names = list(foreground(self.dataset_json["labels"]))
         self.known_labels = match_labels(names, self.contract.head_classes, file)
@@ -207,12 +208,21 @@ class FSEFTPlanner(ExperimentPlanner):
             "architecture": plans_architecture(self.contract),
         }
 
-    def _planned_before(self) -> list[int | str]:
+    def _planned_before(self) -> dict[str, dict]:
+        """K-shot configurations of ours in the file that these plans replace."""
         file = join(nnUNet_preprocessed, self.dataset_name, f"{self.plans_identifier}.json")
-        if not isfile(file):
-            return []
-        configurations = load_json(file)["configurations"].items()
-        return [c["fseft_shots"] for name, c in configurations if name == f"3d_fullres_{c.get('fseft_shots')}shot"]
+        configurations = load_json(file)["configurations"] if isfile(file) else {}
+        return {n: c for n, c in configurations.items() if n == f"3d_fullres_{c.get('fseft_shots')}shot"}
+
+    def _tell_what_is_reset(self, children: dict[str, dict]) -> None:
+        for name, before in self._planned_before().items():
+            changed = [
+                f"{key} {before[key]} -> {value}"
+                for key, value in children[name].items()
+                if key.startswith("fseft_") and before.get(key, value) != value
+            ]
+            if changed:
+                print(f"Planned anew in {name}: {', '.join(changed)}. Edit the plans again if you had changed them.")
 
     def save_plans(self, plans):
         """Turn nnU-Net's plans into ours just before they are written; called by plan_experiment."""
@@ -220,8 +230,9 @@ class FSEFTPlanner(ExperimentPlanner):
             raise InputError(f"{self.raw_dataset_folder} holds 2D images; the adapters are 3D only.")
         parent = plans["configurations"]["3d_fullres"]
         # nnU-Net keeps configurations that lie in the file; those of ours are planned anew, or they would be stale
-        shots = dict.fromkeys([*self.shots, *self._planned_before()])
+        shots = dict.fromkeys([*self.shots, *(c["fseft_shots"] for c in self._planned_before().values())])
         children = {f"3d_fullres_{k}shot": self.child(k, parent) for k in shots}
+        self._tell_what_is_reset(children)
         # the baselines on the same support cases
         scratch = {f"{name}_scratch": self.untrained(child) for name, child in children.items()}
         stock = {f"3d_fullres_{k}shot_nnunet": {"inherits_from": "3d_fullres", "fseft_shots": k} for k in shots}
@@ -246,7 +257,7 @@ class FSEFTPlanner(ExperimentPlanner):
             f"\nBackbone {contract.id}, SHA-256 {contract.sha256[:12]}.\n"
             f"Images {turned} ({self.reader.__name__}), axes {list(contract.transpose_forward)} of z, y, x."
         )
-        for channel, name in enumerate(self.dataset_json["channel_names"].values()):
+        for channel, name in enumerate(channel_names(self.dataset_json).values()):
             scheme = parent["normalization_schemes"][channel]
             normalization = contract.describe_normalization(channel, scheme, parent["use_mask_for_norm"][channel])
             print(f"Channel {channel}: {name}, the backbone's was {contract.channel_names[channel]}; {normalization}.")

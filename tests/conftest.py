@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from banks import make_bank, make_images
+from banks import make_bank
 from nnunet_models import FOLDER, Model, write_model
 from trainings import make_trainer, text_of
 
@@ -187,11 +187,6 @@ def work(banked, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def backbone():
     return FrozenBackbone("phantom", "last")
-
-
-@pytest.fixture(scope="module")
-def images():
-    return make_images()
 
 
 @pytest.fixture

@@ -18,6 +18,12 @@ from fsefs_nnunet.bank import disk, features
 from fsefs_nnunet.bank.features import FeatureBank
 from fsefs_nnunet.bank.layout import Layout, pooled, query_layout, whole_layout
 
+
+@pytest.fixture(scope="module")
+def images():
+    return make_images()
+
+
 # ---- filling ----
 
 

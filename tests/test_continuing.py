@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from trainings import identical, make_trainer, text_of, trained, weights
+from trainings import FIVE, identical, make_trainer, text_of, trained, weights
 
+from fsefs_nnunet import planning
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
+from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,6 +42,21 @@ def test_continued_training_is_bit_identical(work):
     assert identical(weights(continued), weights(expected))
     losses = [t.logger.get_value("train_losses", step=None) for t in (continued, expected)]
     np.testing.assert_array_equal(losses[0], losses[1])
+
+
+@pytest.mark.parametrize("cls, configuration", [(FSEFTTrainer, FIVE), (FSEFTTrainer_Scratch, f"{FIVE}_scratch")])
+def test_checkpoint_of_another_support_is_refused(work, cls, configuration):
+    """Or a continued training would go on with other labels, and validate on cases that it was trained on."""
+    trainer = make_trainer(work, cls, epochs=1, configuration=configuration)
+    trainer.initialize()
+    trainer.priors = []
+    Path(trainer.output_folder).mkdir(parents=True, exist_ok=True)
+    file = f"{trainer.output_folder}/checkpoint_latest.pth"
+    trainer.save_checkpoint(file)
+    make_trainer(work, cls, epochs=1, configuration=configuration).load_checkpoint(file)
+    planning.write_splits(77, [5], None, seed=99)
+    with pytest.raises(InputError, match="latest.pth was trained on other support cases than those of splits_"):
+        make_trainer(work, cls, epochs=1, configuration=configuration).load_checkpoint(file)
 
 
 def test_plateau_stop_holds_when_continued(work):

@@ -153,3 +153,15 @@ def test_smaller_crops_move_within_the_blocks(kept_in_part):
             all(a <= s and s + n <= b for a, s, n, b in zip(first, start, (5, 9, 4), end))
             for first, end in layout.boxes[1:]
         )
+
+
+def test_crops_of_a_partly_annotated_volume(tmp_path, backbone):
+    """All that is annotated is one slice, which every crop shows; every second one shows the class as well."""
+    bank, shape = make_bank(tmp_path, backbone), (30, 30, 40)
+    store(bank, "a", torch.zeros(3, *shape))
+    segmentation = np.full((1, *shape), 2, np.int8)
+    segmentation[0, :, :, 30], segmentation[0, 0, 0, 30] = 0, 1
+    loader = CropLoader(bank, {"a": segmentation}, (4, 4, 4), 1, (1, 2), ignore_label=2)
+    targets = [next(loader)["target"] for _ in range(20)]
+    assert all((target < 2).any() for target in targets)
+    assert all((target == 1).any() for target in targets[::2])

@@ -52,6 +52,15 @@ def test_blocks_for_background_differ_between_cases_alone():
     assert (np.ptp(starts, 0) > np.array((52, 42, 32)) / 2).all()
 
 
+def test_ignored_voxels_are_no_foreground_and_blocks_lie_on_the_others():
+    """One slice of a large volume is annotated; 2 is the ignore label."""
+    labels = np.full((60, 50, 40), 2)
+    labels[:, :, 30], labels[30, 20, 30] = 0, 1
+    layout = support_layout("a", labels, (9, 8, 7), WINDOW, 2)
+    assert layout.boxes[0] == ((26, 16, 27), (35, 24, 34))  # around the one voxel
+    assert all(first[2] <= 30 < end[2] for first, end in layout.boxes[1:])
+
+
 def test_small_or_largely_labelled_volume_is_kept_whole():
     assert support_layout("a", spots(WINDOW, (8, 8, 8)), (2, 2, 2), WINDOW) == whole_layout(WINDOW)
     assert len(support_layout("a", spots((16, 16, 60), (8, 8, 8)), (2, 2, 2), WINDOW).boxes) > 1

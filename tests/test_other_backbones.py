@@ -24,8 +24,9 @@ from fsefs_nnunet import planning
 from fsefs_nnunet.backbones.importing import import_nnunet_model
 from fsefs_nnunet.backbones.nnunet import NNUNetBackbone
 from fsefs_nnunet.backbones.store import save_backbone
+from fsefs_nnunet.cases.images import images_in
 from fsefs_nnunet.cases.preprocessed import require_finite
-from fsefs_nnunet.cases.queries import UnlabelledQueries, images_in
+from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 

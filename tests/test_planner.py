@@ -1,6 +1,5 @@
 import json
 import re
-import shutil
 from dataclasses import replace
 
 import nibabel as nib
@@ -8,21 +7,16 @@ import numpy as np
 import pytest
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from trainings import edit
 
 from fsefs_nnunet import planning
-from fsefs_nnunet.backbones.store import EMBEDDED, find_backbone, load_weights, save_backbone
-from fsefs_nnunet.cases.queries import UnlabelledQueries, images_in, require_channels
-from fsefs_nnunet.cases.splits import load_splits
+from fsefs_nnunet.backbones.store import EMBEDDED, load_weights, save_backbone
+from fsefs_nnunet.cases.images import images_in, require_channels
+from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 
 CT_WINDOW = {"percentile_00_5": -175.0, "percentile_99_5": 250.0, "mean": -175.0, "std": 425.0}
-
-
-def edit(file, change) -> None:
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
 
 
 def plan(workspace, **arguments) -> dict:
@@ -213,6 +207,13 @@ def test_damaged_backbone(workspace, tmp_path, monkeypatch):
         FSEFTPlanner(workspace.dataset)
 
 
+def test_the_older_name_of_the_channels(workspace, capsys):
+    edit(workspace.raw / "dataset.json", lambda content: content.update(modality=content.pop("channel_names")))
+    plan(workspace)
+    assert "Channel 0: CT" in capsys.readouterr().out
+    assert images_in(workspace.queries, json.loads((workspace.raw / "dataset.json").read_text()))
+
+
 def test_more_shots_than_cases(workspace):
     for call in (
         lambda: planning.plan(77, "phantom", [9], 1, 8, None),
@@ -253,40 +254,7 @@ def test_ambiguous_labels_leave_the_plans_alone(workspace, monkeypatch, tmp_path
     assert (workspace.preprocessed / "FSEFTPlans.json").read_bytes() == before
 
 
-# ---- splits and preprocessed data ----
-
-
-def test_splits_of_the_tiny_dataset(tiny):
-    splits = load_splits(tiny.preprocessed / "splits_fseft.json")
-    assert len(splits["queries"]) == 3 and splits["unlabelled_queries"] == ["scan_0", "scan_1"]
-    assert [len(fold) for fold in splits["folds"]] == [5] * 5
-    assert not (tiny.preprocessed / "splits_final.json").exists()
-
-
-def test_a_users_splits_are_not_touched(workspace):
-    file = workspace.preprocessed / "splits_final.json"
-    file.write_text("mine")
-    planning.write_splits(77, [2], str(workspace.queries), 3, 2, 1)
-    plan(workspace)
-    assert file.read_text() == "mine"
-    splits = load_splits(workspace.preprocessed / "splits_fseft.json")
-    assert len(splits["queries"]) == 3 and len(splits["folds"]) == 2
-
-
-def test_images_ts_are_the_queries_when_every_labelled_case_is_support(workspace, capsys):
-    (workspace.queries).rename(workspace.raw / "imagesTs")
-    assert list(planning.write_splits(77, [8], None, 20, 5, 1)) == ["scan_0", "scan_1"]
-    assert load_splits(workspace.preprocessed / "splits_fseft.json")["queries"] == []
-    assert "imagesTs are the queries" in capsys.readouterr().out
-    assert planning.write_splits(77, [5], None, 20, 5, 1) == {}  # three labelled ones are left
-
-
-def test_other_draws_are_announced(workspace, capsys):
-    draw = (77, [], str(workspace.queries), 20, 5)
-    planning.write_splits(*draw, 12345)
-    assert "replaced by other draws" not in capsys.readouterr().out
-    planning.write_splits(*draw, 1)
-    assert "results of earlier K-shot trainings no longer belong to it" in capsys.readouterr().out
+# ---- preprocessed data ----
 
 
 def test_preprocessed_cases(tiny, contract):
@@ -360,60 +328,3 @@ def test_query_folders_that_are_refused(workspace, tmp_path):
     (workspace.queries / "scan_0_0000.nii.gz").rename(workspace.queries / "case_0_0000.nii.gz")
     with pytest.raises(ValueError, match="share case names, e.g. case_0: rename the queries"):
         planning.write_splits(77, [], str(workspace.queries), 20, 5, 1)
-
-
-# ---- what is refused, before anything is replaced ----
-
-
-def raw_image(workspace, case="case_7"):
-    return workspace.raw / "imagesTr" / f"{case}_0000.nii.gz"
-
-
-def with_nan(workspace) -> None:
-    image = nib.load(raw_image(workspace))
-    array = image.get_fdata(dtype=np.float32)
-    array[3, 3, 3] = np.nan
-    nib.save(nib.Nifti1Image(array, image.affine), raw_image(workspace))
-
-
-def truncated(workspace) -> None:
-    raw_image(workspace).write_bytes(raw_image(workspace).read_bytes()[:1000])
-
-
-def second_channel(workspace) -> None:
-    shutil.copy(raw_image(workspace), raw_image(workspace).with_name("case_7_0001.nii.gz"))
-
-
-def two_channels_wanted(workspace) -> None:
-    edit(workspace.raw / "dataset.json", lambda content: content.update(channel_names={"0": "CT", "1": "CT"}))
-
-
-def damaged_backbone(workspace) -> None:
-    store = workspace.root / "store"
-    save_backbone(replace(find_backbone("phantom"), id="mine"), load_weights(find_backbone("phantom")), store)
-    file = store / "mine.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-
-
-REFUSED = {
-    "NaN": (with_nan, [], r"case_7_0000\.nii\.gz holds NaN or infinite values: repair"),
-    "truncated image": (truncated, [], r"case_7_0000\.nii\.gz cannot be read .*: repair it, or leave the case out"),
-    "a channel too many": (second_channel, [], r"case_7 has 2 images in .*, dataset\.json names 1 channel"),
-    "a channel too few": (two_channels_wanted, [], r"channel"),
-    "K beyond the cases": (None, ["--shots", "99"], r"99 shots need as many labelled cases, the dataset has 8"),
-    "unknown backbone": (None, ["-b", "fantom"], r"'fantom'"),
-    "damaged backbone": (damaged_backbone, ["-b", "mine"], r"mine\.safetensors"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_before_anything_is_replaced(workspace, monkeypatch, capsys, name):
-    break_it, options, sentence = REFUSED[name]
-    monkeypatch.setenv("fseft_backbones", str(workspace.root / "store"))
-    if break_it is not None:
-        break_it(workspace)
-    before = {path: path.read_bytes() for path in workspace.preprocessed.rglob("*") if path.is_file()}
-    assert main(["plan_and_preprocess", "-d", "77", "--seed", "1", "-np", "1", *options]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("fseft: ") and re.search(sentence, error)
-    assert {path: path.read_bytes() for path in workspace.preprocessed.rglob("*") if path.is_file()} == before

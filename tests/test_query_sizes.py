@@ -1,5 +1,6 @@
 """Sizes that a network predicts on pooled queries."""
 
+import numpy as np
 import pytest
 import torch
 from banks import store
@@ -7,7 +8,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from fsefs_nnunet.bank.layout import query_layout
 from fsefs_nnunet.network import AdaptedNetwork
-from fsefs_nnunet.query_sizes import QuerySizes, share_found
+from fsefs_nnunet.query_sizes import QuerySizes, calibration_cases, share_found
 
 
 def test_every_query_is_visited_once_a_round(bank):
@@ -81,6 +82,12 @@ def ball(radius: int, centre: int = 8) -> torch.Tensor:
     inside = slice(max(0, centre - radius), centre + radius + 1)
     features[0, inside, inside, inside] = 1.0
     return features
+
+
+def test_calibration_shows_every_class():
+    sizes = {f"c{i}": np.array([1.0, i == 7, 0.0, i in (2, 8)]) for i in range(10)}
+    assert calibration_cases(sizes, 4) == ["c0", "c1", "c2", "c3", "c4", "c7"]
+    assert calibration_cases({"a": np.zeros(4)}, 4) == ["a"] and calibration_cases({}, 4) == []
 
 
 def test_sizes_of_pooled_queries_are_calibrated_on_the_support(bank, contract):

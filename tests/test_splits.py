@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from fsefs_nnunet.cases.splits import load_splits, make_splits, query_cases, save_splits, support_cases
+from fsefs_nnunet.cases.splits import extended, load_splits, make_splits, query_cases, save_splits, support_cases
 from fsefs_nnunet.errors import InputError
 
 LABELLED = [f"case_{i:03d}" for i in range(30)]
@@ -47,6 +47,25 @@ def test_order_of_the_cases_does_not_matter_and_the_seed_does(splits):
 def test_more_folds_keep_the_first_ones(splits):
     more = make_splits(LABELLED, UNLABELLED, [1, 5, 10], num_queries=15, num_folds=7)
     assert more["folds"][:5] == splits["folds"] and more["num_folds"] == len(more["folds"]) == 7
+
+
+def test_extended_draws_are_those_of_a_single_call(splits):
+    assert extended(splits, 7, UNLABELLED) == make_splits(LABELLED, UNLABELLED, [15], num_queries=15, num_folds=7)
+    assert extended(splits, 2, ["other"]) == {
+        **splits,
+        "num_folds": 2,
+        "unlabelled_queries": ["other"],
+        "folds": splits["folds"][:2],
+    }
+
+
+def test_extending_keeps_what_was_edited_by_hand(splits):
+    pool, queries = splits["folds"][0], splits["queries"]
+    edited = {**splits, "queries": sorted([*queries, pool[0]]), "folds": [pool[1:], pool[:0:-1]], "num_folds": 2}
+    more = extended(edited, 4, UNLABELLED)
+    assert more["queries"] == edited["queries"] and more["folds"][:2] == edited["folds"]
+    assert all(sorted(fold) == sorted(pool[1:]) for fold in more["folds"]) and more["num_folds"] == 4
+    assert len({tuple(fold) for fold in more["folds"]}) == 4
 
 
 @pytest.mark.parametrize("labelled, shots, expected", [(10, 10, 0), (11, 10, 1), (25, 5, 20), (40, 10, 20), (1, 1, 0)])

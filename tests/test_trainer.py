@@ -21,6 +21,7 @@ from trainings import (
 )
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cases.splits import query_cases, save_splits
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.shims import fseft_trainers
@@ -133,13 +134,34 @@ def test_val_alone(work, monkeypatch):
     splits["queries"] = splits["queries"][:1]  # of one query is enough
     save_splits(splits, work.preprocessed / "splits_fseft.json")
     (work.preprocessed / "FSEFTPlans.json").write_text(json.dumps(work.plans(**TINY)))
+    validation = Path(trainer.output_folder) / "validation"
+    validation.mkdir()
+    (validation / "case_of_earlier_draws.nii.gz").write_bytes(b"nnU-Net would average over it, too")
     monkeypatch.setenv("nnUNet_extTrainer", str(Path(fseft_trainers.__file__).parent))
     options = dict(only_run_validation=True, device=torch.device("cpu"))
     run_training("77", FIVE, 0, "FSEFTTrainer", "FSEFTPlans", **options)
-    summary = json.loads((Path(trainer.output_folder) / "validation" / "summary.json").read_text())
+    summary = json.loads((validation / "summary.json").read_text())
     assert [Path(case["prediction_file"]).name for case in summary["metric_per_case"]] == [
         f"{splits['queries'][0]}.nii.gz"
     ]
+
+
+def test_a_query_that_was_labelled_since_is_read_with_its_label(work):
+    """What was preprocessed of it when it was an unlabelled query lies there still."""
+    case = splits_of(work)["folds"][0][0]
+    queries = UnlabelledQueries(work.preprocessed / "FSEFTPlans_3d_fullres")
+    np.save(queries.folder / f"{case}.npy", np.zeros((1, 9, 9, 9), np.float32))
+    assert case in queries.cases
+    trainer = trained(work, epochs=1)
+    np.testing.assert_array_equal(trainer.load_image(case), trainer.load_case(case)[0][:])
+
+
+def test_lambda_0_wants_nothing_of_the_queries(work):
+    for file in (work.preprocessed / "FSEFTPlans_3d_fullres_queries").iterdir():
+        file.unlink()
+    trainer = trained(work, epochs=1, fseft_lambda=0)
+    assert "The size prior has no effect: it is switched off." in text_of(trainer)
+    assert not trainer.pooled_support and trainer.query_sizes is None
 
 
 def test_cap_of_the_bank_in_the_plans(work):
@@ -163,6 +185,7 @@ def test_size_prior_pulls_the_queries_sizes_towards_it(work):
     penalties = []
 
     def mean_penalty():
+        trainer.calibrate()
         with torch.no_grad():
             sizes = [trainer.query_sizes.predict(trainer.network, q, False).soft for q in trainer.queries]
         values = [size_penalty(s[trainer.known], trainer.prior_ml, 0.3).mean().item() for s in sizes]

@@ -1,5 +1,6 @@
 """Short trainings on the tiny dataset, and what tests ask of them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,13 @@ def identical(a: dict, b: dict) -> bool:
 
 def text_of(trainer) -> str:
     return Path(trainer.log_file).read_text()
+
+
+def edit(file, change) -> None:
+    """Let `change` alter the content of a JSON file."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
 
 
 def edit_labels(workspace, cases, change) -> None:

@@ -21,12 +21,11 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.inference.trained_model import PRIOR_KEY
 from fsefs_nnunet.labels import foreground_classes, foreground_names
 from fsefs_nnunet.precision import reduced_precision
-from fsefs_nnunet.query_sizes import QuerySizes, share_found
+from fsefs_nnunet.query_sizes import QuerySizes, calibration_cases, share_found
 from fsefs_nnunet.size_prior import estimate_sizes, size_penalty, support_sizes_ml
 from fsefs_nnunet.trainers.adapted_trainer import AdaptedTrainer
 
 CALIBRATION_BATCHES = 8  # of crops of the support
-CALIBRATION_CASES = 5  # of the support; each costs as much as a query once an epoch
 
 
 class FSEFTTrainer(AdaptedTrainer):
@@ -37,6 +36,10 @@ class FSEFTTrainer(AdaptedTrainer):
 
     use_size_prior = True
     initial_lr_of_method = 2e-3
+
+    @property
+    def wants_prior(self) -> bool:
+        return bool(self.use_size_prior and self.settings["fseft_lambda"])
 
     # ---- cases ----
 
@@ -58,7 +61,7 @@ class FSEFTTrainer(AdaptedTrainer):
     def load_image(self, case: str) -> np.ndarray:
         """Preprocessed image (channels, X, Y, Z) of a training case, a view of one, or an unlabelled query."""
         case = self.pooled_support.get(case, case)
-        if case in self.unlabelled.cases:
+        if case in self.unlabelled_queries:
             return self.unlabelled.load(case)
         if case in self.views.names:
             image, self.view_segmentations[case] = self.views.make(case)
@@ -80,7 +83,8 @@ class FSEFTTrainer(AdaptedTrainer):
         def loader(stream: int, segmentations: dict[str, np.ndarray]) -> CropLoader:
             seed = (self.settings["fseft_seed"], fold_seed(self.fold), stream)
             size, crops = self.settings["fseft_crop_size"], self.settings["fseft_crops_per_step"]
-            return CropLoader(self.bank, segmentations, size, crops, seed, regions)
+            ignored = self.label_manager.ignore_label
+            return CropLoader(self.bank, segmentations, size, crops, seed, regions, ignored)
 
         return loader(0, {**support, **views}), loader(1, support)
 
@@ -93,19 +97,24 @@ class FSEFTTrainer(AdaptedTrainer):
         self.unlabelled = UnlabelledQueries(self.preprocessed_dataset_folder)
         splits = load_splits(Path(self.preprocessed_dataset_folder_base) / SPLITS_FILE)
         # the labelled queries enter as images; their labels are not read
-        unlabelled = query_cases(splits, self.fold)[1]
-        if self.use_size_prior:
-            refuse_missing(set(unlabelled) - set(self.unlabelled.cases), self.unlabelled.folder, " --queries FOLDER")
-        self.queries = [*labelled_queries, *unlabelled]
+        self.unlabelled_queries = query_cases(splits, self.fold)[1]
+        if self.wants_prior:
+            missing = set(self.unlabelled_queries) - set(self.unlabelled.cases)
+            refuse_missing(missing, self.unlabelled.folder, " --queries FOLDER")
+        self.queries = [*labelled_queries, *self.unlabelled_queries]
         self.print_to_log_file(
             f"{len(self.support)} labelled support cases (all the labels that this training uses): {self.support}; "
             f"{len(self.queries)} queries, {len(labelled_queries)} of them with labels for the final validation."
         )
         self.views = self.support_views()
         self.view_segmentations: dict[str, np.ndarray] = {}
+        segmentations = {case: self.load_segmentation(case) for case in self.support}
+        spacing, ignored = self.configuration_manager.spacing, self.label_manager.ignore_label
+        self.support_sizes = support_sizes_ml(segmentations, self.classes, spacing, ignored)
         self.pooled_support = {}
-        if self.use_size_prior and self.settings["fseft_pool"] > 1:
-            self.pooled_support = {pooled_name(case): case for case in self.support[:CALIBRATION_CASES]}
+        if self.wants_prior and self.settings["fseft_pool"] > 1:
+            cases = calibration_cases(self.support_sizes, len(self.classes))
+            self.pooled_support = {pooled_name(case): case for case in cases}
         self.fill_bank()
         self.estimate_priors()
         self.start_network()
@@ -156,7 +165,7 @@ class FSEFTTrainer(AdaptedTrainer):
             self.configuration_manager.patch_size,
             self.device,
         )
-        queries = self.queries if self.use_size_prior else []
+        queries = self.queries if self.wants_prior else []
         needed = [*self.support, *self.views.names, *self.pooled_support, *queries]
         cap_gb = cap_in_gb(self.settings.get("fseft_bank_gb"))
         self.bank.fill(needed, self.load_image, self.bank_layout, cap_gb, self.print_to_log_file)
@@ -165,16 +174,13 @@ class FSEFTTrainer(AdaptedTrainer):
         """What the bank keeps of a volume of `shape`; of a query it depends on the image alone."""
         if case not in self.support and case not in self.views.names:
             return query_layout(shape, self.settings["fseft_pool"])
-        foreground = self.load_segmentation(case)[0] > 0
+        labels, ignored = self.load_segmentation(case)[0], self.label_manager.ignore_label
         window = self.configuration_manager.patch_size
-        return support_layout(case, foreground, self.settings["fseft_crop_size"], window)
+        return support_layout(case, labels, self.settings["fseft_crop_size"], window, ignored)
 
     def estimate_priors(self) -> None:
         """Size prior S of each class in ml, from the support labels alone."""
-        segmentations = {case: self.load_segmentation(case) for case in self.support}
-        spacing, ignored = self.configuration_manager.spacing, self.label_manager.ignore_label
-        sizes = support_sizes_ml(segmentations, self.classes, spacing, ignored)
-        self.priors = estimate_sizes(sizes, len(self.classes))
+        self.priors = estimate_sizes(self.support_sizes, len(self.classes))
         self.query_sizes = None
         if why := self.why_no_prior():
             self.print_to_log_file(f"The size prior has no effect: {why}.")
@@ -184,11 +190,10 @@ class FSEFTTrainer(AdaptedTrainer):
             text = f"{prior.size:.2f} ml, spread {prior.spread:.2f} ml, {prior.num_cases} cases" if prior else "none"
             tolerated = f", tolerated {prior.tolerance(gamma):.0%}" if prior else ""
             self.print_to_log_file(f"Size prior of {name}: {text}{tolerated}")
-        voxel_ml = float(np.prod(spacing)) / 1000
+        voxel_ml = float(np.prod(self.configuration_manager.spacing)) / 1000
         pooled_support = {
-            name: torch.tensor(sizes[case], dtype=torch.float32)
+            name: torch.tensor(self.support_sizes[case], dtype=torch.float32)
             for name, case in self.pooled_support.items()
-            if case in sizes
         }
         self.query_sizes = QuerySizes(self.bank, self.queries, voxel_ml, pooled_support)
         known = [i for i, prior in enumerate(self.priors) if prior]
@@ -198,7 +203,7 @@ class FSEFTTrainer(AdaptedTrainer):
         self.tolerance = torch.tensor(tolerances, device=self.device)
 
     def why_no_prior(self) -> str | None:
-        if not self.use_size_prior or not self.settings["fseft_lambda"]:
+        if not self.wants_prior:
             return "it is switched off"
         if not self.queries:
             return "there are no queries"
@@ -246,10 +251,9 @@ class FSEFTTrainer(AdaptedTrainer):
         target = batch["target"].to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
         with reduced_precision(self.device):
-            loss = self.loss(self.network.adapt(features), target)
+            segmentation_loss = self.loss(self.network.adapt(features), target)
         penalty = self.query_penalty()
-        if penalty is not None:
-            loss = loss + self.settings["fseft_lambda"] * penalty
+        loss = segmentation_loss if penalty is None else segmentation_loss + self.settings["fseft_lambda"] * penalty
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)
@@ -261,7 +265,8 @@ class FSEFTTrainer(AdaptedTrainer):
             self.grad_scaler.update()
         else:
             self.optimizer.step()
-        return {"loss": loss.detach().cpu().numpy()}
+        # without the penalty, which sets in late: a training must not seem to end, or to get worse, where it does
+        return {"loss": segmentation_loss.detach().cpu().numpy()}
 
     def validation_step(self, batch: dict) -> dict:
         # nnU-Net's step, fed with stored features; the crops are the support's, query labels choose no checkpoint
@@ -302,7 +307,7 @@ class FSEFTTrainer(AdaptedTrainer):
 
     def added_to_checkpoint(self) -> dict:
         """What `fseft predict` wants of a model that travels alone."""
-        return {PRIOR_KEY: [prior and astuple(prior) for prior in self.priors]}
+        return super().added_to_checkpoint() | {PRIOR_KEY: [prior and astuple(prior) for prior in self.priors]}
 
 
 class FSEFTTrainer_Adapter(FSEFTTrainer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from os.path import join
 from pathlib import Path
@@ -17,6 +18,7 @@ from fsefs_nnunet.peak_memory import peak_memory_gb
 from fsefs_nnunet.trainers.without_mirroring import WithoutMirroring
 
 LOCK_FILE = "training.lock"
+SUPPORT_KEY = "fseft_support_sha256"  # in checkpoints: which cases were support, without their names
 
 
 class KShotTrainer(WithoutMirroring):
@@ -36,7 +38,8 @@ class KShotTrainer(WithoutMirroring):
         return support, queries
 
     def initialize(self):
-        self.do_split()  # nnU-Net's own reading of an empty folder ends in a traceback
+        support = self.do_split()[0]  # nnU-Net's own reading of an empty folder ends in a traceback
+        self.support_sha256 = hashlib.sha256("\n".join(sorted(support)).encode()).hexdigest()
         super().initialize()
 
     def run_training(self):
@@ -56,9 +59,16 @@ class KShotTrainer(WithoutMirroring):
             super().run_training()
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        if not self.was_initialized:
+            self.initialize()
         if isinstance(filename_or_checkpoint, str):
             content = self.refuse_damage(Path(filename_or_checkpoint))
             require_backbone_of(filename_or_checkpoint, content, self.settings)
+            if content.get(SUPPORT_KEY, self.support_sha256) != self.support_sha256:
+                raise InputError(
+                    f"{filename_or_checkpoint} was trained on other support cases than those of {SPLITS_FILE} now: "
+                    "train anew without `--c`, which overwrites it, or restore the splits with `fseft splits`."
+                )
         super().load_checkpoint(filename_or_checkpoint)
 
     def refuse_damage(self, file: Path) -> dict:
@@ -78,13 +88,12 @@ class KShotTrainer(WithoutMirroring):
         part = f"{filename}.part"
         super().save_checkpoint(part)
         if os.path.exists(part):  # nnU-Net writes none when checkpointing is disabled
-            if added := self.added_to_checkpoint():
-                add_to_checkpoint(part, **added)
+            add_to_checkpoint(part, **self.added_to_checkpoint())
             os.replace(part, filename)
 
     def added_to_checkpoint(self) -> dict:
         """Data beside what nnU-Net keeps; its loaders do not look at it."""
-        return {}
+        return {SUPPORT_KEY: self.support_sha256}
 
     def on_train_end(self):
         super().on_train_end()
@@ -92,11 +101,16 @@ class KShotTrainer(WithoutMirroring):
             self.print_to_log_file(f"Peak memory of this process: {peak:.3f} GB.")
 
     def perform_actual_validation(self, save_probabilities: bool = False):
-        if not self.do_split()[1]:
+        queries = self.do_split()[1]
+        if not queries:
             self.print_to_log_file("No labelled queries: the final validation is skipped.")
             return
         if os.environ.get("fseft_final_validation") == "0":
             self.print_to_log_file("The final validation is skipped: fseft_final_validation is 0.")
             return
+        # nnU-Net averages over every segmentation that lies there, those of earlier draws as well
+        for file in Path(self.output_folder, "validation").glob(f"*{self.dataset_json['file_ending']}"):
+            if file.name.removesuffix(self.dataset_json["file_ending"]) not in queries:
+                file.unlink()
         super().perform_actual_validation(save_probabilities)
         self.print_to_log_file(f"Validation results: {join(self.output_folder, 'validation', 'summary.json')}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from time import time
@@ -52,7 +53,7 @@ class TimeBudgetTrainer(StoppableTrainer):
             seconds = 60 * float(minutes)
         except ValueError:
             seconds = 0.0
-        if seconds <= 0:
+        if not 0 < seconds < math.inf:
             raise InputError(
                 f"The environment variable fseft_train_minutes must be a positive number, it is {minutes!r}."
             )

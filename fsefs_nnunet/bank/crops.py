@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fsefs_nnunet.bank.features import FeatureBank
+from fsefs_nnunet.bank.layout import annotated_voxels, flat_indices, foreground_of
 
 
 class CropLoader:
@@ -16,7 +17,8 @@ class CropLoader:
     'data' is (B, C, X, Y, Z) float16 features, 'target' (B, 1, X, Y, Z) the label map, or what `transform` makes of it.
     A resumed training draws what an uninterrupted one would have drawn: call `start_epoch` before each epoch.
     Half of the crops are centred on a random foreground voxel, if there is one (foreground : background 1 : 1, as
-    published). The others lie anywhere, as far as the bank holds the volume: in a block that it keeps for them.
+    published). The others lie anywhere, as far as the bank holds the volume: in a block that it keeps for them. Where
+    voxels are ignored, they lie around one that is not.
     """
 
     def __init__(
@@ -27,12 +29,16 @@ class CropLoader:
         batch_size: int,
         seed: tuple[int, ...],
         transform: Callable | None = None,
+        ignore_label: int | None = None,
     ):
         """segmentations: label map (1, X, Y, Z) of each support case; voxels of -1 lie outside of the image."""
         self.bank = bank
         self.cases = sorted(segmentations)
         self.segmentations = segmentations
-        self.foreground = {case: np.argwhere(seg[0] > 0) for case, seg in segmentations.items()}
+        self.foreground = {
+            case: flat_indices(foreground_of(seg[0], ignore_label)) for case, seg in segmentations.items()
+        }
+        self.annotated = {case: annotated_voxels(seg[0], ignore_label) for case, seg in segmentations.items()}
         shapes = np.array([seg.shape[1:] for seg in segmentations.values()])
         # crops of a batch share a shape: no axis is longer than the smallest support volume
         self.crop_size = np.minimum(crop_size, shapes.min(0))
@@ -60,13 +66,16 @@ class CropLoader:
         return {"data": torch.stack(data), "target": torch.stack(target), "keys": keys}
 
     def _crop(self, rng: np.random.Generator, case: str, on_foreground: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        seg, foreground, entry = self.segmentations[case], self.foreground[case], self.bank[case]
+        seg, foreground, annotated, entry = (
+            kept[case] for kept in (self.segmentations, self.foreground, self.annotated, self.bank)
+        )
+        blocks = entry.layout.boxes[1:]  # the first box lies around foreground
         if on_foreground and len(foreground):
-            last = np.array(seg.shape[1:]) - self.crop_size
-            start = np.clip(foreground[rng.integers(len(foreground))] - self.crop_size // 2, 0, last)
+            start = self._around(rng, foreground, seg.shape[1:])
+        elif len(annotated) and not blocks:
+            start = self._around(rng, annotated, seg.shape[1:])
         else:
-            # the first box lies around foreground
-            blocks = entry.layout.boxes[1:] or entry.layout.boxes
+            blocks = blocks or entry.layout.boxes
             first, end = blocks[rng.integers(len(blocks))]
             start = rng.integers(first, end - self.crop_size + 1)
         box = (slice(None), *(slice(a, a + n) for a, n in zip(start, self.crop_size)))
@@ -75,6 +84,11 @@ class CropLoader:
             target = self.transform(**{"segmentation": target})["segmentation"]
         # a copy: the file is mapped read-only
         return torch.from_numpy(np.array(entry.crop(start, self.crop_size))), target
+
+    def _around(self, rng: np.random.Generator, voxels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """First voxel of a crop of a volume (X, Y, Z), around one of `voxels`, by flat indices."""
+        centre = np.array(np.unravel_index(voxels[rng.integers(len(voxels))], shape))
+        return np.clip(centre - self.crop_size // 2, 0, np.array(shape) - self.crop_size)
 
 
 def region_transform(label_manager) -> Callable | None:

@@ -62,22 +62,47 @@ def query_layout(shape: Sequence[int], pool: int) -> Layout:
     return Layout(tuple(int(n) for n in shape), coarse.boxes, pool)
 
 
-def support_layout(case: str, foreground: np.ndarray, crop_size: Sequence[int], window: Sequence[int]) -> Layout:
+def foreground_of(labels: np.ndarray, ignore_label: int | None) -> np.ndarray:
+    """Which voxels of a label map show a class; nnU-Net's ignore label, the highest of all, is none."""
+    return labels > 0 if ignore_label is None else (labels > 0) & (labels != ignore_label)
+
+
+def annotated_voxels(labels: np.ndarray, ignore_label: int | None) -> np.ndarray:
+    """Flat indices of the voxels in the image that are not ignored; none where the dataset has no ignore label."""
+    if ignore_label is None:
+        return np.empty(0, np.uint32)
+    return flat_indices((labels >= 0) & (labels != ignore_label))
+
+
+def flat_indices(mask: np.ndarray) -> np.ndarray:
+    """Of the true voxels; a whole body has millions, and 4 bytes each are enough."""
+    return np.flatnonzero(mask).astype(np.uint32)
+
+
+def support_layout(
+    case: str, labels: np.ndarray, crop_size: Sequence[int], window: Sequence[int], ignore_label: int | None = None
+) -> Layout:
     """The region that crops around foreground lie in, then blocks for background crops; all of a small volume.
 
     Args:
         case: seeds the places of the blocks.
-        foreground: (X, Y, Z), true on labelled voxels.
+        labels: label map (X, Y, Z).
         crop_size: largest crop, voxels per axis.
         window: the backbone's; a volume that fits into it is small.
     """
+    foreground = foreground_of(labels, ignore_label)
     whole = whole_layout(foreground.shape)
     if all(n <= w for n, w in zip(foreground.shape, window)):
         return whole
     crop = np.minimum(crop_size, foreground.shape)
     last = np.array(foreground.shape) - crop
     # drawn as background crops of a whole volume would be, so that they may overlap each other and the region
-    starts = np.random.default_rng(list(case.encode())).integers(0, last + 1, (BACKGROUND_BLOCKS, 3))
+    rng, annotated = np.random.default_rng(list(case.encode())), annotated_voxels(labels, ignore_label)
+    if len(annotated):  # a block of ignored voxels teaches nothing
+        voxels = annotated[rng.integers(len(annotated), size=BACKGROUND_BLOCKS)]
+        starts = np.clip(np.stack(np.unravel_index(voxels, labels.shape), 1) - crop // 2, 0, last)
+    else:
+        starts = rng.integers(0, last + 1, (BACKGROUND_BLOCKS, 3))
     boxes = [_box(start, start + crop) for start in starts]
     if foreground.any():
         lowest, highest = zip(*map(_extent, [foreground.any(others) for others in ((1, 2), (0, 2), (0, 1))]))

@@ -31,10 +31,6 @@ class Study:
     scratch_minutes: float | None = None
 
     @property
-    def plans_file(self) -> Path:
-        return self.experiment.preprocessed / f"{self.experiment.plans}.json"
-
-    @property
     def planned_shots(self) -> list[int | str]:
         return [c["fseft_shots"] for c in self.plans["configurations"].values() if "fseft_backbone" in c]
 

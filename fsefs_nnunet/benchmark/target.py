@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
-from fsefs_nnunet.cases.queries import images_in, require_channels
+from fsefs_nnunet.cases.images import images_in, require_channels
 from fsefs_nnunet.errors import InputError
 
 

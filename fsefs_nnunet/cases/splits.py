@@ -16,15 +16,16 @@ from pathlib import Path
 from fsefs_nnunet.errors import InputError
 
 SPLITS_FILE = "splits_fseft.json"
+NUM_QUERIES, NUM_FOLDS, SEED = 20, 5, 12345
 
 
 def make_splits(
     labelled: list[str],
     unlabelled: list[str],
     shots: list[int],
-    num_queries: int = 20,
-    num_folds: int = 5,
-    seed: int = 12345,
+    num_queries: int = NUM_QUERIES,
+    num_folds: int = NUM_FOLDS,
+    seed: int = SEED,
 ) -> dict:
     """Draw queries and folds; the order of the cases given does not matter, and more folds keep the first ones.
 
@@ -59,6 +60,18 @@ def make_splits(
     }
 
 
+def extended(splits: dict, num_folds: int, unlabelled: list[str]) -> dict:
+    """The same draws with other unlabelled queries and as many folds: those that are there stay, further ones are
+    those that `make_splits` would have drawn.
+    """
+    folds, queries = splits["folds"], splits["queries"]
+    more = make_splits([*folds[0], *queries], unlabelled, [len(folds[0])], len(queries), num_folds, splits["seed"])
+    if more["queries"] != queries:  # edited by hand
+        rng = random.Random(splits["seed"])
+        more["folds"] = [rng.sample(sorted(folds[0]), len(folds[0])) for _ in range(num_folds)]
+    return {**more, "queries": queries, "folds": [*folds, *more["folds"][len(folds) :]][:num_folds]}
+
+
 def _pool(splits: dict, fold: int) -> list[str]:
     if fold not in range(len(splits["folds"])):
         raise InputError(
@@ -84,7 +97,7 @@ def support_cases(splits: dict, shots: int | str, fold: int | str) -> list[str]:
     if shots not in range(1, len(pool) + 1):
         raise InputError(
             f"{shots} shots of a pool of {len(pool)} cases: ask for 1 to {len(pool)} or 'all', "
-            "or make a larger pool with `fseft splits -d ID`."
+            "or make a larger pool with `fseft splits -d ID --shots K`."
         )
     return pool[:shots]
 

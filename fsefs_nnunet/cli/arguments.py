@@ -14,14 +14,30 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one, else cpu")
 
 
-def minutes_argument(text: str) -> float:
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-np", type=positive_int, default=4, metavar="N", help="processes, as in nnU-Net; default: 4")
+
+
+def positive_float(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number of minutes")
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
     return value
+
+
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return int(text)
+
+
+def name_argument(text: str) -> str:
+    if not text or set(text) & set("/\\"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name: it becomes a part of file names")
+    return text
 
 
 def shots_argument(text: str) -> int | str:

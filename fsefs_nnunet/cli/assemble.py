@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from fsefs_nnunet.cli.arguments import add_processes
+
 
 def register(verb) -> None:
     parser = verb("assemble", assemble, "One partially labelled dataset from several, for FSEFTPretrainer.")
@@ -15,7 +17,7 @@ def register(verb) -> None:
         choices=["universal", "union"],
         help="classes: those of FSEFT's public model (default), or all labels of all datasets",
     )
-    parser.add_argument("-np", type=int, default=4, metavar="N", help="processes; default: 4")
+    add_processes(parser)
 
 
 def assemble(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ def register(verb) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="what is here, and the public ones that can be had")
     parser = actions.add_parser("info", help="everything that is known of one")
-    parser.add_argument("id")
+    parser.add_argument("id", help="as `fseft backbones list` names it")
     parser = actions.add_parser("import", help="a public checkpoint, or a nnU-Net model as folder or zip")
     parser.add_argument("id", help="name that the backbone gets; that of a public one says what the file must hold")
     parser.add_argument("path", help="checkpoint file, model folder, or zip of nnUNetv2_export_model_to_zip")
@@ -20,12 +20,12 @@ def register(verb) -> None:
     parser.add_argument("-c", default="", metavar="CONFIGURATION", help="which model of a zip that holds several")
     _add_folder(parser)
     parser = actions.add_parser("download", help="fetch a public checkpoint, resuming, and import it")
-    parser.add_argument("id")
+    parser.add_argument("id", help="of a public one in `fseft backbones list`")
     _add_folder(parser)
     parser = actions.add_parser("verify", help="compare weights with the SHA-256 that was recorded")
     parser.add_argument("id", nargs="*", help="default: all that are here")
     parser = actions.add_parser("remove", help="delete a backbone that you imported")
-    parser.add_argument("id")
+    parser.add_argument("id", help="as `fseft backbones list` names it")
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fsefs_nnunet.cli.arguments import add_dataset, add_device, minutes_argument, shots_argument
+from fsefs_nnunet.cli.arguments import add_dataset, add_device, positive_float, shots_argument
 from fsefs_nnunet.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def register(verb) -> None:
     parser.add_argument("-o", type=Path, metavar="FOLDER", help="default: ./fseft_benchmark/DATASET_PLANS")
     parser.add_argument(
         "--scratch_minutes",
-        type=minutes_argument,
+        type=positive_float,
         metavar="M",
         help="training time from scratch; default: that of the longest other method of the same shots and fold",
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from fsefs_nnunet.cli.arguments import add_processes
+
 
 def register(verb) -> None:
     parser = verb("convert", convert, "A public dataset, as it is downloaded, to a nnU-Net raw dataset.")
@@ -22,7 +24,7 @@ def register(verb) -> None:
         help="names or groups, in the order of their numbers; default: all",
     )
     parser.add_argument("--dry_run", action="store_true", help="say what would be converted, write nothing")
-    parser.add_argument("-np", type=int, default=4, metavar="N", help="processes; default: 4")
+    add_processes(parser)
     parser.add_argument(
         "--resample_labels", action="store_true", help="bring labels on another grid to their image's (nearest)"
     )

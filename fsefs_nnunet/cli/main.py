@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fseft: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fseft: Interrupted. What was finished stays, and the same command makes the rest.", file=sys.stderr)
+        print("fseft: Interrupted. What was finished stays; run the same command again.", file=sys.stderr)
         return 130
     return 0
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from fsefs_nnunet.cli.arguments import add_dataset, shots_argument
+from fsefs_nnunet.cases.splits import NUM_FOLDS, NUM_QUERIES, SEED
+from fsefs_nnunet.cli.arguments import (
+    add_dataset,
+    add_processes,
+    name_argument,
+    positive_float,
+    shots_argument,
+)
 
 
 def register(verb) -> None:
@@ -31,14 +38,23 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-b", default="phantom", metavar="BACKBONE", help="see `fseft backbones list`; default: phantom"
     )
-    parser.add_argument("-np", type=int, default=4, metavar="N", help="processes, as in nnU-Net; default: 4")
+    add_processes(parser)
     parser.add_argument(
-        "-gpu_memory_target", type=float, default=8, metavar="GB", help="window and crops fit it; default: 8"
+        "-gpu_memory_target",
+        type=positive_float,
+        default=8,
+        metavar="GB",
+        help="as in nnU-Net, for 3d_fullres and the _nnunet baselines; default: 8",
     )
     parser.add_argument(
-        "-overwrite_plans_name", metavar="NAME", help="default: FSEFTPlans, FSEFTPlans_BACKBONE for others"
+        "-overwrite_plans_name",
+        type=name_argument,
+        metavar="NAME",
+        help="default: FSEFTPlans, FSEFTPlans_BACKBONE for others",
     )
-    parser.add_argument("-overwrite_target_spacing", nargs=3, type=float, metavar="MM", help="as in nnU-Net: z y x")
+    parser.add_argument(
+        "-overwrite_target_spacing", nargs=3, type=positive_float, metavar="MM", help="as in nnU-Net: z y x"
+    )
     parser.add_argument("--verify_dataset_integrity", action="store_true", help="nnU-Net's check, recommended once")
 
 
@@ -47,10 +63,23 @@ def _add_splits(parser: argparse.ArgumentParser) -> None:
         "--queries", metavar="FOLDER", help="unlabelled volumes; default: imagesTs if no labelled case is left over"
     )
     parser.add_argument(
-        "--num_queries", type=int, default=20, help="labelled cases kept as queries at most; default: 20"
+        "--num_queries",
+        type=int,
+        metavar="N",
+        help=f"labelled cases kept as queries at most; default: as drawn before, else {NUM_QUERIES}",
     )
-    parser.add_argument("--folds", type=int, default=5, help="seeded draws of the support; default: 5")
-    parser.add_argument("--seed", type=int, default=12345)
+    parser.add_argument(
+        "--folds",
+        type=int,
+        metavar="N",
+        help=f"seeded draws of the support, those of before stay; default: as before, else {NUM_FOLDS}",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help=f"default: as before, else {SEED}; this or --num_queries draws everything anew",
+    )
 
 
 def plan(args: argparse.Namespace) -> str:
@@ -83,7 +112,7 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
 
     drawn, queries = planning.draw_splits(*_draw(args))
     name = plan(args)
-    planning.preprocess(args.d, name, args.np, queries)
+    planning.preprocess(args.d, name, args.np, queries, drawn["unlabelled_queries"])
     planning.keep_splits(args.d, drawn)  # last: until then the folds of before belong to the data
     configuration = f"3d_fullres_{(args.shots or ['all'])[0]}shot"
     print(

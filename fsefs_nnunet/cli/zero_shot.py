@@ -12,7 +12,9 @@ from fsefs_nnunet.errors import InputError
 def register(verb) -> None:
     parser = verb("zero_shot", zero_shot, "Segment the dataset's labels that a backbone's own head knows by name.")
     add_dataset(parser)
-    parser.add_argument("-b", default="phantom", metavar="BACKBONE", help="see `fseft backbones list`")
+    parser.add_argument(
+        "-b", default="phantom", metavar="BACKBONE", help="see `fseft backbones list`; default: phantom"
+    )
     parser.add_argument("-i", required=True, metavar="FOLDER", help="images in nnU-Net's naming")
     parser.add_argument("-o", required=True, metavar="FOLDER", help="segmentations")
     add_device(parser)

@@ -13,12 +13,13 @@ import nibabel as nib
 import numpy as np
 
 from fsefs_nnunet.atomic import write_atomically
+from fsefs_nnunet.cases.dataset_json import read_dataset_json
 from fsefs_nnunet.datasets.building import RECORDS, UnfinishedDataset, new_dataset, run_jobs
 from fsefs_nnunet.datasets.common_labels import CommonLabels, common_labels
 from fsefs_nnunet.datasets.tables import tables
-from fsefs_nnunet.datasets.volumes import integers, link_or_copy, read_volume, renumber, values_in, write_label
+from fsefs_nnunet.datasets.volumes import integers, link_or_copy, read_volume, renumber, write_label
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.labels import TEMPLATE_29, normalised
+from fsefs_nnunet.labels import TEMPLATE_29, normalised, values_in
 
 GENERIC = {"cancer", "cyst", "lesion", "tumor", "tumour", "vessel"}  # say nothing without their dataset
 
@@ -40,7 +41,7 @@ def read_member(dataset_id: int | str) -> Member:
     from fsefs_nnunet.planning import dataset_folders
 
     name, raw, _ = dataset_folders(dataset_id)
-    content = json.loads((raw / "dataset.json").read_text("utf-8"))
+    content = read_dataset_json(raw / "dataset.json")
     if any(isinstance(value, list) for value in content["labels"].values()) or "ignore" in content["labels"]:
         raise InputError(f"{name} has regions or an ignore label: datasets with plain labels can be assembled.")
     if content["file_ending"] not in (".nii.gz", ".nii"):

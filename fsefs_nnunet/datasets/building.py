@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fsefs_nnunet.atomic import read_json, write_atomically
 from fsefs_nnunet.errors import InputError
 
 RECORDS = "records"  # one file per finished case
@@ -61,14 +62,15 @@ class UnfinishedDataset:
         self.target = target
         self.folder = target.parent / f".{target.name}.part"
         file = self.folder / "options.json"
-        if file.exists() and json.loads(file.read_text("utf-8")) != options:
+        if file.exists() and read_json(file) != options:
             raise InputError(
                 f"{self.folder} is unfinished and was begun with other options, labels or cases: delete it first."
             )
         try:
             for name in ("imagesTr", "labelsTr", RECORDS):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(options))
+            if not file.exists():
+                write_atomically(file, json.dumps(options))
         except OSError as error:
             raise InputError(f"{target.parent} cannot be written to: {error}.") from error
 

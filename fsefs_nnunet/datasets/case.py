@@ -19,8 +19,9 @@ from fsefs_nnunet.datasets.building import RECORDS
 from fsefs_nnunet.datasets.sides import split_sides
 from fsefs_nnunet.datasets.source import Case, Labels, Source
 from fsefs_nnunet.datasets.tables import Selection
-from fsefs_nnunet.datasets.volumes import distance_of_grids, link_or_copy, read_volume, renumber, values_in, write_label
+from fsefs_nnunet.datasets.volumes import distance_of_grids, link_or_copy, read_volume, renumber, write_label
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.labels import values_in
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import nibabel as nib
 import numpy as np
 
 from fsefs_nnunet.datasets.source import Case, Labels, Source, natural
-from fsefs_nnunet.datasets.volumes import values_in
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.labels import values_in
 
 
 class CHAOS(Source):

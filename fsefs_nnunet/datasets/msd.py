@@ -29,7 +29,7 @@ class MSD(Source):
             return {key: {int(i): str(name) for i, name in content[key].items()} for key in ("labels", "modality")}
         except FileNotFoundError:
             raise InputError(f"{file} is missing: give the folder of {MSD.layout}.") from None
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{file} does not say labels and modality as the Decathlon does: {error}.") from error
 
     def channels(self, folder: Path) -> dict[int, str]:

@@ -7,8 +7,9 @@ import numpy as np
 
 from fsefs_nnunet.datasets.source import Case, Labels, Source
 from fsefs_nnunet.datasets.tables import tables
-from fsefs_nnunet.datasets.volumes import integers, on_grid, read_volume, values_in
+from fsefs_nnunet.datasets.volumes import integers, on_grid, read_volume
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.labels import values_in
 
 
 class TotalSegmentator(Source):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
 
 from fsefs_nnunet.errors import InputError
 
@@ -56,10 +55,6 @@ def integers(image: nib.Nifti1Image, file: Path) -> np.ndarray:
     return whole.astype(np.int32)
 
 
-def values_in(data: np.ndarray) -> set[int]:
-    return set(pd.unique(data.ravel()).tolist())  # as nnU-Net's check does: many times as fast as np.unique
-
-
 def distance_of_grids(a: nib.Nifti1Image, b: nib.Nifti1Image) -> float:
     """Largest distance in mm between the same corner voxel of both; infinite for different shapes."""
     if a.shape[:3] != b.shape[:3]:
@@ -74,8 +69,10 @@ def on_grid(label: nib.Nifti1Image, image: nib.Nifti1Image, file: Path, resample
     Headers of label and image often differ by rounding: up to half a voxel is the same grid.
 
     Raises:
-        InputError: for another grid, unless `resample`.
+        InputError: for another grid, unless `resample`; for more axes than three, which nnU-Net does not read.
     """
+    if len(label.shape) != 3:
+        raise InputError(f"{file} has {len(label.shape)} axes: a volume is wanted.")
     if distance_of_grids(label, image) <= 0.5 * min(nib.affines.voxel_sizes(image.affine)):
         return label
     if not resample:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import dataclass
 from itertools import accumulate
@@ -35,13 +36,13 @@ def learning_curve(checkpoint: str | Path) -> LearningCurve:
     )
 
 
-_SUPPORT = re.compile(r"\d+ labelled support cases \([^)]*\): (\[[^\]]*\])")
+_SUPPORT = re.compile(r"\d+ labelled support cases \([^)]*\): (\[.*?\])(?:\.|; \d+ queries)")
 
 
 def logged_support(fold_folder: str | Path) -> list[list[str]]:
     """The support cases of every run of the training."""
     logs = [log.read_text("utf-8") for log in sorted(Path(fold_folder).glob("training_log_*.txt"))]
-    return [re.findall(r"'([^']+)'", match[1]) for log in logs for match in _SUPPORT.finditer(log)]
+    return [ast.literal_eval(match[1]) for log in logs for match in _SUPPORT.finditer(log)]
 
 
 _PEAK = re.compile(r"Peak memory of this process: (\S+) GB")

@@ -18,7 +18,7 @@ from fsefs_nnunet.atomic import read_json, write_atomically
 from fsefs_nnunet.bank.features import extract_features, window_starts
 from fsefs_nnunet.bank.layout import pooled, pooling_factor
 from fsefs_nnunet.cases.dataset_json import channel_names
-from fsefs_nnunet.cases.queries import images_in, read_image
+from fsefs_nnunet.cases.images import images_in, read_image
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.inference.support_memory import SupportMemory
 from fsefs_nnunet.inference.trained_model import TrainedModel
@@ -278,13 +278,19 @@ def predict_folder(
         raise InputError(f"{output} cannot be written ({error.strerror}): choose another output folder.") from error
     weights = [sha256_of_weights(file) for file in model.files]
     transductive = predictor.memories is not None
-    made_of = {"weights": weights, "transductive": transductive, "largest_component": keep_largest}
+    made_of = {
+        "weights": weights,
+        "transductive": transductive,
+        "gamma": model.gamma,
+        "largest_component": keep_largest,
+    }
     failures = []
     for case in tqdm(sorted(cases)[part_id::num_parts], desc="predicting"):
         segmentation = output / f"{case}{model.dataset_json['file_ending']}"
         sizes = output / f"{case}_sizes.json"
         try:
-            if continue_prediction and segmentation.exists() and _made_of(sizes) == made_of:
+            wanted = [segmentation] + [output / f"{case}.npz"] * predictor.save_probabilities
+            if continue_prediction and all(file.exists() for file in wanted) and _made_of(sizes) == made_of:
                 continue
             report = predictor.predict(cases[case], segmentation, keep_largest)
             write_atomically(sizes, json.dumps({**report, MADE_OF: made_of}, indent=1))

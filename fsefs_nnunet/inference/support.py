@@ -65,7 +65,7 @@ def memory_from_bank(model: TrainedModel, index: int) -> SupportMemory:
     window, crop_size = model.configuration.patch_size, model.settings["fseft_crop_size"]
 
     def layout(case: str, shape: tuple[int, ...]) -> Layout:
-        return support_layout(case, segmentations[case][0] > 0, crop_size, window)
+        return support_layout(case, segmentations[case][0], crop_size, window, model.label_manager.ignore_label)
 
     stages = model.settings["architecture"]["arch_kwargs"]["stages"]
     bank = FeatureBank(base / BANK_FOLDER, model.network.backbone, stages, window, model.device)
@@ -73,7 +73,8 @@ def memory_from_bank(model: TrainedModel, index: int) -> SupportMemory:
     bank.fill(cases, lambda case: dataset.load_case(case)[0][:], layout, cap_gb)
     seed = (model.settings["fseft_seed"], fold_seed(fold), 2)
     size = np.minimum(crop_size, CROP_SIZE)
-    loader = CropLoader(bank, segmentations, size, len(cases), seed, region_transform(model.label_manager))
+    regions, ignored = region_transform(model.label_manager), model.label_manager.ignore_label
+    loader = CropLoader(bank, segmentations, size, len(cases), seed, regions, ignored)
     return SupportMemory.draw(loader)
 
 

@@ -17,7 +17,7 @@ from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.readers import find_reader, image_geometry
 from fsefs_nnunet.bank.features import extract_features
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
-from fsefs_nnunet.cases.queries import images_in, read_image
+from fsefs_nnunet.cases.images import images_in, read_image
 from fsefs_nnunet.devices import device_named
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import foreground_names, match_labels
