@@ -119,6 +119,7 @@ def test_counterparts_that_are_missing(tree, raw):
         (np.full(SHAPE, np.nan, np.float32), "holds values that are no integers"),
         (np.zeros(SHAPE, np.uint8), "shows none of the classes"),
         (np.ones((*SHAPE[:2], 7), np.uint8), "lies on another grid than its image: --resample_labels"),
+        (np.ones((*SHAPE, 1), np.uint8), "has 4 axes: a volume is wanted"),
     ],
 )
 def test_bad_labels_are_named(tree, raw, data, message):
@@ -266,6 +267,15 @@ def test_leftovers_of_a_killed_run(tree, raw):
     assert sorted(file.name for file in (out / "labelsTr").iterdir()) == ["img0001.nii.gz", "img0002.nii.gz"]
     assert sorted(file.name for file in (out / "imagesTr").iterdir()) == ["img0001_0000.nii.gz", "img0002_0000.nii.gz"]
     np.testing.assert_array_equal(nib.load(label_file(tree, "img0001")).dataobj, tree.labels["img0001"])
+
+
+def test_options_that_a_full_disk_cut(tree, raw, capsys):
+    building = raw / ".Dataset011_BTCV.part"
+    building.mkdir()
+    (building / "options.json").write_text("")
+    assert "options.json is damaged" in refused(capsys, "BTCV", "-i", tree.folder, "-d", 11)
+    shutil.rmtree(building)
+    assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 1) == 0
 
 
 def die(case: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from published_files import turned
 from scipy.ndimage import label
+from trainings import edit
 
 from fsefs_nnunet import precision
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
@@ -304,7 +305,10 @@ def test_a_channel_too_many_stops_its_case_alone(work, capsys):
     assert list(segmentations(work, "output")) == [other.name[: -len("_0000.nii.gz")]]
 
 
-@pytest.mark.parametrize("change", ["other weights", "other folds", "largest component", "a damaged report"])
+CHANGES = ["other weights", "other folds", "largest component", "probabilities", "another gamma", "a damaged report"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_continued_prediction_keeps_what_the_same_command_made(work, change):
     assert predict(work, "output", "--inductive") == 0
     files = sorted((work.root / "output").glob("*.nii.gz"))
@@ -318,6 +322,13 @@ def test_a_continued_prediction_keeps_what_the_same_command_made(work, change):
         folds = ("0", "1")
     elif change == "largest component":
         options.append("--largest_component")
+    elif change == "probabilities":
+        options.append("--save_probabilities")
+    elif change == "another gamma":
+        edit(
+            model_folder(work) / "plans.json",
+            lambda plans: plans["configurations"][FIVE].update(fseft_predict_gamma=0.5),
+        )
     else:
         files[0].with_name(files[0].name.replace(".nii.gz", "_sizes.json")).write_text('{"made_of": ')
         again = [True, False]
