@@ -103,7 +103,7 @@ def test_mistakes(folders, capsys, argv, sentence):
 def test_minutes_are_a_positive_number(capsys, minutes):
     with pytest.raises(SystemExit):
         main(["benchmark", "-d", "77", f"--scratch_minutes={minutes}"])
-    assert f"'{minutes}' is no positive number of minutes" in capsys.readouterr().err
+    assert f"'{minutes}' is no positive number" in capsys.readouterr().err
 
 
 def test_missing_results_variable(folders, monkeypatch):
