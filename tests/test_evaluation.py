@@ -233,21 +233,17 @@ def test_logged_priors(fold):
 
 
 def test_logged_priors_are_those_that_the_trainer_writes(tmp_path):
-    """The trainer's own methods and nnU-Net's log file, on label maps of 4 and 50 voxels of 1 ml."""
+    """The trainer's own methods and nnU-Net's log file."""
     from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 
-    seg = np.zeros((1, 5, 5, 5), np.uint8)
-    seg.flat[:4], seg.flat[50:100] = 1, 2
     trainer = SimpleNamespace(
-        support=["s"],
+        support_sizes={"s": np.array([4.0, 50.0, 0.0])},
         queries=["q_1", "q_2"],
-        load_segmentation=lambda case: seg,
         classes=[1, 2, 3],
         class_names=["left <kidney> & co", "kidney", "spleen"],
         configuration_manager=SimpleNamespace(spacing=(10.0, 10.0, 10.0)),
-        label_manager=SimpleNamespace(ignore_label=None, has_regions=False),
-        settings={"fseft_lambda": 0.1, "fseft_gamma": 0.3},
-        use_size_prior=True,
+        settings={"fseft_gamma": 0.3},
+        wants_prior=True,
         bank=None,
         pooled_support={},
         network=None,
