@@ -112,6 +112,7 @@ def write_tiny_dataset(workspace: Workspace) -> None:
 def tiny(tmp_path_factory) -> Workspace:
     """Eight labelled phantoms (5 support, 3 queries) and two unlabelled queries; do not write into it."""
     from fsefs_nnunet import planning
+    from fsefs_nnunet.cases import drawing
 
     workspace = Workspace(tmp_path_factory.mktemp("tiny"))
     with pytest.MonkeyPatch.context() as patch:
@@ -120,7 +121,7 @@ def tiny(tmp_path_factory) -> Workspace:
         patch.setenv("nnUNet_def_n_proc", "2")
         write_tiny_dataset(workspace)
         name = planning.plan(77, "phantom", [], 1, 8, None)
-        queries = planning.write_splits(77, [], str(workspace.queries), 20, 5, 12345)
+        queries = drawing.write_splits(77, [], str(workspace.queries), 20, 5, 12345)
         planning.preprocess(77, name, 1, queries)
     return workspace
 

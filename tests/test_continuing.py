@@ -8,7 +8,7 @@ import torch
 from filelock import FileLock
 from trainings import FIVE, identical, make_trainer, text_of, trained, weights
 
-from fsefs_nnunet import planning
+from fsefs_nnunet.cases import drawing
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
@@ -54,7 +54,7 @@ def test_checkpoint_of_another_support_is_refused(work, cls, configuration):
     file = f"{trainer.output_folder}/checkpoint_latest.pth"
     trainer.save_checkpoint(file)
     make_trainer(work, cls, epochs=1, configuration=configuration).load_checkpoint(file)
-    planning.write_splits(77, [5], None, seed=99)
+    drawing.write_splits(77, [5], None, seed=99)
     with pytest.raises(InputError, match="latest.pth was trained on other support cases than those of splits_"):
         make_trainer(work, cls, epochs=1, configuration=configuration).load_checkpoint(file)
 

@@ -11,6 +11,7 @@ from trainings import edit
 
 from fsefs_nnunet import planning
 from fsefs_nnunet.backbones.store import EMBEDDED, load_weights, save_backbone
+from fsefs_nnunet.cases import drawing
 from fsefs_nnunet.cases.images import images_in, require_channels
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cli.main import main
@@ -217,7 +218,7 @@ def test_the_older_name_of_the_channels(workspace, capsys):
 def test_more_shots_than_cases(workspace):
     for call in (
         lambda: planning.plan(77, "phantom", [9], 1, 8, None),
-        lambda: planning.write_splits(77, [1, 9], None, 20, 5, 1),
+        lambda: drawing.write_splits(77, [1, 9], None, 20, 5, 1),
     ):
         with pytest.raises(ValueError, match="9 shots need as many labelled cases, the dataset has 8"):
             call()
@@ -327,4 +328,4 @@ def test_query_folders_that_are_refused(workspace, tmp_path):
         require_channels(files)
     (workspace.queries / "scan_0_0000.nii.gz").rename(workspace.queries / "case_0_0000.nii.gz")
     with pytest.raises(ValueError, match="share case names, e.g. case_0: rename the queries"):
-        planning.write_splits(77, [], str(workspace.queries), 20, 5, 1)
+        drawing.write_splits(77, [], str(workspace.queries), 20, 5, 1)

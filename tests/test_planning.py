@@ -11,6 +11,7 @@ import pytest
 from trainings import edit
 
 from fsefs_nnunet.backbones.store import find_backbone, load_weights, save_backbone
+from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 
@@ -163,7 +164,16 @@ def test_plan_keys_that_were_edited_are_told(workspace, capsys):
     assert "Planned anew in 3d_fullres_1shot: fseft_lambda 0.7 -> 0.3. Edit the plans" in capsys.readouterr().out
 
 
-def test_unlabelled_queries_of_other_plans_are_asked_for(workspace, capsys):
-    options = ["-d", "77", "-np", "1", "-overwrite_plans_name", "Other", "--shots", "5"]
-    assert main(["plan_and_preprocess", *options]) == 0
-    assert "2 unlabelled queries of earlier plans, e.g. scan_0, are not preprocessed" in capsys.readouterr().out
+def test_other_plans_get_the_unlabelled_queries_of_before(workspace, capsys):
+    options = ["-d", "77", "-np", "1", "--shots", "5"]
+    assert main(["plan_and_preprocess", *options, "-overwrite_plans_name", "Other"]) == 0
+    assert UnlabelledQueries(workspace.preprocessed / "Other_3d_fullres").cases == ["scan_0", "scan_1"]
+    edit(
+        workspace.preprocessed / "unlabelled_queries.json",
+        lambda files: files.update(scan_0=["/moved/scan_0_0000.nii.gz"]),
+    )
+    assert main(["plan_and_preprocess", *options, "-overwrite_plans_name", "Third"]) == 0
+    assert (
+        "2 unlabelled queries of earlier plans, e.g. scan_0, no longer lie where they were" in capsys.readouterr().out
+    )
+    assert not UnlabelledQueries(workspace.preprocessed / "Third_3d_fullres").cases

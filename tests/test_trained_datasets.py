@@ -19,7 +19,7 @@ from trainings import (
     weights,
 )
 
-from fsefs_nnunet import planning
+from fsefs_nnunet.cases import drawing
 from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.size_prior import size_penalty
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer_Adapter, FSEFTTrainer_LinearProbe
@@ -171,7 +171,7 @@ def five(work):
         for file in folder.iterdir():
             if not file.name.startswith(tuple(keep)):
                 file.unlink()
-    planning.write_splits(77, [5], str(work.queries), 20, 5, 12345)
+    drawing.write_splits(77, [5], str(work.queries), 20, 5, 12345)
     return work
 
 
@@ -206,7 +206,7 @@ def test_an_unlabelled_query_without_the_organs(five):
 
 
 def test_no_queries_at_all(five):
-    planning.write_splits(77, [5], None, 20, 5, 12345)
+    drawing.write_splits(77, [5], None, 20, 5, 12345)
     trainer = trained(five, epochs=2)
     assert trainer.queries == [] and trainer.query_sizes is None
     assert "The size prior has no effect: there are no queries" in text_of(trainer)

@@ -98,9 +98,9 @@ def plan(args: argparse.Namespace) -> str:
 
 
 def splits(args: argparse.Namespace) -> None:
-    from fsefs_nnunet import planning
+    from fsefs_nnunet.cases import drawing
 
-    planning.write_splits(*_draw(args))
+    drawing.write_splits(*_draw(args))
 
 
 def _draw(args: argparse.Namespace) -> tuple:
@@ -109,11 +109,12 @@ def _draw(args: argparse.Namespace) -> tuple:
 
 def plan_and_preprocess(args: argparse.Namespace) -> None:
     from fsefs_nnunet import planning
+    from fsefs_nnunet.cases import drawing
 
-    drawn, queries = planning.draw_splits(*_draw(args))
+    drawn, queries = drawing.draw_splits(*_draw(args))
     name = plan(args)
     planning.preprocess(args.d, name, args.np, queries, drawn["unlabelled_queries"])
-    planning.keep_splits(args.d, drawn)  # last: until then the folds of before belong to the data
+    drawing.keep_splits(args.d, drawn, queries)  # last: until then the folds of before belong to the data
     configuration = f"3d_fullres_{(args.shots or ['all'])[0]}shot"
     print(
         '\nNext:\n  eval "$(fseft env)"\n'
