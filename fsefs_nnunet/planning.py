@@ -55,7 +55,7 @@ def labelled_cases(raw: Path) -> list[str]:
 
 
 def _training_files(raw: Path, dataset_json: dict) -> dict[str, dict]:
-    """ "images" and "label" of each training case, as nnU-Net finds them.
+    """Each training case's "images" and "label", as nnU-Net finds them.
 
     Raises:
         InputError: if there is none.

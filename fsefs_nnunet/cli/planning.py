@@ -60,7 +60,9 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
 
 def _add_splits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--queries", metavar="FOLDER", help="unlabelled volumes; default: imagesTs if no labelled case is left over"
+        "--queries",
+        metavar="FOLDER",
+        help="unlabelled volumes; default: as before, else imagesTs if no labelled case is left over",
     )
     parser.add_argument(
         "--num_queries",
