@@ -143,12 +143,18 @@ class AdaptedNetwork(nn.Module):
                 shape = (1, -1, 1, 1, 1)
                 reduced = torch.addcmul((-mean / std).view(shape), features, (1 / std).view(shape))
             else:
-                # standardisation as a part of the reduction: a pass of its own over all features is a tenth of a step;
-                # and as a product of matrices: oneDNN reorders the input of a convolution, which takes longer than that
+                # standardisation as a part of the reduction: a pass of its own over all features is a tenth of a step
                 weight = self.reduction.weight.flatten(1) / std
-                bias = -(weight @ mean).view(1, -1, 1)
-                reduced = torch.baddbmm(bias, weight.expand(len(features), -1, -1), features.flatten(2))
-                reduced = reduced.unflatten(2, features.shape[2:])
+                reduced = _pointwise(features, weight, -(weight @ mean))
             adapted = self.adapter(reduced)
         with torch.autocast(features.device.type, enabled=False):  # rounded logits would tie
-            return self.head(adapted.to(self.head.weight)).contiguous()
+            return _pointwise(adapted.to(self.head.weight), self.head.weight.flatten(1), self.head.bias)
+
+
+def _pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """1^3 convolution of x (B, C, X, Y, Z) by weight (K, C) and bias (K,) -> (B, K, X, Y, Z), contiguous.
+
+    As a product of matrices: oneDNN reorders the input of a convolution, which takes longer than the convolution.
+    """
+    product = torch.baddbmm(bias.view(1, -1, 1), weight.expand(len(x), -1, -1), x.flatten(2))
+    return product.unflatten(2, x.shape[2:])
