@@ -1,6 +1,7 @@
 """What a training reads, and what it leaves."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from trainings import (
 )
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.bank.disk import BANK_FOLDER
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cases.splits import query_cases, save_splits
 from fsefs_nnunet.errors import InputError
@@ -161,7 +163,14 @@ def test_lambda_0_wants_nothing_of_the_queries(work):
         file.unlink()
     trainer = trained(work, epochs=1, fseft_lambda=0)
     assert "The size prior has no effect: it is switched off." in text_of(trainer)
-    assert not trainer.pooled_support and trainer.query_sizes is None
+    assert trainer.query_sizes is None
+
+
+def test_after_a_training_without_prior_only_the_queries_are_left_to_compute(work):
+    shutil.rmtree(work.preprocessed / BANK_FOLDER)
+    without = trained(work, FSEFTTrainer_Adapter, epochs=1)
+    assert without.bank.windows > len(without.support)
+    assert trained(work, epochs=1).bank.windows == len(without.queries)  # of a window each
 
 
 def test_cap_of_the_bank_in_the_plans(work):

@@ -112,7 +112,7 @@ class FSEFTTrainer(AdaptedTrainer):
         spacing, ignored = self.configuration_manager.spacing, self.label_manager.ignore_label
         self.support_sizes = support_sizes_ml(segmentations, self.classes, spacing, ignored)
         self.pooled_support = {}
-        if self.wants_prior and self.settings["fseft_pool"] > 1:
+        if self.settings["fseft_pool"] > 1:  # without prior, too: a later training with it needs no second pass
             cases = calibration_cases(self.support_sizes, len(self.classes))
             self.pooled_support = {pooled_name(case): case for case in cases}
         self.fill_bank()
