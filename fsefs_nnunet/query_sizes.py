@@ -181,3 +181,30 @@ class QuerySizes:
         shown = (self.support_ml[case].to(size) > 0) & (size.detach() > 0)
         relative = torch.where(shown, size / size.detach(), 1.0)  # 1, but not its gradient
         return replace(predicted, soft=predicted.soft / relative)
+
+    @torch.no_grad()
+    def describe(
+        self,
+        network: AdaptedNetwork,
+        has_regions: bool,
+        known: torch.Tensor,
+        names: list[str],
+        prior_ml: torch.Tensor,
+    ) -> tuple[list[str], list[str]]:
+        """Lines for a log: every query's sizes in ml, and which queries seem not to show every class whole.
+
+        Args:
+            known: indices of the classes that have a prior; `names` and `prior_ml` are theirs.
+        """
+        lines, missing = [], []
+        for query in self.queries:
+            predicted = self.predict(network, query, has_regions)[known]
+            sizes = zip(names, predicted.soft.tolist(), prior_ml.tolist())
+            lines.append(
+                f"  {query}: " + ", ".join(f"{name} {size:.2f} (S {prior:.2f})" for name, size, prior in sizes)
+            )
+            if parts := [name for name, whole in zip(names, predicted.seen_whole(prior_ml)) if not whole]:
+                missing.append(
+                    f"{query} seems to lack {', '.join(parts)}, or to show a part: the prior does not enlarge it."
+                )
+        return lines, missing

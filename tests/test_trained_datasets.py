@@ -22,7 +22,8 @@ from trainings import (
 from fsefs_nnunet.cases import drawing
 from fsefs_nnunet.losses import SoftDiceLoss
 from fsefs_nnunet.size_prior import size_penalty
-from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer_Adapter, FSEFTTrainer_LinearProbe
+from fsefs_nnunet.trainers.adapter import FSEFTTrainer_Adapter
+from fsefs_nnunet.trainers.linear_probe import FSEFTTrainer_LinearProbe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -28,7 +28,7 @@ from fsefs_nnunet.cases.splits import query_cases, save_splits
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.shims import fseft_trainers
 from fsefs_nnunet.size_prior import size_penalty
-from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer_Adapter
+from fsefs_nnunet.trainers.adapter import FSEFTTrainer_Adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -285,40 +285,17 @@ class FSEFTTrainer(AdaptedTrainer):
         if self.query_sizes is None:
             return
         self.print_to_log_file(f"Predicted sizes of the queries in ml {when}:")
-        has_regions = self.label_manager.has_regions
         self.calibrate()
         names = [self.class_names[i] for i in self.known]
-        not_whole = {}
-        with torch.no_grad():
-            for query in self.queries:
-                predicted = self.query_sizes.predict(self.network, query, has_regions)[self.known]
-                sizes = zip(names, predicted.soft.tolist(), self.prior_ml.tolist())
-                parts = (f"{name} {size:.2f} (S {prior:.2f})" for name, size, prior in sizes)
-                self.print_to_log_file(f"  {query}: {', '.join(parts)}", add_timestamp=False)
-                whole = predicted.seen_whole(self.prior_ml).tolist()
-                not_whole[query] = [name for name, seen in zip(names, whole) if not seen]
-        if not self.current_epoch:  # what an untrained network misses says nothing of the queries
-            return
-        for query, missing in not_whole.items():
-            if missing:
-                self.print_to_log_file(
-                    f"{query} seems to lack {', '.join(missing)}, or to show a part: the prior does not enlarge it."
-                )
+        sizes, missing = self.query_sizes.describe(
+            self.network, self.label_manager.has_regions, self.known, names, self.prior_ml
+        )
+        for line in sizes:
+            self.print_to_log_file(line, add_timestamp=False)
+        if self.current_epoch:  # what an untrained network misses says nothing of the queries
+            for line in missing:
+                self.print_to_log_file(line)
 
     def added_to_checkpoint(self) -> dict:
         """What `fseft predict` wants of a model that travels alone."""
         return super().added_to_checkpoint() | {PRIOR_KEY: [prior and astuple(prior) for prior in self.priors]}
-
-
-class FSEFTTrainer_Adapter(FSEFTTrainer):
-    """Spatial adapter and head without the size prior."""
-
-    use_size_prior = False
-
-
-class FSEFTTrainer_LinearProbe(FSEFTTrainer):
-    """The head alone, on all of the backbone's features."""
-
-    adapter = "linear_probe"
-    use_size_prior = False
-    initial_lr_of_method = 1e-2
