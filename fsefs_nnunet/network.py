@@ -133,18 +133,23 @@ class AdaptedNetwork(nn.Module):
         """Image (B, input_channels, X, Y, Z) -> logits (B, num_classes, X, Y, Z)."""
         return self.adapt(self.backbone(x))
 
-    def adapt(self, features: torch.Tensor) -> torch.Tensor:
-        """Backbone features (B, C, X, Y, Z), stored ones for example -> logits (B, num_classes, X, Y, Z), float32."""
-        mean, std = self.feature_mean, self.feature_std
+    def adapt(self, features: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Backbone features (B, C, X, Y, Z), stored ones for example -> logits (B, num_classes, X, Y, Z), float32.
+
+        kept: (B, C), 1 for a channel that is seen, 0 for one that is taken for its mean; None: all are seen.
+        """
+        mean, scale = self.feature_mean, 1 / self.feature_std
+        if kept is not None:
+            scale = scale * kept
         with unless_thin(features):
             if not torch.is_autocast_enabled(features.device.type):  # autocast casts what is stored at half the cost
                 features = features.to(mean.dtype)
             if isinstance(self.reduction, nn.Identity):
-                shape = (1, -1, 1, 1, 1)
-                reduced = torch.addcmul((-mean / std).view(shape), features, (1 / std).view(shape))
+                shape = (-1, len(mean), 1, 1, 1)
+                reduced = torch.addcmul((-mean * scale).view(shape), features, scale.view(shape))
             else:
                 # standardisation as a part of the reduction: a pass of its own over all features is a tenth of a step
-                weight = self.reduction.weight.flatten(1) / std
+                weight = self.reduction.weight.flatten(1) * scale.unsqueeze(-2)
                 reduced = _pointwise(features, weight, -(weight @ mean))
             adapted = self.adapter(reduced)
         with torch.autocast(features.device.type, enabled=False):  # rounded logits would tie
@@ -154,7 +159,8 @@ class AdaptedNetwork(nn.Module):
 def _pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """1^3 convolution of x (B, C, X, Y, Z) by weight (K, C) and bias (K,) -> (B, K, X, Y, Z), contiguous.
 
-    As a product of matrices: oneDNN reorders the input of a convolution, which takes longer than the convolution.
+    Both may have an axis B in front, for a convolution of each. As a product of matrices: oneDNN reorders the input of
+    a convolution, which takes longer than the convolution.
     """
-    product = torch.baddbmm(bias.view(1, -1, 1), weight.expand(len(x), -1, -1), x.flatten(2))
+    product = torch.baddbmm(bias.unsqueeze(-1), weight.expand(len(x), -1, -1), x.flatten(2))
     return product.unflatten(2, x.shape[2:])

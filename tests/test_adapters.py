@@ -44,9 +44,10 @@ def test_margin_is_the_reach(kind):
     """An output voxel depends on inputs up to `margin` voxels away and on none beyond."""
     # of many channels, one at least passes the ReLU at every voxel
     adapter = trained(kind, 16)
-    x = torch.randn(1, 16, 11, 11, 11, requires_grad=True)
-    adapter(x)[..., 5, 5, 5].sum().backward()
-    reached = x.grad.abs().sum((0, 1)).nonzero() - 5
+    m, n = adapter.margin + 2, 2 * adapter.margin + 5
+    x = torch.randn(1, 16, n, n, n, requires_grad=True)
+    adapter(x)[..., m, m, m].sum().backward()
+    reached = x.grad.abs().sum((0, 1)).nonzero() - m
     assert reached.abs().amax() == adapter.margin
     assert len(reached) == (2 * adapter.margin + 1) ** 3
 
@@ -54,9 +55,9 @@ def test_margin_is_the_reach(kind):
 @pytest.mark.parametrize("kind", LOCAL)
 def test_crop_with_margin_equals_whole_volume(kind):
     adapter = trained(kind, 3)
-    x, m = torch.randn(1, 3, 12, 11, 10), adapter.margin
-    inside = (..., slice(4, 8), slice(4, 7), slice(3, 7))
-    crop = adapter(x[..., 4 - m : 8 + m, 4 - m : 7 + m, 3 - m : 7 + m])
+    x, m = torch.randn(1, 3, 20, 19, 18), adapter.margin
+    inside = (..., slice(8, 12), slice(8, 11), slice(7, 11))
+    crop = adapter(x[..., 8 - m : 12 + m, 8 - m : 11 + m, 7 - m : 11 + m])
     torch.testing.assert_close(crop[..., m : m + 4, m : m + 3, m : m + 4], adapter(x)[inside])
 
 
@@ -70,11 +71,11 @@ def test_state_round_trip(kind):
 
 def test_number_of_weights():
     count = {kind: sum(p.numel() for p in build_adapter(kind, 48).parameters()) for kind in ADAPTERS}
-    assert count == {"linear_probe": 0, "spatial": 124_416, "spatial_in": 124_416}
+    assert count == {"linear_probe": 0, "spatial": 124_416, "spatial_in": 124_416, "context": 248_832}
 
 
 def test_unknown_kind_lists_the_kinds():
-    with pytest.raises(ValueError, match=r"'lora'.*\['linear_probe', 'spatial', 'spatial_in'\]"):
+    with pytest.raises(ValueError, match=r"'lora'.*\['context', 'linear_probe', 'spatial', 'spatial_in'\]"):
         build_adapter("lora", 48)
 
 

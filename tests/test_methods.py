@@ -60,12 +60,14 @@ ADAPTER = 54 * 48**2  # 124,416
 # transposed convolution 8 -> 48 of 2^3 with bias, convolutions 96 -> 48 and 48 -> 48 of 3^3 with bias and norm
 BLOCK = 8 * 48 * 8 + 48 + (96 * 48 * 27 + 3 * 48) + (48 * 48 * 27 + 3 * 48)
 ENCODER = (1 * 48 * 27 + 3 * 48) + (48 * 48 * 27 + 3 * 48) + (48 * 8 * 27 + 3 * 8) + (8 * 8 * 27 + 3 * 8)
+LAST_BLOCK = Method("FSEFTTrainer_FTLast", BLOCK + HEAD, tuned="last_block")
 METHODS = [
     Method("FSEFTTrainer_LinearProbe", HEAD),
     Method("FSEFTTrainer_Adapter", ADAPTER + HEAD),
     Method("FSEFTTrainer_AdapterIN", ADAPTER + HEAD, identity=False),
     Method("FSEFTTrainer", ADAPTER + HEAD),
-    Method("FSEFTTrainer_FTLast", BLOCK + HEAD, tuned="last_block"),
+    Method("FSEFTTrainer_Context", 2 * ADAPTER + HEAD),
+    LAST_BLOCK,
     Method("FSEFTTrainer_Decoder", BLOCK + HEAD, tuned="decoder"),
     Method("FSEFTTrainer_FT", ENCODER + BLOCK + HEAD, tuned="all"),
 ]
@@ -331,6 +333,7 @@ def test_the_log_of_a_fine_tuning(method, whole):
 
 RECIPES = {  # the published ones, but for the spatial adapter's rate
     "FSEFTTrainer": (2e-3, 0.0, 100),
+    "FSEFTTrainer_Context": (2e-3, 0.0, 100),
     "FSEFTTrainer_Adapter": (2e-3, 0.0, 100),
     "FSEFTTrainer_LinearProbe": (1e-2, 0.0, 100),
     "FSEFTTrainer_AdapterIN": (1e-2, 1e-5, 100),
@@ -356,7 +359,7 @@ def test_recipes(method, work):
 def test_fine_tuning_for_a_time(work, monkeypatch):
     """The schedule runs over the budget instead of the epochs, and the training ends with it."""
     monkeypatch.setenv("fseft_train_minutes", "0.02")
-    trainer = make_trainer(work, METHODS[4])
+    trainer = make_trainer(work, LAST_BLOCK)
     trainer.num_epochs = 100
     trainer.run_training()
     rates = trainer.logger.get_value("lrs", step=None)
@@ -365,7 +368,7 @@ def test_fine_tuning_for_a_time(work, monkeypatch):
     final = os.path.join(trainer.output_folder, "checkpoint_final.pth")
     ended, epochs = read_checkpoint(Path(final)), trainer.current_epoch
     # killed in its final validation and continued: no step beyond the budget
-    continued = make_trainer(work, METHODS[4])
+    continued = make_trainer(work, LAST_BLOCK)
     continued.initialize()
     continued.load_checkpoint(final)
     continued.run_training()

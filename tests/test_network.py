@@ -247,7 +247,26 @@ def test_the_reduction_standardises(contract, image):
         torch.testing.assert_close(network.adapt(features), expected, atol=1e-9, rtol=1e-9)
 
 
-VARIANTS = [("spatial", "all", 48), ("spatial", "last", 48), ("spatial", "last", None), ("linear_probe", "all", None)]
+@pytest.mark.parametrize("channels", [None, 48])
+def test_a_channel_that_is_not_kept_is_taken_for_its_mean(contract, image, channels):
+    network = randomised(build(contract, channels=channels), 0)
+    fit(network, image, SOFTMAX, False)
+    network = network.double()
+    with torch.no_grad():
+        features = network.backbone(torch.cat([image, image + 1]).double())
+        kept = torch.rand(features.shape[:2], generator=torch.Generator().manual_seed(0)) > 0.5
+        filled = torch.where(kept[..., None, None, None], features, network.feature_mean.view(1, -1, 1, 1, 1))
+        torch.testing.assert_close(network.adapt(features, kept), network.adapt(filled), atol=1e-9, rtol=1e-9)
+        assert torch.equal(network.adapt(features, torch.ones_like(kept)), network.adapt(features))
+
+
+VARIANTS = [
+    ("context", "all", 48),
+    ("spatial", "all", 48),
+    ("spatial", "last", 48),
+    ("spatial", "last", None),
+    ("linear_probe", "all", None),
+]
 
 
 @pytest.mark.parametrize("adapter, stages, channels", [*VARIANTS, ("linear_probe", "last", None)])

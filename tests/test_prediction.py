@@ -125,7 +125,8 @@ def test_inductive_prediction_is_nnunets(work):
 
 
 @pytest.mark.parametrize(
-    "adapter, channels", [("spatial", None), ("spatial", 20), ("spatial_in", 20), ("linear_probe", None)]
+    "adapter, channels",
+    [("spatial", None), ("spatial", 20), ("context", 20), ("spatial_in", 20), ("linear_probe", None)],
 )
 @pytest.mark.parametrize("reduced", [False, True])
 def test_slabs_are_the_whole(contract, monkeypatch, adapter, channels, reduced):

@@ -29,6 +29,7 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.shims import fseft_trainers
 from fsefs_nnunet.size_prior import size_penalty
 from fsefs_nnunet.trainers.adapter import FSEFTTrainer_Adapter
+from fsefs_nnunet.trainers.context_adapter import FSEFTTrainer_Context
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,6 +83,21 @@ def test_folds_and_seeds_differ(work):
     first = weights(trained(work, epochs=1))
     assert not identical(weights(trained(work, epochs=1, fold=1)), first)
     assert not identical(weights(trained(work, epochs=1, fseft_seed=1)), first)
+
+
+def test_dropped_channels_are_a_function_of_the_step(work):
+    trainer = make_trainer(work, FSEFTTrainer_Context)
+    trainer.on_train_start()
+    features = torch.zeros(2, 500, 1, 1, 1)
+    kept = []
+    for epoch, step in ((0, 1), (0, 2), (1, 1), (0, 1)):
+        trainer.current_epoch, trainer.dataloader_train.step = epoch, step
+        kept.append(trainer.kept_channels(features))
+    assert torch.equal(kept[0], kept[3])
+    assert not any(torch.equal(kept[i], kept[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert not torch.equal(kept[0][0], kept[0][1])
+    assert 0.87 < torch.stack(kept[:3]).float().mean() < 0.93
+    assert make_trainer(work).kept_channels(features) is None
 
 
 def test_global_random_state_does_not_matter(work):

@@ -35,6 +35,7 @@ class FSEFTTrainer(AdaptedTrainer):
     """
 
     use_size_prior = True
+    channel_dropout = 0.0  # share of the features' channels that a step does not see
     initial_lr_of_method = 2e-3
 
     @property
@@ -239,19 +240,32 @@ class FSEFTTrainer(AdaptedTrainer):
         """Eq. (2) on the step's query, averaged over the classes; None while the warm-up lasts or without a prior."""
         if self.query_sizes is None or self.current_epoch < self.settings["fseft_prior_from_epoch"]:
             return None
-        step = self.current_epoch * self.num_iterations_per_epoch + self.dataloader_train.step - 1
-        query = self.query_sizes.rotating(step, self.settings["fseft_seed"])
+        query = self.query_sizes.rotating(self.training_step, self.settings["fseft_seed"])
         has_regions = self.label_manager.has_regions
-        predicted = self.query_sizes.predict_beside_support(self.network, query, step, has_regions)[self.known]
+        predicted = self.query_sizes.predict_beside_support(self.network, query, self.training_step, has_regions)[
+            self.known
+        ]
         whole = predicted.seen_whole(self.prior_ml)
         return size_penalty(predicted.soft, self.prior_ml, self.tolerance, whole).mean()
+
+    @property
+    def training_step(self) -> int:
+        """Of the whole training, while it runs."""
+        return self.current_epoch * self.num_iterations_per_epoch + self.dataloader_train.step - 1
+
+    def kept_channels(self, features: torch.Tensor) -> torch.Tensor | None:
+        """Which channels of features (B, C, X, Y, Z) the step sees, (B, C); a function of the step, for `--c`."""
+        if not self.channel_dropout:
+            return None
+        rng = np.random.default_rng((self.settings["fseft_seed"], fold_seed(self.fold), self.training_step))
+        return torch.from_numpy(rng.random(features.shape[:2]) >= self.channel_dropout).to(features.device)
 
     def train_step(self, batch: dict) -> dict:
         features = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
         with reduced_precision(self.device):
-            segmentation_loss = self.loss(self.network.adapt(features), target)
+            segmentation_loss = self.loss(self.network.adapt(features, self.kept_channels(features)), target)
         penalty = self.query_penalty()
         loss = segmentation_loss if penalty is None else segmentation_loss + self.settings["fseft_lambda"] * penalty
         if self.grad_scaler is not None:

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 from torch import nn
 
+from fsefs_nnunet.adapters.context import ContextAdapter
 from fsefs_nnunet.adapters.linear_probe import LinearProbe
 from fsefs_nnunet.adapters.spatial import SpatialAdapter
 from fsefs_nnunet.adapters.spatial_in import SpatialINAdapter
 from fsefs_nnunet.errors import InputError
 
-ADAPTERS = {"linear_probe": LinearProbe, "spatial": SpatialAdapter, "spatial_in": SpatialINAdapter}
+ADAPTERS = {
+    "linear_probe": LinearProbe,
+    "spatial": SpatialAdapter,
+    "spatial_in": SpatialINAdapter,
+    "context": ContextAdapter,
+}
 
 
 def build_adapter(kind: str, channels: int) -> nn.Module:

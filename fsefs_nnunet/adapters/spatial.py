@@ -13,10 +13,10 @@ class SpatialAdapter(nn.Module):
     # voxels around a crop that its outermost output voxels depend on
     margin = 2
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, dilation: int = 1):
         super().__init__()
-        self.conv1 = nn.Conv3d(channels, channels, 3, padding="same", bias=False)
-        self.conv2 = nn.Conv3d(channels, channels, 3, padding="same", bias=False)
+        self.conv1 = nn.Conv3d(channels, channels, 3, padding="same", dilation=dilation, bias=False)
+        self.conv2 = nn.Conv3d(channels, channels, 3, padding="same", dilation=dilation, bias=False)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

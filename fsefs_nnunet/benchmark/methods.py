@@ -32,6 +32,7 @@ METHODS = {
     "adapter_in": Method("adapter with instance norm", "FSEFTTrainer_AdapterIN"),
     "fseft": Method("spatial adapter + size prior", "FSEFTTrainer", shares_features=True),
     "transductive": Method("spatial adapter + size prior, transductive", "FSEFTTrainer", True, True),
+    "context": Method("context adapter + size prior", "FSEFTTrainer_Context", shares_features=True),
     "ft_last": Method("fine-tuning, last block", "FSEFTTrainer_FTLast"),
     "decoder": Method("fine-tuning, decoder", "FSEFTTrainer_Decoder"),
     "ft": Method("fine-tuning, everything", "FSEFTTrainer_FT"),

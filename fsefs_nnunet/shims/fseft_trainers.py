@@ -2,6 +2,7 @@
 
 from fsefs_nnunet.trainers.adapter import FSEFTTrainer_Adapter  # noqa: F401
 from fsefs_nnunet.trainers.adapter_in import FSEFTTrainer_AdapterIN  # noqa: F401
+from fsefs_nnunet.trainers.context_adapter import FSEFTTrainer_Context  # noqa: F401
 from fsefs_nnunet.trainers.fine_tuning import (  # noqa: F401
     FSEFTTrainer_Decoder,
     FSEFTTrainer_FT,

@@ -1,0 +1,10 @@
+"""An adapter with more context than the paper's."""
+
+from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
+
+
+class FSEFTTrainer_Context(FSEFTTrainer):
+    """Context adapter and head with the size prior, on features of which each step drops a tenth."""
+
+    adapter = "context"
+    channel_dropout = 0.1
