@@ -331,7 +331,7 @@ def test_the_log_of_a_fine_tuning(method, whole):
     assert "{'spleen': 'spleen', 'kidney_left': 'kidney_left'}" in log
 
 
-RECIPES = {  # the published ones, but for the spatial adapter's rate
+RECIPES = {  # the published ones, but for the rate of spatial and context adapter
     "FSEFTTrainer": (2e-3, 0.0, 100),
     "FSEFTTrainer_Context": (2e-3, 0.0, 100),
     "FSEFTTrainer_Adapter": (2e-3, 0.0, 100),

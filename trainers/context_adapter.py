@@ -4,7 +4,7 @@ from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 
 
 class FSEFTTrainer_Context(FSEFTTrainer):
-    """Context adapter and head with the size prior, on features of which each step drops a tenth."""
+    """Context adapter and head with the size prior, trained with channels of the features left out."""
 
     adapter = "context"
     channel_dropout = 0.1

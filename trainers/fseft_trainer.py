@@ -31,11 +31,11 @@ CALIBRATION_BATCHES = 8  # of crops of the support
 class FSEFTTrainer(AdaptedTrainer):
     """Trains reduction, adapter and head on crops of the feature bank: L_SEG(support) + lambda * L_TI(query).
 
-    Wants a K-shot configuration of plans made by FSEFTPlanner; everything that it does is a key of these plans.
+    Wants a K-shot configuration of plans made by FSEFTPlanner, whose keys say what it does, as do the attributes below.
     """
 
     use_size_prior = True
-    channel_dropout = 0.0  # share of the features' channels that a step does not see
+    channel_dropout = 0.0  # probability that a step on the support does not see a channel of a crop
     initial_lr_of_method = 2e-3
 
     @property
@@ -107,6 +107,8 @@ class FSEFTTrainer(AdaptedTrainer):
             f"{len(self.support)} labelled support cases (all the labels that this training uses): {self.support}; "
             f"{len(self.queries)} queries, {len(labelled_queries)} of them with labels for the final validation."
         )
+        if self.channel_dropout:
+            self.print_to_log_file(f"Each channel of a crop is left out with a probability of {self.channel_dropout}.")
         self.views = self.support_views()
         self.view_segmentations: dict[str, np.ndarray] = {}
         segmentations = {case: self.load_segmentation(case) for case in self.support}
@@ -240,11 +242,9 @@ class FSEFTTrainer(AdaptedTrainer):
         """Eq. (2) on the step's query, averaged over the classes; None while the warm-up lasts or without a prior."""
         if self.query_sizes is None or self.current_epoch < self.settings["fseft_prior_from_epoch"]:
             return None
-        query = self.query_sizes.rotating(self.training_step, self.settings["fseft_seed"])
-        has_regions = self.label_manager.has_regions
-        predicted = self.query_sizes.predict_beside_support(self.network, query, self.training_step, has_regions)[
-            self.known
-        ]
+        step, has_regions = self.training_step, self.label_manager.has_regions
+        query = self.query_sizes.rotating(step, self.settings["fseft_seed"])
+        predicted = self.query_sizes.predict_beside_support(self.network, query, step, has_regions)[self.known]
         whole = predicted.seen_whole(self.prior_ml)
         return size_penalty(predicted.soft, self.prior_ml, self.tolerance, whole).mean()
 
