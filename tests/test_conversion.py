@@ -232,7 +232,9 @@ def test_interrupt_and_resume(tree, raw, capsys):
         os.link(image, image.with_name(f"img{i}.nii.gz"))
         os.link(label_file(tree, "img0001"), label_file(tree, f"img{i}"))
     command = [FSEFT, "convert", "BTCV", "-i", str(tree.folder), "-d", "11", "-np", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
+    # a shell's background jobs, of which this may be one, ignore Ctrl-C, and so do their children
+    heeding = dict(start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8", **heeding)
     building = raw / ".Dataset011_BTCV.part"
     deadline = time.monotonic() + 60
     while not any((building / "records").glob("*.json")) and time.monotonic() < deadline:
