@@ -24,10 +24,10 @@ from time import time
 import nibabel as nib
 import numpy as np
 
-from fsefs_nnunet.datasets.phantoms import write_dataset
 from fsefs_nnunet.datasets.tables import tables
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.phantom import LABELS, PhantomConfig
+from fsefs_nnunet.synthetic.datasets import write_dataset
+from fsefs_nnunet.synthetic.phantom import LABELS, PhantomConfig
 
 ROOT = Path(__file__).parents[1]
 ORGANS = ("spleen", "kidney_right", "kidney_left", "aorta", "stomach")

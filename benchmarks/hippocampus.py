@@ -27,7 +27,7 @@ from fsefs_nnunet.benchmark.methods import METHODS
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.summary import fold_mean, mean_over, spread, values
 from fsefs_nnunet.evaluation.tables import markdown_table
-from fsefs_nnunet.experiment import Experiment, training_seconds
+from fsefs_nnunet.nnunet.experiment import Experiment, training_seconds
 
 DATASET = "Dataset004_Hippocampus"
 NUM_QUERIES = 40
@@ -50,7 +50,7 @@ def write_controls(folder: Path) -> None:
     """Backbones `random` (the embedded one's architecture, untrained) and `raw` (the image itself)."""
     import torch
 
-    from fsefs_nnunet.backbones.nnunet import NNUNetBackbone
+    from fsefs_nnunet.backbones.architectures.nnunet import NNUNetBackbone
 
     contract = find_backbone("phantom")
     torch.manual_seed(0)

@@ -24,8 +24,8 @@ from time import monotonic, sleep
 import torch
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
-from fsefs_nnunet.datasets.phantoms import write_demo_dataset
-from fsefs_nnunet.experiment import Experiment
+from fsefs_nnunet.nnunet.experiment import Experiment
+from fsefs_nnunet.synthetic.datasets import write_demo_dataset
 
 DATASET = "Dataset045_PhantomKills"
 CONFIGURATION = "3d_fullres_5shot"

@@ -23,7 +23,7 @@ from hippocampus import decathlon_folder
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 
 from fsefs_nnunet.evaluation.tables import markdown_table, mean_dice
-from fsefs_nnunet.experiment import Experiment
+from fsefs_nnunet.nnunet.experiment import Experiment
 
 REGIONS = {"hippocampus": [1, 2], "posterior": 2}
 LABELS = {"anterior": 1, "posterior": 2}

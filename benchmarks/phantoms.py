@@ -16,11 +16,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from fsefs_nnunet.atomic import write_atomically
-from fsefs_nnunet.bank.features import WINDOWS
 from fsefs_nnunet.benchmark.methods import METHODS, choose
-from fsefs_nnunet.demo import prepare
-from fsefs_nnunet.experiment import Experiment
+from fsefs_nnunet.features.bank import WINDOWS
+from fsefs_nnunet.files import write_atomically
+from fsefs_nnunet.nnunet.experiment import Experiment
+from fsefs_nnunet.synthetic.demo import prepare
 
 DATASET = "Dataset902_FSEFTPhantoms"
 NUM_QUERIES, POOL = 12, 20

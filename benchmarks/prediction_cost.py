@@ -17,7 +17,7 @@ from time import monotonic
 from hippocampus import DATASET, decathlon_folder, prepare
 
 from fsefs_nnunet.evaluation.tables import markdown_table
-from fsefs_nnunet.experiment import Experiment
+from fsefs_nnunet.nnunet.experiment import Experiment
 
 TRAINER, CONFIGURATION, FOLDS = "FSEFTTrainer", "3d_fullres_5shot", ("0", "1", "2", "3", "4")
 WAYS = {  # folds, and whether to adapt to each volume
@@ -29,7 +29,7 @@ WAYS = {  # folds, and whether to adapt to each volume
 
 def predict(experiment: Experiment, folds: tuple[str, ...], transductive: bool, images: Path, output: Path) -> float:
     """Seconds for all of `images`."""
-    from fsefs_nnunet.devices import device_named
+    from fsefs_nnunet.device import device_named
     from fsefs_nnunet.inference.prediction import QueryPredictor, predict_folder
     from fsefs_nnunet.inference.support import memories_of
     from fsefs_nnunet.inference.trained_model import TrainedModel

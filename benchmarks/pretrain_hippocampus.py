@@ -33,7 +33,7 @@ from pretrain_phantom import FEATURES
 from scipy.ndimage import gaussian_filter, zoom
 
 from fsefs_nnunet.evaluation.tables import markdown_table
-from fsefs_nnunet.experiment import Experiment, training_seconds
+from fsefs_nnunet.nnunet.experiment import Experiment, training_seconds
 
 PRETRAINING_CASES, SEED = 60, 0
 SOURCES = {11: ("anterior", 1), 12: ("posterior", 2)}  # id of the converted dataset -> what it annotates

@@ -49,8 +49,8 @@ def write_plans(cases: int, held_out: int, size: int) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, preprocess
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 
-    from fsefs_nnunet.datasets.phantoms import HELD_OUT
-    from fsefs_nnunet.phantom import HU_WINDOW
+    from fsefs_nnunet.synthetic.datasets import HELD_OUT
+    from fsefs_nnunet.synthetic.phantom import HU_WINDOW
 
     extract_fingerprints([900], num_processes=2)
     plans = ExperimentPlanner(900, plans_name=PLANS).plan_experiment()
@@ -93,7 +93,7 @@ def main() -> None:
     env = environment(args.work.resolve(), args.minutes)
     os.environ.update(env)
 
-    from fsefs_nnunet.datasets.phantoms import write_pretraining_assembly
+    from fsefs_nnunet.synthetic.datasets import write_pretraining_assembly
 
     raw = Path(env["nnUNet_raw"]) / DATASET
     if not (raw / "dataset.json").exists():
@@ -114,7 +114,7 @@ def store(trained: Path, args: argparse.Namespace) -> None:
     """Convert the training's result, with what it was made of and how well it does."""
     import json
 
-    from fsefs_nnunet.backbones.importing import import_nnunet_model
+    from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model
 
     summary = json.loads((trained / "validation" / "summary.json").read_text())
     labels = json.loads((trained.parent / "dataset.json").read_text())["labels"]
@@ -147,8 +147,8 @@ def add_drifted_dice(contract, args: argparse.Namespace) -> None:
 
     from fsefs_nnunet.backbones.frozen import FrozenBackbone
     from fsefs_nnunet.backbones.store import save_backbone
-    from fsefs_nnunet.datasets.phantoms import DEMO_DRIFT, TEMPLATE
-    from fsefs_nnunet.phantom import HU_WINDOW, make_phantom, pretraining_config
+    from fsefs_nnunet.synthetic.datasets import DEMO_DRIFT, TEMPLATE
+    from fsefs_nnunet.synthetic.phantom import HU_WINDOW, make_phantom, pretraining_config
 
     os.environ["fseft_backbones"] = str(args.work / "backbones")
     backbone = FrozenBackbone(contract.id, "last")

@@ -31,7 +31,7 @@ from fsefs_nnunet.backbones.frozen import ARCHITECTURES, FrozenBackbone
 from fsefs_nnunet.backbones.store import find_backbone, save_backbone
 from fsefs_nnunet.backbones.zoo import ZOO
 from fsefs_nnunet.evaluation.training_logs import peak_memory
-from fsefs_nnunet.experiment import ALLOCATOR, Experiment
+from fsefs_nnunet.nnunet.experiment import ALLOCATOR, Experiment
 
 ORGANS = ("spleen", "kidney_right", "kidney_left", "liver", "stomach", "pancreas", "aorta", "gallbladder", "duodenum")
 BACKBONES = ("suprem_unet", "fseft")
@@ -80,7 +80,7 @@ def time_window(backbone_id: str, size: int, fused: bool) -> dict:
 
 def time_volume(image_file: str, backbone_id: str) -> dict:
     """The preprocessed CT through the backbone, as the feature bank does it."""
-    from fsefs_nnunet.bank.features import extract_features
+    from fsefs_nnunet.features.bank import extract_features
 
     backbone = FrozenBackbone(backbone_id, "last")
     image = torch.from_numpy(np.load(image_file))
@@ -100,8 +100,8 @@ def time_volume(image_file: str, backbone_id: str) -> dict:
 
 def time_step(backbone_id: str, size: int, patches: int) -> dict:
     """One step of each recipe: spatial adapter on the published features, a head for one organ, soft Dice, AdamW."""
-    from fsefs_nnunet.losses import SoftDiceLoss
-    from fsefs_nnunet.network import AdaptedNetwork
+    from fsefs_nnunet.losses.soft_dice import SoftDiceLoss
+    from fsefs_nnunet.methods.network import AdaptedNetwork
 
     contract = find_backbone(backbone_id)
     features, crop = contract.stage_features["last"], min(32, size)

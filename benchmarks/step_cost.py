@@ -21,11 +21,11 @@ import torch
 from hippocampus import DATASET, decathlon_folder, prepare
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.bank.crops import CropLoader
-from fsefs_nnunet.bank.disk import used_bytes
-from fsefs_nnunet.bank.features import Entry
 from fsefs_nnunet.evaluation.tables import markdown_table
-from fsefs_nnunet.experiment import Experiment
+from fsefs_nnunet.features.bank import Entry
+from fsefs_nnunet.features.crops import CropLoader
+from fsefs_nnunet.features.disk import used_bytes
+from fsefs_nnunet.nnunet.experiment import Experiment
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 
 CONFIGURATION = "3d_fullres_5shot"

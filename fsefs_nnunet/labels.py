@@ -125,3 +125,8 @@ def foreground_names(labels: dict, has_regions: bool) -> list[str]:
 def foreground_classes(label_manager) -> list[int | tuple[int, ...]]:
     """Labels or regions of nnU-Net's LabelManager, in the order of the network's foreground outputs."""
     return list(label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels)
+
+
+def summary_key(value: int | list[int]) -> str:
+    """How nnU-Net's summary.json names a label or region of dataset.json: "1", "(1, 2)"."""
+    return str(tuple(value)) if isinstance(value, (list, tuple)) else str(value)

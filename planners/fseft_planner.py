@@ -11,18 +11,17 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn_by_name
 
+from fsefs_nnunet.backbones.architectures.nnunet import plans_architecture
 from fsefs_nnunet.backbones.decoder_tuning import untrained_decoder
-from fsefs_nnunet.backbones.nnunet import plans_architecture
-from fsefs_nnunet.backbones.readers import find_reader, reoriented_axes, reorients
 from fsefs_nnunet.backbones.store import DEFAULT_BACKBONE, find_backbone, load_weights
-from fsefs_nnunet.bank.layout import pooling_factor
 from fsefs_nnunet.cases.dataset_json import channel_names
+from fsefs_nnunet.cases.readers import find_reader, reoriented_axes, reorients
+from fsefs_nnunet.cases.splits import fitting_shots
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.features.layout import pooling_factor
 from fsefs_nnunet.labels import foreground, match_labels
-from fsefs_nnunet.planning import fitting_shots
 
 PLANS_NAME = "FSEFTPlans"
-DEFAULT_SHOTS = (1, 5, 10, "all")
 
 # Width of the adapter after the 1^3 reduction, and what a trained voxel costs in bytes per channel: activations and
 # gradients of reduction, two convolutions and head in fp32, with the same again for workspaces.
@@ -91,7 +90,7 @@ class FSEFTPlanner(ExperimentPlanner):
         # here, since a training refuses the same labels: nothing is overwritten yet
         names = list(foreground(self.dataset_json["labels"]))
         self.known_labels = match_labels(names, self.contract.head_classes, file)
-        self.reader = find_reader(self.contract, self.dataset_json["file_ending"])
+        self.reader = find_reader(self.contract.image_reader_writer, self.dataset_json["file_ending"])
         self._reorient_fingerprint()
 
     def _check_dataset(self) -> None:
@@ -169,7 +168,7 @@ class FSEFTPlanner(ExperimentPlanner):
             "patch_size": window,
             "batch_size": self.UNet_min_batch_size,
             "architecture": {
-                "network_class_name": "fsefs_nnunet.network.AdaptedNetwork",
+                "network_class_name": "fsefs_nnunet.methods.network.AdaptedNetwork",
                 "arch_kwargs": {
                     "backbone": self.contract.id,
                     "sha256": self.contract.sha256,

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from fsefs_nnunet.bank.features import EntryKey, FeatureBank
-from fsefs_nnunet.bank.layout import whole_layout
+from fsefs_nnunet.features.bank import EntryKey, FeatureBank
+from fsefs_nnunet.features.layout import whole_layout
 
 CPU = torch.device("cpu")
 WINDOW = (16, 16, 16)

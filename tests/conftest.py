@@ -81,7 +81,7 @@ class Workspace:
 
 
 def write_phantom(image_file: Path, label_file: Path | None, seed: tuple[int, ...]) -> None:
-    from fsefs_nnunet import phantom
+    from fsefs_nnunet.synthetic import phantom
 
     made = phantom.make_phantom(seed, phantom.PhantomConfig(shape=SHAPE, spacing=SPACING[0], centre=(-0.1, 0.0, 0.1)))
     affine = np.diag([*SPACING, 1.0])
@@ -111,8 +111,7 @@ def write_tiny_dataset(workspace: Workspace) -> None:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Workspace:
     """Eight labelled phantoms (5 support, 3 queries) and two unlabelled queries; do not write into it."""
-    from fsefs_nnunet import planning
-    from fsefs_nnunet.cases import drawing
+    from fsefs_nnunet.nnunet import drawing, planning
 
     workspace = Workspace(tmp_path_factory.mktemp("tiny"))
     with pytest.MonkeyPatch.context() as patch:

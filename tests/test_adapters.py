@@ -3,10 +3,10 @@ import pytest
 import torch
 from torch import nn
 
-from fsefs_nnunet.adapters import ADAPTERS, build_adapter
-from fsefs_nnunet.adapters.spatial import SpatialAdapter
-from fsefs_nnunet.adapters.spatial_in import SpatialINAdapter
-from fsefs_nnunet.losses import soft_dice
+from fsefs_nnunet.losses.soft_dice import soft_dice
+from fsefs_nnunet.methods.adapters import ADAPTERS, build_adapter
+from fsefs_nnunet.methods.adapters.spatial import SpatialAdapter
+from fsefs_nnunet.methods.adapters.spatial_in import SpatialINAdapter
 
 WORKSHOP = [f"state/{name}" for name in ("adapter.conv1.conv.weight", "adapter.conv2.conv.weight")]
 WORKSHOP += ["state/head.linear.weight", "state/head.linear.bias"]

@@ -16,7 +16,7 @@ from fsefs_nnunet.datasets.common_labels import common_labels
 from fsefs_nnunet.datasets.conversion import convert
 from fsefs_nnunet.datasets.tables import tables
 from fsefs_nnunet.labels import TEMPLATE_29
-from fsefs_nnunet.partial_labels import annotation_masks
+from fsefs_nnunet.losses.partial_labels import annotation_masks
 
 UNIVERSAL = list(TEMPLATE_29)
 
@@ -279,7 +279,7 @@ def test_converted_and_assembled_datasets_are_planned_and_read(raw, tmp_path, mo
     """Two downloads -> datasets -> nnU-Net's integrity check -> our plans -> the masks of FSEFTPretrainer."""
     from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 
-    from fsefs_nnunet import planning
+    from fsefs_nnunet.nnunet import planning
     from fsefs_nnunet.trainers.pretrainer import FSEFTPretrainer
 
     monkeypatch.setenv("nnUNet_def_n_proc", "1")

@@ -14,9 +14,10 @@ import torch
 from banks import CPU, WINDOW, make_bank, make_images, store, whole
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.bank import disk, features
-from fsefs_nnunet.bank.features import FeatureBank
-from fsefs_nnunet.bank.layout import Layout, pooled, query_layout, whole_layout
+from fsefs_nnunet.features import bank as features
+from fsefs_nnunet.features import disk
+from fsefs_nnunet.features.bank import FeatureBank
+from fsefs_nnunet.features.layout import Layout, pooled, query_layout, whole_layout
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,8 @@ from fsefs_nnunet.benchmark.study import open_study
 from fsefs_nnunet.cases.splits import load_splits, save_splits
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.experiment import Experiment
 from fsefs_nnunet.inference import weights
+from fsefs_nnunet.nnunet.experiment import Experiment
 
 # ---- methods ----
 
@@ -46,7 +46,7 @@ def test_method_like_none():
 
 
 def test_every_method_has_a_trainer_that_nnunet_finds():
-    from fsefs_nnunet.shims import fseft_trainers
+    from fsefs_nnunet.nnunet.shims import fseft_trainers
 
     assert all(hasattr(fseft_trainers, method.trainer) for method in METHODS.values() if method.trainer)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import fsefs_nnunet
-from fsefs_nnunet import linking
 from fsefs_nnunet.cli.main import main
+from fsefs_nnunet.nnunet import linking
 
 FSEFT = str(Path(sys.executable).parent / "fseft")
 SHIMS = Path(fsefs_nnunet.__file__).parent / "shims"

@@ -8,8 +8,8 @@ import torch
 from filelock import FileLock
 from trainings import FIVE, identical, make_trainer, text_of, trained, weights
 
-from fsefs_nnunet.cases import drawing
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.nnunet import drawing
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from banks import CPU, WINDOW, make_bank, store
 
-from fsefs_nnunet.bank.crops import CropLoader
-from fsefs_nnunet.bank.features import FeatureBank
-from fsefs_nnunet.bank.layout import BACKGROUND_BLOCKS, support_layout
+from fsefs_nnunet.features.bank import FeatureBank
+from fsefs_nnunet.features.crops import CropLoader
+from fsefs_nnunet.features.layout import BACKGROUND_BLOCKS, support_layout
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 from published_files import write_published
 
-from fsefs_nnunet.backbones.downloading import download
+from fsefs_nnunet.backbones.published.downloading import download
 from fsefs_nnunet.backbones.zoo import ZOO
 from fsefs_nnunet.cli.main import main
 

@@ -3,8 +3,8 @@
 import pytest
 from trainings import edit
 
-from fsefs_nnunet.cases import drawing
 from fsefs_nnunet.cases.splits import load_splits
+from fsefs_nnunet.nnunet import drawing
 
 
 def drawn(workspace) -> dict:

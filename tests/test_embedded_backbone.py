@@ -6,9 +6,9 @@ import torch
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.store import EMBEDDED, find_backbone, sha256_of
-from fsefs_nnunet.bank.features import extract_features
-from fsefs_nnunet.datasets.phantoms import TEMPLATE
-from fsefs_nnunet.phantom import PhantomConfig, make_phantom
+from fsefs_nnunet.features.bank import extract_features
+from fsefs_nnunet.synthetic.datasets import TEMPLATE
+from fsefs_nnunet.synthetic.phantom import PhantomConfig, make_phantom
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from fsefs_nnunet import demo
 from fsefs_nnunet.cases.splits import load_splits
+from fsefs_nnunet.synthetic import demo
 
 pytestmark = pytest.mark.slow
 
@@ -150,7 +150,7 @@ def test_mistakes_end_in_a_sentence(run, arguments, sentence):
 
 
 def test_an_adapted_model_is_no_backbone(model):
-    from fsefs_nnunet.backbones.importing import import_nnunet_model
+    from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model
 
     with pytest.raises(ValueError, match=r"\(AdaptedNetwork, 3D\) cannot be a backbone"):
         import_nnunet_model("mine", model, model.parent / "backbones")

@@ -28,7 +28,7 @@ from fsefs_nnunet.evaluation.tables import (
     summary_key,
 )
 from fsefs_nnunet.evaluation.training_logs import LearningCurve, learning_curve, logged_priors
-from fsefs_nnunet.size_prior import SizePrior
+from fsefs_nnunet.priors.size import SizePrior
 
 SPACING = (1.0, 1.5, 3.0)
 LPS = np.diag([-1, -1, 1, 1])
@@ -364,8 +364,8 @@ def test_page_escapes_its_title():
 
 def test_next_steps_of_the_demo():
     """Paths with blanks are quoted, and every command of ours and nnU-Net's is one that is installed."""
-    from fsefs_nnunet.demo import DATASET, next_steps
-    from fsefs_nnunet.experiment import Experiment
+    from fsefs_nnunet.nnunet.experiment import Experiment
+    from fsefs_nnunet.synthetic.demo import DATASET, next_steps
 
     lines = [line for block in next_steps(Experiment(Path("/my demo"), DATASET)).values() for line in block]
     assert "export nnUNet_results='/my demo/nnUNet_results'" in lines

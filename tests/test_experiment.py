@@ -6,7 +6,7 @@ import pytest
 
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.training_logs import logged_support
-from fsefs_nnunet.experiment import Experiment, program, training_seconds
+from fsefs_nnunet.nnunet.experiment import Experiment, program, training_seconds
 
 TRAINING = """\
 2026-01-01 10:00:00.0: 3 labelled support cases (all the labels that this training uses): {}; 2 queries, 1 of them

@@ -17,9 +17,9 @@ from nnunet_models import (
     write_model,
 )
 
+from fsefs_nnunet.backbones.architectures.nnunet import NNUNetBackbone
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.backbones.importing import import_nnunet_model
-from fsefs_nnunet.backbones.nnunet import NNUNetBackbone
+from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model
 from fsefs_nnunet.backbones.store import find_backbone
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.errors import InputError

@@ -14,9 +14,9 @@ from nnunet_models import (
     write_model,
 )
 
-from fsefs_nnunet.backbones.importing import import_nnunet_model
+from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model
 from fsefs_nnunet.cli.main import main
-from fsefs_nnunet.network import AdaptedNetwork
+from fsefs_nnunet.methods.network import AdaptedNetwork
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 
 AXES_OF_MODELS = [

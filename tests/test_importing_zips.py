@@ -14,7 +14,7 @@ from nnunet_models import (
     write_model,
 )
 
-from fsefs_nnunet.backbones.importing import import_nnunet_model
+from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model
 from fsefs_nnunet.errors import InputError
 
 

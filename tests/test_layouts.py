@@ -5,7 +5,7 @@ import pytest
 import torch
 from banks import WINDOW, store
 
-from fsefs_nnunet.bank.layout import (
+from fsefs_nnunet.features.layout import (
     BACKGROUND_BLOCKS,
     MAX_POOLED_VOXELS,
     Layout,
@@ -15,7 +15,7 @@ from fsefs_nnunet.bank.layout import (
     support_layout,
     whole_layout,
 )
-from fsefs_nnunet.query_sizes import QuerySizes, block_voxels
+from fsefs_nnunet.priors.query_volumes import QuerySizes, block_voxels
 
 # ---- what is kept ----
 

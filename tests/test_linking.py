@@ -11,7 +11,7 @@ import pytest
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
 
 from fsefs_nnunet.backbones.store import load_weights, save_backbone
-from fsefs_nnunet.linking import MARKER, SHIMS, link, nnunet_folder, unlink
+from fsefs_nnunet.nnunet.linking import MARKER, SHIMS, link, nnunet_folder, unlink
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 
 PLANNER, TRAINERS = SHIMS

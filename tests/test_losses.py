@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from fsefs_nnunet.losses import SoftDiceLoss, soft_dice
+from fsefs_nnunet.losses.soft_dice import SoftDiceLoss, soft_dice
 
 BIG = 50.0  # a logit whose sigmoid is 1 in float32
 

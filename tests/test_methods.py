@@ -13,14 +13,14 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from fsefs_nnunet.backbones.architectures.nnunet import NNUNetBackbone
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.backbones.nnunet import NNUNetBackbone
 from fsefs_nnunet.backbones.store import find_backbone, save_backbone
-from fsefs_nnunet.backbones.tuned import TunedBackbone
 from fsefs_nnunet.cases.splits import load_splits
 from fsefs_nnunet.evaluation.training_logs import logged_support, peak_memory
-from fsefs_nnunet.shims import fseft_trainers
+from fsefs_nnunet.methods.inside.tuned_backbone import TunedBackbone
+from fsefs_nnunet.nnunet.shims import fseft_trainers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

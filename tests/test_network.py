@@ -8,9 +8,9 @@ from published_files import narrow_contract, narrow_state
 from test_importing import PATCH, write_model
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.backbones.importing import import_nnunet_model
+from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model
 from fsefs_nnunet.backbones.store import EMBEDDED, save_backbone
-from fsefs_nnunet.network import AdaptedNetwork
+from fsefs_nnunet.methods.network import AdaptedNetwork
 
 SOFTMAX = {"Right Kidney": 3, "background": 0, "spleen": 2, "stomach": 1}  # rows follow the values, not this order
 REGIONS = {"background": 0, "kidneys": [1, 2], "kidney_left": 2, "stomach": 3, "ignore": 4}

@@ -20,14 +20,14 @@ from trainings import (
     trained,
 )
 
-from fsefs_nnunet import planning
-from fsefs_nnunet.backbones.importing import import_nnunet_model
-from fsefs_nnunet.backbones.nnunet import NNUNetBackbone
+from fsefs_nnunet.backbones.architectures.nnunet import NNUNetBackbone
+from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model
 from fsefs_nnunet.backbones.store import save_backbone
 from fsefs_nnunet.cases.images import images_in
 from fsefs_nnunet.cases.preprocessed import require_finite
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.nnunet import planning
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 
 pytestmark = pytest.mark.usefixtures("one_thread")

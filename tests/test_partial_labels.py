@@ -9,8 +9,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.losses import soft_dice
-from fsefs_nnunet.partial_labels import PartialLabelLoss, annotation_masks
+from fsefs_nnunet.losses.partial_labels import PartialLabelLoss, annotation_masks
+from fsefs_nnunet.losses.soft_dice import soft_dice
 from fsefs_nnunet.trainers.pretrainer import FSEFTPretrainer, RandomAppearanceTransform, mask_summary
 
 REGIONS = ["kidneys", "liver", "spleen"]

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 
-from fsefs_nnunet.datasets.phantoms import (
+from fsefs_nnunet.synthetic.datasets import (
     HELD_OUT,
     SOURCES,
     TEMPLATE,
     write_dataset,
     write_pretraining_assembly,
 )
-from fsefs_nnunet.phantom import LABELS, PhantomConfig, make_phantom, pretraining_config, smooth_field
+from fsefs_nnunet.synthetic.phantom import LABELS, PhantomConfig, make_phantom, pretraining_config, smooth_field
 
 FULL = PhantomConfig(shape=(64, 64, 64), spacing=6.0)
 

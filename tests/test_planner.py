@@ -9,12 +9,11 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from trainings import edit
 
-from fsefs_nnunet import planning
 from fsefs_nnunet.backbones.store import EMBEDDED, load_weights, save_backbone
-from fsefs_nnunet.cases import drawing
 from fsefs_nnunet.cases.images import images_in, require_channels
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cli.main import main
+from fsefs_nnunet.nnunet import drawing, planning
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 
 CT_WINDOW = {"percentile_00_5": -175.0, "percentile_99_5": 250.0, "mean": -175.0, "std": 425.0}
@@ -45,7 +44,7 @@ def test_configurations(tiny, contract):
         child = plans["configurations"][name]
         assert child["inherits_from"] == "3d_fullres"
         assert child["fseft_shots"] == shots and child["fseft_backbone"] == "phantom"
-        assert child["architecture"]["network_class_name"] == "fsefs_nnunet.network.AdaptedNetwork"
+        assert child["architecture"]["network_class_name"] == "fsefs_nnunet.methods.network.AdaptedNetwork"
         assert child["architecture"]["arch_kwargs"]["sha256"] == contract.sha256
         assert (child["fseft_lambda"], child["fseft_gamma"]) == (0.3, 0.1)
         assert (child["fseft_crops_per_step"], child["fseft_steps_per_epoch"]) == (2, 8)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from test_network import build, randomised
 
-from fsefs_nnunet.precision import reduced_precision, unless_thin
+from fsefs_nnunet.device import reduced_precision, unless_thin
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from published_files import turned
 from scipy.ndimage import label
 from trainings import edit
 
-from fsefs_nnunet import precision
+from fsefs_nnunet import device as precision
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.cases.splits import load_splits
 from fsefs_nnunet.cli.main import main
@@ -29,11 +29,11 @@ from fsefs_nnunet.inference.prediction import (
 )
 from fsefs_nnunet.inference.support import memories_of, memory_from_bank
 from fsefs_nnunet.inference.trained_model import MEMORY_KEY, PRIOR_KEY, TrainedModel
-from fsefs_nnunet.inference.transduction import Transduction
-from fsefs_nnunet.losses import SoftDiceLoss
-from fsefs_nnunet.network import AdaptedNetwork
-from fsefs_nnunet.query_sizes import PredictedSizes
-from fsefs_nnunet.size_prior import SizePrior
+from fsefs_nnunet.losses.soft_dice import SoftDiceLoss
+from fsefs_nnunet.methods.network import AdaptedNetwork
+from fsefs_nnunet.priors.query_volumes import PredictedSizes
+from fsefs_nnunet.priors.size import SizePrior
+from fsefs_nnunet.priors.transduction import Transduction
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 
 FIVE = "3d_fullres_5shot"
@@ -269,7 +269,7 @@ def test_support_features_keep_to_their_bytes(work, monkeypatch):
     a_crop = whole.features[0].nbytes + whole.targets[0].nbytes
     assert len(whole.features) * a_crop <= 50_000_000 < (len(whole.features) + 1) * a_crop
     for limit, crops in ((3 * a_crop, 3), (3 * a_crop - 1, 2), (1, 1)):
-        monkeypatch.setattr("fsefs_nnunet.inference.support_memory.MAX_BYTES", limit)
+        monkeypatch.setattr("fsefs_nnunet.priors.support_memory.MAX_BYTES", limit)
         memory = memory_from_bank(load(work), 0)
         assert len(memory.features) == crops and torch.equal(memory.features, whole.features[:crops])
 

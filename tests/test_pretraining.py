@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.backbones.importing import import_nnunet_model
+from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model
 from fsefs_nnunet.backbones.store import find_backbone
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.trainers.pretrainer import FSEFTPretrainer

@@ -10,9 +10,9 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from published_files import turned
 
-from fsefs_nnunet.backbones.readers import image_geometry
 from fsefs_nnunet.backbones.store import save_backbone
 from fsefs_nnunet.backbones.zoo import ZOO
+from fsefs_nnunet.cases.readers import image_geometry
 from fsefs_nnunet.inference.zero_shot import zero_shot_plans
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 from fsefs_nnunet.trainers.fine_tuning import FSEFTTrainer_Decoder, FSEFTTrainer_FTLast

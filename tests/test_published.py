@@ -26,8 +26,8 @@ from published_files import (
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.backbones.import_published import import_published
-from fsefs_nnunet.backbones.published import recognise
+from fsefs_nnunet.backbones.published.importing import import_published
+from fsefs_nnunet.backbones.published.layouts import recognise
 from fsefs_nnunet.backbones.store import find_backbone, known_backbones, load_weights, sha256_of, user_folder
 from fsefs_nnunet.backbones.zoo import ZOO
 from fsefs_nnunet.cli.main import main

@@ -6,9 +6,9 @@ import torch
 from banks import store
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from fsefs_nnunet.bank.layout import query_layout
-from fsefs_nnunet.network import AdaptedNetwork
-from fsefs_nnunet.query_sizes import QuerySizes, calibration_cases, share_found
+from fsefs_nnunet.features.layout import query_layout
+from fsefs_nnunet.methods.network import AdaptedNetwork
+from fsefs_nnunet.priors.query_volumes import QuerySizes, calibration_cases, share_found
 
 
 def test_every_query_is_visited_once_a_round(bank):

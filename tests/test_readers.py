@@ -11,8 +11,8 @@ from nnunet_models import CONFIGURATION, make_plans, preprocessed_case, save, wr
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
 
-from fsefs_nnunet.backbones.importing import import_nnunet_model
-from fsefs_nnunet.backbones.readers import find_reader, reoriented_axes
+from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model
+from fsefs_nnunet.cases.readers import find_reader, reoriented_axes
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 
 AXES = ["".join(c) for p in itertools.permutations(("LR", "PA", "IS")) for c in itertools.product(*p)]

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from fsefs_nnunet.schedules import WarmupCosineScheduler, at_plateau, warmup_cosine
+from fsefs_nnunet.methods.schedules import WarmupCosineScheduler, at_plateau, warmup_cosine
 
 
 def test_values():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fsefs_nnunet.size_prior import SizePrior, estimate_size, label_volumes_ml, size_penalty
+from fsefs_nnunet.priors.size import SizePrior, estimate_size, label_volumes_ml, size_penalty
 
 DATA = Path(__file__).parent / "data"
 SIZES = json.loads((DATA / "size_prior.json").read_text())
@@ -131,6 +131,6 @@ def test_label_volumes():
 
 
 def test_importing_the_package_does_not_import_torch():
-    modules = "fsefs_nnunet, fsefs_nnunet.size_prior, fsefs_nnunet.cases.splits"
+    modules = "fsefs_nnunet, fsefs_nnunet.priors.size, fsefs_nnunet.cases.splits"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

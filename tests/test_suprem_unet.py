@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from published_files import random_tensors, wrapped
 
-from fsefs_nnunet.backbones.published import recognise
-from fsefs_nnunet.backbones.suprem_unet import SuPreMUNetBackbone
+from fsefs_nnunet.backbones.architectures.suprem_unet import SuPreMUNetBackbone
+from fsefs_nnunet.backbones.published.layouts import recognise
 from fsefs_nnunet.backbones.zoo import ZOO
 
 WIDTH = 8  # divides the published 64 features

@@ -11,8 +11,8 @@ from torch import nn
 
 pytest.importorskip("monai", reason="Swin UNETR needs MONAI: pip install fsefs_nnunet[monai]")
 
-from fsefs_nnunet.backbones.patch_merging import PublishedPatchMerging  # noqa: E402
-from fsefs_nnunet.backbones.swin_unetr import SwinUNETRBackbone  # noqa: E402
+from fsefs_nnunet.backbones.architectures.patch_merging import PublishedPatchMerging  # noqa: E402
+from fsefs_nnunet.backbones.architectures.swin_unetr import SwinUNETRBackbone  # noqa: E402
 from fsefs_nnunet.backbones.zoo import ZOO  # noqa: E402
 
 FEATURES = 12

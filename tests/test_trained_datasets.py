@@ -19,9 +19,9 @@ from trainings import (
     weights,
 )
 
-from fsefs_nnunet.cases import drawing
-from fsefs_nnunet.losses import SoftDiceLoss
-from fsefs_nnunet.size_prior import size_penalty
+from fsefs_nnunet.losses.soft_dice import SoftDiceLoss
+from fsefs_nnunet.nnunet import drawing
+from fsefs_nnunet.priors.size import size_penalty
 from fsefs_nnunet.trainers.adapter import FSEFTTrainer_Adapter
 from fsefs_nnunet.trainers.linear_probe import FSEFTTrainer_LinearProbe
 

@@ -22,12 +22,12 @@ from trainings import (
 )
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
-from fsefs_nnunet.bank.disk import BANK_FOLDER
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cases.splits import query_cases, save_splits
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.shims import fseft_trainers
-from fsefs_nnunet.size_prior import size_penalty
+from fsefs_nnunet.features.disk import BANK_FOLDER
+from fsefs_nnunet.nnunet.shims import fseft_trainers
+from fsefs_nnunet.priors.size import size_penalty
 from fsefs_nnunet.trainers.adapter import FSEFTTrainer_Adapter
 from fsefs_nnunet.trainers.context_adapter import FSEFTTrainer_Context
 

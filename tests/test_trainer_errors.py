@@ -22,7 +22,7 @@ from fsefs_nnunet.backbones.store import load_weights, save_backbone
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.inference.support import memory_from_bank
 from fsefs_nnunet.inference.trained_model import TrainedModel
-from fsefs_nnunet.shims import fseft_trainers
+from fsefs_nnunet.nnunet.shims import fseft_trainers
 from fsefs_nnunet.trainers.adapter import FSEFTTrainer_Adapter
 from fsefs_nnunet.trainers.fine_tuning import FSEFTTrainer_FTLast
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fsefs_nnunet.bank.views import SupportViews, class_voxels, view_patch
+from fsefs_nnunet.features.views import SupportViews, class_voxels, view_patch
 
 WINDOW, INITIAL = (8, 8, 8), (11, 10, 8)
 

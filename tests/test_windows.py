@@ -7,9 +7,9 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from fsefs_nnunet import phantom
-from fsefs_nnunet.bank.features import FeatureBank, extract_features
-from fsefs_nnunet.network import AdaptedNetwork
+from fsefs_nnunet.features.bank import FeatureBank, extract_features
+from fsefs_nnunet.methods.network import AdaptedNetwork
+from fsefs_nnunet.synthetic import phantom
 
 
 def test_volume_of_one_window_is_one_forward(backbone):

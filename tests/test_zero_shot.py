@@ -14,7 +14,7 @@ from test_importing import CONFIGURATION, PATCH, write_checkpoint, write_model
 from torch import nn
 
 from fsefs_nnunet.backbones.frozen import ARCHITECTURES, FrozenBackbone
-from fsefs_nnunet.backbones.importing import import_nnunet_model
+from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model
 from fsefs_nnunet.backbones.store import save_backbone
 from fsefs_nnunet.backbones.zoo import ZOO
 from fsefs_nnunet.cases.dataset_json import read_dataset_json

@@ -10,7 +10,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, infer_dataset_class
 
 from fsefs_nnunet.cases.splits import load_splits
-from fsefs_nnunet.shims import fseft_trainers
+from fsefs_nnunet.nnunet.shims import fseft_trainers
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 
 FIVE = "3d_fullres_5shot"

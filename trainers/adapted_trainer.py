@@ -12,10 +12,10 @@ from torch import nn
 from fsefs_nnunet.backbones.decoder_tuning import refuse_untrained_decoder
 from fsefs_nnunet.backbones.store import find_backbone
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.losses import SoftDiceLoss
-from fsefs_nnunet.network import AdaptedNetwork
-from fsefs_nnunet.plan_keys import check_plan_keys
-from fsefs_nnunet.schedules import WarmupCosineScheduler, at_plateau
+from fsefs_nnunet.losses.soft_dice import SoftDiceLoss
+from fsefs_nnunet.methods.network import AdaptedNetwork
+from fsefs_nnunet.methods.schedules import WarmupCosineScheduler, at_plateau
+from fsefs_nnunet.methods.settings import check_plan_keys
 from fsefs_nnunet.trainers.kshot_trainer import KShotTrainer
 from fsefs_nnunet.trainers.time_budget import StoppableTrainer, StopTraining
 

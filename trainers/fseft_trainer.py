@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fsefs_nnunet.bank.crops import CropLoader, region_transform
-from fsefs_nnunet.bank.disk import BANK_FOLDER, cap_in_gb
-from fsefs_nnunet.bank.features import WINDOWS, FeatureBank
-from fsefs_nnunet.bank.layout import Layout, pooled_name, query_layout, support_layout
-from fsefs_nnunet.bank.views import SupportViews
 from fsefs_nnunet.cases.preprocessed import refuse_missing
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cases.splits import SPLITS_FILE, fold_seed, load_splits, query_cases
+from fsefs_nnunet.device import reduced_precision
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.features.bank import WINDOWS, FeatureBank
+from fsefs_nnunet.features.crops import CropLoader, region_transform
+from fsefs_nnunet.features.disk import BANK_FOLDER, cap_in_gb
+from fsefs_nnunet.features.layout import Layout, pooled_name, query_layout, support_layout
+from fsefs_nnunet.features.views import SupportViews
 from fsefs_nnunet.inference.trained_model import PRIOR_KEY
 from fsefs_nnunet.labels import foreground_classes, foreground_names
-from fsefs_nnunet.precision import reduced_precision
-from fsefs_nnunet.query_sizes import QuerySizes, calibration_cases, share_found
-from fsefs_nnunet.size_prior import estimate_sizes, size_penalty, support_sizes_ml
+from fsefs_nnunet.priors.query_volumes import QuerySizes, calibration_cases, share_found
+from fsefs_nnunet.priors.size import estimate_sizes, size_penalty, support_sizes_ml
 from fsefs_nnunet.trainers.adapted_trainer import AdaptedTrainer
 
 CALIBRATION_BATCHES = 8  # of crops of the support

@@ -12,9 +12,10 @@ from filelock import FileLock, Timeout
 from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint, read_checkpoint
 from fsefs_nnunet.cases.preprocessed import require_cases
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, query_cases, support_cases
+from fsefs_nnunet.device import peak_device_memory_gb, peak_host_memory_gb
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.files import replacing
 from fsefs_nnunet.inference.trained_model import require_backbone_of
-from fsefs_nnunet.peak_memory import peak_memory_gb
 from fsefs_nnunet.trainers.without_mirroring import WithoutMirroring
 
 LOCK_FILE = "training.lock"
@@ -85,11 +86,11 @@ class KShotTrainer(WithoutMirroring):
             ) from error
 
     def save_checkpoint(self, filename: str) -> None:
-        part = f"{filename}.part"
-        super().save_checkpoint(part)
-        if os.path.exists(part):  # nnU-Net writes none when checkpointing is disabled
+        if self.disable_checkpointing or self.local_rank:  # nnU-Net writes none then
+            return super().save_checkpoint(filename)
+        with replacing(filename) as part:
+            super().save_checkpoint(str(part))
             add_to_checkpoint(part, **self.added_to_checkpoint())
-            os.replace(part, filename)
 
     def added_to_checkpoint(self) -> dict:
         """Data beside what nnU-Net keeps; its loaders do not look at it."""
@@ -97,7 +98,7 @@ class KShotTrainer(WithoutMirroring):
 
     def on_train_end(self):
         super().on_train_end()
-        if peak := peak_memory_gb(self.device):
+        if peak := peak_device_memory_gb(self.device) or peak_host_memory_gb():
             self.print_to_log_file(f"Peak memory of this process: {peak:.3f} GB.")
 
     def perform_actual_validation(self, save_probabilities: bool = False):

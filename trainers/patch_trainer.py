@@ -12,7 +12,7 @@ from torch import nn
 
 from fsefs_nnunet.cases.preprocessed import require_finite
 from fsefs_nnunet.cases.splits import fold_seed
-from fsefs_nnunet.precision import reduced_precision
+from fsefs_nnunet.device import reduced_precision
 from fsefs_nnunet.trainers.kshot_trainer import KShotTrainer
 from fsefs_nnunet.trainers.time_budget import TimeBudgetTrainer
 

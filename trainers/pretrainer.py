@@ -17,11 +17,10 @@ from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from fsefs_nnunet.backbones.warm_start import start_from
+from fsefs_nnunet.device import reduced_precision
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.evaluation.tables import summary_key
-from fsefs_nnunet.labels import foreground
-from fsefs_nnunet.partial_labels import PartialLabelLoss, annotation_masks
-from fsefs_nnunet.precision import reduced_precision
+from fsefs_nnunet.labels import foreground, summary_key
+from fsefs_nnunet.losses.partial_labels import PartialLabelLoss, annotation_masks
 from fsefs_nnunet.trainers.source_validation import SourceValidation
 from fsefs_nnunet.trainers.time_budget import TimeBudgetTrainer
 from fsefs_nnunet.trainers.without_mirroring import WithoutMirroring

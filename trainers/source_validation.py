@@ -14,8 +14,8 @@ from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentatio
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from fsefs_nnunet.atomic import write_atomically
-from fsefs_nnunet.precision import reduced_precision
+from fsefs_nnunet.device import reduced_precision
+from fsefs_nnunet.files import write_atomically
 
 FILE = "zero_shot.csv"
 COLUMNS = ("epoch", "source", "class", "cases", "Dice")

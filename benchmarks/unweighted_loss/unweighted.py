@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fsefs_nnunet.partial_labels import PartialLabelLoss
+from fsefs_nnunet.losses.partial_labels import PartialLabelLoss
 from fsefs_nnunet.trainers.pretrainer import FSEFTPretrainer
 
 

@@ -1,0 +1,1 @@
+"""Universal models as frozen feature extractors."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import os
 import pickle
 import re
 import zipfile
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.files import replacing
 
 
 def _numpy_types() -> list:
@@ -92,6 +92,5 @@ def refuse_web_page(file: Path) -> None:
 
 def add_to_checkpoint(file: str | Path, **content) -> None:
     """Add entries, or replace them, atomically; nnU-Net's loaders look at their own alone."""
-    part = f"{file}.part"
-    torch.save({**read_checkpoint(Path(file)), **content}, part)
-    os.replace(part, file)
+    with replacing(file) as part:
+        torch.save({**read_checkpoint(Path(file)), **content}, part)

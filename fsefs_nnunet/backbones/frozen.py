@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fsefs_nnunet.backbones.nnunet import NNUNetBackbone
-from fsefs_nnunet.backbones.raw_image import RawImageBackbone
+from fsefs_nnunet.backbones.architectures.nnunet import NNUNetBackbone
+from fsefs_nnunet.backbones.architectures.raw_image import RawImageBackbone
+from fsefs_nnunet.backbones.architectures.suprem_unet import SuPreMUNetBackbone
+from fsefs_nnunet.backbones.architectures.swin_unetr import SwinUNETRBackbone
 from fsefs_nnunet.backbones.store import find_backbone, load_weights
-from fsefs_nnunet.backbones.suprem_unet import SuPreMUNetBackbone
-from fsefs_nnunet.backbones.swin_unetr import SwinUNETRBackbone
 from fsefs_nnunet.errors import InputError
 
 ARCHITECTURES = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.zoo import ZOO
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.files import replacing, sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -75,14 +75,6 @@ def weights_file(backbone_id: str) -> Path:
     return known_backbones()[backbone_id].with_suffix(".safetensors")
 
 
-def sha256_of(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def load_weights(contract: BackboneContract, expected_sha256: str | None = None) -> dict[str, torch.Tensor]:
     """The verified weights of `contract`.
 
@@ -137,21 +129,14 @@ def save_backbone(contract: BackboneContract, weights: dict[str, torch.Tensor], 
 
     folder = Path(folder)
     file, card = folder / f"{contract.id}.safetensors", folder / f"{contract.id}.json"
-    parts = [Path(f"{path}.part") for path in (file, card)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{contract.id}.lock"):
-            try:
-                save_file({name: tensor.contiguous() for name, tensor in weights.items()}, parts[0])
-                contract = replace(contract, sha256=sha256_of(parts[0]))
-                parts[0].chmod(0o644)  # safetensors makes files that only their owner reads
-                parts[1].write_text(contract.to_json())
-                # in between, readers find weights that are not the old contract's: refused, not mixed up
-                os.replace(parts[0], file)
-                os.replace(parts[1], card)
-            finally:
-                for part in parts:
-                    part.unlink(missing_ok=True)
+        # the weights take their name first; in between, readers find others than the old contract's: refused, not mixed
+        with FileLock(folder / f"{contract.id}.lock"), replacing(card) as new_card, replacing(file) as new_file:
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, new_file)
+            contract = replace(contract, sha256=sha256_of(new_file))
+            new_file.chmod(0o644)  # safetensors makes files that only their owner reads
+            new_card.write_text(contract.to_json())
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"Backbone {contract.id!r} was not stored in {folder} ({error}): make room there, or choose another folder "

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import mean
 from time import time
 
-from fsefs_nnunet.atomic import read_json
 from fsefs_nnunet.benchmark.evaluation import METRICS, evaluate, write_summary
 from fsefs_nnunet.benchmark.methods import METHODS, Method
 from fsefs_nnunet.benchmark.result import Result
@@ -16,8 +15,9 @@ from fsefs_nnunet.benchmark.study import Study
 from fsefs_nnunet.cases.splits import support_cases
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.training_logs import logged_support, peak_memory
-from fsefs_nnunet.experiment import trained_parameters, training_budget, training_seconds
+from fsefs_nnunet.files import read_json
 from fsefs_nnunet.inference.weights import sha256_of_weights
+from fsefs_nnunet.nnunet.experiment import trained_parameters, training_budget, training_seconds
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fsefs_nnunet.atomic import read_json
 from fsefs_nnunet.benchmark.result import CaseMetrics
 from fsefs_nnunet.benchmark.target import Target
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.surface import TOLERANCE_MM, surface_metrics
-from fsefs_nnunet.evaluation.tables import summary_key
+from fsefs_nnunet.files import read_json
+from fsefs_nnunet.labels import summary_key
 
 DICE, SURFACE_DICE, DISTANCE, SIZE_ERROR = METRICS = (
     "Dice",

@@ -6,7 +6,6 @@ import shlex
 import sys
 from importlib.metadata import version
 
-from fsefs_nnunet.atomic import write_atomically
 from fsefs_nnunet.backbones.store import user_folder
 from fsefs_nnunet.benchmark.cells import Cell
 from fsefs_nnunet.benchmark.outputs import NOTES, figure
@@ -16,6 +15,7 @@ from fsefs_nnunet.benchmark.summary import class_table, comparisons, table
 from fsefs_nnunet.cases.splits import SPLITS_FILE
 from fsefs_nnunet.evaluation import html
 from fsefs_nnunet.evaluation.report import ranked_overlays, size_section
+from fsefs_nnunet.files import write_atomically
 
 
 def write_report(study: Study, cells: dict[Cell, Result], failures: dict[Cell, str], command: list[str]) -> None:

@@ -7,8 +7,8 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fsefs_nnunet.atomic import write_atomically
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.files import write_atomically
 
 CaseMetrics = dict[str, dict[str, dict[str, float]]]  # case -> class -> metric; NaN: there is nothing to compare
 

@@ -10,11 +10,11 @@ from time import time
 
 from tqdm import tqdm
 
-from fsefs_nnunet.atomic import write_atomically
-from fsefs_nnunet.bank.features import WINDOWS
 from fsefs_nnunet.benchmark.cells import Cell
-from fsefs_nnunet.devices import device_named
+from fsefs_nnunet.device import device_named
 from fsefs_nnunet.evaluation.tables import duration
+from fsefs_nnunet.features.bank import WINDOWS
+from fsefs_nnunet.files import write_atomically
 from fsefs_nnunet.inference.prediction import QueryPredictor
 from fsefs_nnunet.inference.support import memories_of
 from fsefs_nnunet.inference.trained_model import TrainedModel

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fsefs_nnunet.benchmark.target import Target, queries, test_set
+from fsefs_nnunet.cases.folders import dataset_folders
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits
-from fsefs_nnunet.devices import device_named
+from fsefs_nnunet.device import device_named
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.surface import require_monai
-from fsefs_nnunet.experiment import OwnExperiment
 from fsefs_nnunet.labels import foreground_names, match_labels
-from fsefs_nnunet.planning import dataset_folders
+from fsefs_nnunet.nnunet.experiment import OwnExperiment
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,15 +8,17 @@ the support of 1 shot lies in that of 5. fold 'all' is nnU-Net's: every labelled
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.files import write_atomically
 
 SPLITS_FILE = "splits_fseft.json"
 NUM_QUERIES, NUM_FOLDS, SEED = 20, 5, 12345
+DEFAULT_SHOTS = (1, 5, 10, "all")
 
 
 def make_splits(
@@ -58,6 +60,20 @@ def make_splits(
         "unlabelled_queries": sorted(unlabelled),
         "folds": [rng.sample(pool, len(pool)) for _ in range(num_folds)],
     }
+
+
+def fitting_shots(requested: Sequence[int | str], num_labelled: int) -> Sequence[int | str]:
+    """The requested shots; of the default ones, those that `num_labelled` cases allow.
+
+    Raises:
+        InputError: for more shots than labelled cases.
+    """
+    if requested:
+        too_many = [k for k in requested if k != "all" and k > num_labelled]
+        if too_many:
+            raise InputError(f"{max(too_many)} shots need as many labelled cases, the dataset has {num_labelled}.")
+        return requested
+    return [k for k in DEFAULT_SHOTS if k == "all" or k <= num_labelled]
 
 
 def extended(splits: dict, num_folds: int, unlabelled: list[str]) -> dict:
@@ -120,12 +136,7 @@ def query_cases(splits: dict, fold: int | str) -> tuple[list[str], list[str]]:
 
 
 def save_splits(splits: dict, file: str | Path) -> None:
-    """Write the file in one step: whoever reads meanwhile sees the old one or the new one."""
-    file = Path(file)
-    # beside the file, since os.replace is atomic within one file system only
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(splits, indent=2))
-    os.replace(temporary, file)
+    write_atomically(file, json.dumps(splits, indent=2))
 
 
 def load_splits(file: str | Path) -> dict:

@@ -1,0 +1,1 @@
+"""`fseft <verb>`, one file a verb."""

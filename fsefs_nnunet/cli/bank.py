@@ -16,7 +16,7 @@ def register(verb) -> None:
 
 
 def bank(args: argparse.Namespace) -> None:
-    from fsefs_nnunet.bank import disk
+    from fsefs_nnunet.features import disk
 
     if args.clear is None:
         disk.show(args.d)

@@ -20,6 +20,6 @@ def register(verb) -> None:
 
 
 def demo(args: argparse.Namespace) -> None:
-    from fsefs_nnunet.demo import run_demo
+    from fsefs_nnunet.synthetic.demo import run_demo
 
     run_demo(Path(args.o), args.seconds, args.device)

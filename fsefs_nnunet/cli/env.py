@@ -14,7 +14,7 @@ def register(verb) -> None:
 
 
 def env(args: argparse.Namespace) -> None:
-    shims = str(Path(__file__).resolve().parent.parent / "shims")
+    shims = str(Path(__file__).resolve().parent.parent / "nnunet" / "shims")
     folders = [f for f in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if f and f != shims]
     print(f"export nnUNet_extTrainer={shlex.quote(os.pathsep.join([shims, *folders]))}")
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):

@@ -11,12 +11,12 @@ def register(verb) -> None:
 
 
 def link(args: argparse.Namespace) -> None:
-    from fsefs_nnunet import linking
+    from fsefs_nnunet.nnunet import linking
 
     linking.link(linking.nnunet_folder())
 
 
 def unlink(args: argparse.Namespace) -> None:
-    from fsefs_nnunet import linking
+    from fsefs_nnunet.nnunet import linking
 
     linking.unlink(linking.nnunet_folder())

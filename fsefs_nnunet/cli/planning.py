@@ -85,7 +85,7 @@ def _add_splits(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(args: argparse.Namespace) -> str:
-    from fsefs_nnunet import planning
+    from fsefs_nnunet.nnunet import planning
 
     return planning.plan(
         args.d,
@@ -100,7 +100,7 @@ def plan(args: argparse.Namespace) -> str:
 
 
 def splits(args: argparse.Namespace) -> None:
-    from fsefs_nnunet.cases import drawing
+    from fsefs_nnunet.nnunet import drawing
 
     drawing.write_splits(*_draw(args))
 
@@ -110,8 +110,7 @@ def _draw(args: argparse.Namespace) -> tuple:
 
 
 def plan_and_preprocess(args: argparse.Namespace) -> None:
-    from fsefs_nnunet import planning
-    from fsefs_nnunet.cases import drawing
+    from fsefs_nnunet.nnunet import drawing, planning
 
     drawn, queries = drawing.draw_splits(*_draw(args))
     name = plan(args)

@@ -43,9 +43,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _model(args: argparse.Namespace):
-    from fsefs_nnunet.devices import device_named
+    from fsefs_nnunet.cases.folders import model_folder
+    from fsefs_nnunet.device import device_named
     from fsefs_nnunet.inference.trained_model import TrainedModel
-    from fsefs_nnunet.planning import model_folder
 
     folder = model_folder(args.d, args.tr, args.p, args.c)
     return TrainedModel(folder, args.c, args.f, args.chk, device_named(args.device))

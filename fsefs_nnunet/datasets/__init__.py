@@ -1,0 +1,1 @@
+"""Public datasets to nnU-Net raw datasets, and assemblies of several."""

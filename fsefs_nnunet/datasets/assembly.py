@@ -12,13 +12,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from fsefs_nnunet.atomic import write_atomically
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
 from fsefs_nnunet.datasets.building import RECORDS, UnfinishedDataset, new_dataset, run_jobs
 from fsefs_nnunet.datasets.common_labels import CommonLabels, common_labels
 from fsefs_nnunet.datasets.tables import tables
 from fsefs_nnunet.datasets.volumes import integers, link_or_copy, read_volume, renumber, write_label
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.files import write_atomically
 from fsefs_nnunet.labels import TEMPLATE_29, normalised, values_in
 
 GENERIC = {"cancer", "cyst", "lesion", "tumor", "tumour", "vessel"}  # say nothing without their dataset
@@ -38,7 +38,7 @@ def read_member(dataset_id: int | str) -> Member:
     """Raises InputError where the dataset cannot take part."""
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-    from fsefs_nnunet.planning import dataset_folders
+    from fsefs_nnunet.cases.folders import dataset_folders
 
     name, raw, _ = dataset_folders(dataset_id)
     content = read_dataset_json(raw / "dataset.json")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fsefs_nnunet.atomic import read_json, write_atomically
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.files import read_json, write_atomically
 
 RECORDS = "records"  # one file per finished case
 READER = "NibabelIOWithReorient"  # the public datasets mix orientations

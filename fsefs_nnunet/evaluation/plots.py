@@ -8,7 +8,7 @@ from io import BytesIO
 import numpy as np
 
 from fsefs_nnunet.evaluation.training_logs import LearningCurve
-from fsefs_nnunet.size_prior import SizePrior
+from fsefs_nnunet.priors.size import SizePrior
 
 
 def plot_learning_curves(curves: dict[str, LearningCurve], value: str, title: str) -> bytes:

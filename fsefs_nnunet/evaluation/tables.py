@@ -7,6 +7,8 @@ from math import isnan, prod
 from numbers import Integral, Real
 from pathlib import Path
 
+from fsefs_nnunet.labels import summary_key
+
 
 def markdown_table(rows: list[dict]) -> str:
     """GitHub table of `rows`: one column per key in order of appearance, floats with 3 decimals.
@@ -37,11 +39,6 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def summary_key(value: int | list[int]) -> str:
-    """How nnU-Net's summary.json names a label or region of dataset.json: "1", "(1, 2)"."""
-    return str(tuple(value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def mean_dice(summary_json_file: str | Path) -> dict[str, float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from fsefs_nnunet.size_prior import SizePrior
+from fsefs_nnunet.priors.size import SizePrior
 
 
 @dataclass(frozen=True)

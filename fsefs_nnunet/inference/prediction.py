@@ -14,20 +14,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fsefs_nnunet.atomic import read_json, write_atomically
-from fsefs_nnunet.bank.features import extract_features, window_starts
-from fsefs_nnunet.bank.layout import pooled, pooling_factor
 from fsefs_nnunet.cases.dataset_json import channel_names
 from fsefs_nnunet.cases.images import images_in, read_image
+from fsefs_nnunet.device import reduced_precision
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.inference.support_memory import SupportMemory
+from fsefs_nnunet.features.bank import extract_features, window_starts
+from fsefs_nnunet.features.layout import pooled, pooling_factor
+from fsefs_nnunet.files import read_json, write_atomically
 from fsefs_nnunet.inference.trained_model import TrainedModel
-from fsefs_nnunet.inference.transduction import Transduction
 from fsefs_nnunet.inference.weights import sha256_of_weights
-from fsefs_nnunet.losses import SoftDiceLoss
-from fsefs_nnunet.network import AdaptedNetwork
-from fsefs_nnunet.precision import reduced_precision
-from fsefs_nnunet.query_sizes import PredictedSizes, QueryVolume, block_voxels, scale_between, sizes_of
+from fsefs_nnunet.losses.soft_dice import SoftDiceLoss
+from fsefs_nnunet.methods.network import AdaptedNetwork
+from fsefs_nnunet.priors.query_volumes import PredictedSizes, QueryVolume, block_voxels, scale_between, sizes_of
+from fsefs_nnunet.priors.support_memory import SupportMemory
+from fsefs_nnunet.priors.transduction import Transduction
 
 # Voxels of a volume that adaptation looks at, after averaging, and that logits are computed of at a time.
 MAX_ADAPTED_VOXELS = 10_000

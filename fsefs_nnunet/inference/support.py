@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint
-from fsefs_nnunet.bank.crops import CropLoader, region_transform
-from fsefs_nnunet.bank.disk import BANK_FOLDER, cap_in_gb
-from fsefs_nnunet.bank.features import FeatureBank
-from fsefs_nnunet.bank.layout import Layout, support_layout
 from fsefs_nnunet.cases.preprocessed import require_cases
 from fsefs_nnunet.cases.splits import SPLITS_FILE, fold_seed, load_splits, support_cases
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.inference.support_memory import CROP_SIZE, SupportMemory
+from fsefs_nnunet.features.bank import FeatureBank
+from fsefs_nnunet.features.crops import CropLoader, region_transform
+from fsefs_nnunet.features.disk import BANK_FOLDER, cap_in_gb
+from fsefs_nnunet.features.layout import Layout, support_layout
 from fsefs_nnunet.inference.trained_model import MEMORY_KEY, TrainedModel
-from fsefs_nnunet.size_prior import SizePrior, estimate_sizes, support_sizes_ml
+from fsefs_nnunet.priors.size import SizePrior, estimate_sizes, support_sizes_ml
+from fsefs_nnunet.priors.support_memory import CROP_SIZE, SupportMemory
 
 
 def memories_of(model: TrainedModel) -> list[SupportMemory]:

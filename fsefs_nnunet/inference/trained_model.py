@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from fsefs_nnunet.atomic import read_json
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.files import read_json
 from fsefs_nnunet.labels import foreground_classes, foreground_names
-from fsefs_nnunet.network import AdaptedNetwork
-from fsefs_nnunet.plan_keys import check_plan_keys
-from fsefs_nnunet.size_prior import SizePrior
+from fsefs_nnunet.methods.network import AdaptedNetwork
+from fsefs_nnunet.methods.settings import check_plan_keys
+from fsefs_nnunet.priors.size import SizePrior
 
 PRIOR_KEY, MEMORY_KEY = "fseft_prior", "fseft_support"  # what our trainers add to nnU-Net's checkpoints
 
@@ -83,7 +83,7 @@ class TrainedModel:
         )
 
     def _build(self, trainer: str, input_channels: int) -> AdaptedNetwork:
-        from fsefs_nnunet.shims import fseft_trainers
+        from fsefs_nnunet.nnunet.shims import fseft_trainers
 
         cls = getattr(fseft_trainers, trainer, None)
         if cls is None:

@@ -11,17 +11,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fsefs_nnunet.atomic import write_atomically
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.backbones.readers import find_reader, image_geometry
-from fsefs_nnunet.bank.features import extract_features
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
+from fsefs_nnunet.cases.folders import dataset_folders
 from fsefs_nnunet.cases.images import images_in, read_image
-from fsefs_nnunet.devices import device_named
+from fsefs_nnunet.cases.readers import find_reader, image_geometry
+from fsefs_nnunet.device import device_named
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.features.bank import extract_features
+from fsefs_nnunet.files import write_atomically
 from fsefs_nnunet.labels import foreground_names, match_labels
-from fsefs_nnunet.planning import dataset_folders
 
 CONFIGURATION = "3d_fullres"
 # of a label that the head does not know: far below any logit
@@ -160,7 +160,7 @@ def predict_zero_shot(
     images = images_in(images_folder, dataset_json)
     backbone = FrozenBackbone(backbone_id, "last")
     backbone.contract.check_channels(list(dataset_json["channel_names"].values()), str(raw / "dataset.json"))
-    reader = find_reader(backbone.contract, dataset_json["file_ending"]).__name__
+    reader = find_reader(backbone.contract.image_reader_writer, dataset_json["file_ending"]).__name__
     geometries, failures = _geometries(images, reader)
     if not geometries:
         raise InputError(" ".join(failures))

@@ -1,0 +1,1 @@
+"""What others published and how we take it: layouts, import, download, shelf."""

@@ -1,0 +1,72 @@
+"""Where and how precisely we compute, and how much memory that took."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from fsefs_nnunet.errors import InputError
+
+# oneDNN's bfloat16 gradient of a 3^3 convolution's weights holds memory that nothing wrote, NaN for example, where the
+# map's first axis has 2 voxels (torch 2.14)
+THIN = 2
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device "cpu", "cuda" or "mps"; None: the GPU if there is one.
+
+    A CPU gets all its cores, as in nnU-Net's commands.
+
+    Raises:
+        InputError: for a GPU that is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = name or ("cuda" if available["cuda"] else "cpu")
+    if not available.get(name, True):
+        raise InputError(f"There is no GPU here that PyTorch can use as {name!r}: add -device cpu.")
+    if name == "cpu":
+        torch.set_num_threads(os.cpu_count() or 1)
+    return torch.device(name)
+
+
+def reduced_precision(device: torch.device, depth: int = THIN + 1) -> torch.autocast:
+    """Autocast as nnU-Net's on CUDA; bfloat16 on processors with instructions for it, where others only emulate it.
+
+    depth: first axis of the coarsest feature map; float32 on CPUs where a map could be too thin.
+    """
+    on_cpu = device.type == "cpu" and depth > THIN and native_bfloat16()
+    return torch.autocast(device.type, enabled=device.type == "cuda" or on_cpu)
+
+
+def native_bfloat16() -> bool:
+    """Whether this processor has instructions for bfloat16."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def unless_thin(features: torch.Tensor) -> torch.autocast:
+    """The autocast that is on, but float32 for features (B, C, X, Y, Z) that are too thin on a CPU."""
+    kind = features.device.type
+    thin = kind == "cpu" and features.shape[2] <= THIN
+    return torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not thin)
+
+
+def peak_host_memory_gb() -> float | None:
+    """GB (10^9 bytes) of main memory that this process took at most; None where the system does not say (Windows)."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage reports on Linux includes the process that started this one
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text("utf-8"))[1]) * 1024 / 1e9
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def peak_device_memory_gb(device: torch.device) -> float | None:
+    """GB of GPU memory that PyTorch held for this process at most; None for a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None

@@ -1,0 +1,267 @@
+"""FeatureBank: the frozen backbone runs once over each volume; every fold, shot, seed and adapter reads the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from filelock import FileLock
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
+from tqdm import tqdm
+
+from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.cases.preprocessed import require_finite
+from fsefs_nnunet.features.disk import require_space, used_bytes
+from fsefs_nnunet.features.layout import Layout
+from fsefs_nnunet.files import gigabytes, replacing, write_atomically
+
+TILE_STEP_SIZE = 0.5
+WINDOWS = "The frozen backbone ran over {} windows."  # benchmarks/phantoms.py reads it in the logs
+FORMAT = 2  # raise it when the entries change: older ones are left alone then
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: FrozenBackbone, image: torch.Tensor, patch_size: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """Features of a whole volume: windows as nnU-Net's predictor places and weighs them, one at a time.
+
+    The predictor blends logits, this blends features; for a linear probe that is the same.
+
+    Args:
+        image: preprocessed, (channels, X, Y, Z).
+
+    Returns:
+        (C, X, Y, Z) float32 on the CPU: 4 bytes a voxel and channel, the most memory that filling a bank takes.
+    """
+    padded, revert = pad_nd_image(image, patch_size, "constant", {"value": 0}, True, None)
+    starts = window_starts(image.shape[1:], patch_size)
+    windows = [(slice(None), *(slice(a, a + n) for a, n in zip(start, patch_size))) for start in starts]
+
+    def features_of(window: tuple[slice, ...]) -> torch.Tensor:
+        return backbone(padded[window][None].to(device))[0].float().cpu()
+
+    if len(windows) == 1:  # nothing to blend
+        return features_of(windows[0])[(slice(None), *revert[1:])]
+    gaussian = compute_gaussian(
+        tuple(patch_size), sigma_scale=1.0 / 8, value_scaling_factor=10, device=torch.device("cpu")
+    ).float()
+    features = torch.zeros((backbone.out_channels, *padded.shape[1:]))
+    weight = torch.zeros(padded.shape[1:])
+    for window in windows:
+        features[window].addcmul_(features_of(window), gaussian)
+        weight[window[1:]] += gaussian
+    features /= weight
+    return features[(slice(None), *revert[1:])]
+
+
+def window_starts(shape: Sequence[int], patch_size: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """First voxels of the windows over a volume (X, Y, Z), padded to a window where it is smaller."""
+    return list(product(*compute_steps_for_sliding_window(np.maximum(shape, patch_size), patch_size, TILE_STEP_SIZE)))
+
+
+@dataclass(frozen=True)
+class EntryKey:
+    """Everything that an entry depends on: another image, label region or window is another entry."""
+
+    recipe: dict
+    case: str
+    image_sha256: str
+    layout: Layout
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def name(self) -> str:
+        return f"{self.case}_{short_hash(self.to_json())}"
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Stored features of a volume.
+
+    boxes: one (C, x, y, z) float16 array for each box of `layout`, memory-mapped.
+    sums, square_sums: (C,) over all voxels of the volume, the stored ones or not.
+    """
+
+    layout: Layout
+    boxes: list[np.ndarray]
+    sums: np.ndarray
+    square_sums: np.ndarray
+
+    def crop(self, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        """Features (C, *size) float16 from voxel `start` of the volume on; IndexError if no box holds this crop."""
+        start, stop = np.array(start), np.add(start, size)
+        for (first, end), box in zip(self.layout.boxes, self.boxes):
+            if (start >= first).all() and (stop <= end).all():
+                return box[(slice(None), *map(slice, start - first, stop - first))]
+        raise IndexError(f"The crop from {start.tolist()} to {stop.tolist()} is not stored.")
+
+
+class FeatureBank:
+    """fp16 features on disk: for each entry a flat `<name>.npy` as its layout packs it, and a `<name>.json`.
+
+    The names carry the hash of everything that the features depend on. The JSON, written last, says it in full and
+    holds the hash of the features; an entry that does not verify is computed again, by one process at a time.
+    """
+
+    def __init__(
+        self, root: Path, backbone: FrozenBackbone, stages: str, patch_size: Sequence[int], device: torch.device
+    ):
+        """root: the folder of all banks of a dataset. `windows` counts what has gone through the backbone."""
+        self.root = Path(root)
+        self.backbone = backbone
+        self.patch_size = tuple(int(n) for n in patch_size)
+        self.device = device
+        self.recipe = {
+            "format": FORMAT,
+            "backbone": backbone.contract.sha256,
+            "architecture": backbone.contract.architecture,
+            "stages": stages,
+            "patch_size": self.patch_size,
+            "tile_step_size": TILE_STEP_SIZE,
+        }
+        self.folder = self.root / f"{backbone.contract.id}_{short_hash(json.dumps(self.recipe, sort_keys=True))}"
+        self.windows = 0
+        self._entries: dict[str, Entry] = {}
+
+    def __getitem__(self, case: str) -> Entry:
+        """The entry of a case that `fill` was called with."""
+        return self._entries[case]
+
+    def fill(
+        self,
+        cases: Iterable[str],
+        load_image: Callable[[str], np.ndarray],
+        layout: Callable[[str, tuple[int, ...]], Layout],
+        cap_gb: float | None = None,
+        log: Callable[[str], None] = print,
+    ) -> int:
+        """Verify the entries of `cases` and compute those that are missing.
+
+        Args:
+            load_image: preprocessed image (channels, X, Y, Z) of a case.
+            layout: what to keep of a case with a volume of (X, Y, Z) voxels.
+            cap_gb: what all banks in `root` may take.
+
+        Returns:
+            How many entries this process computed.
+
+        Raises:
+            InputError: if an image holds NaN or infinite values, or the disk or the cap is too small.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        os.utime(self.folder)  # last used
+        keys = []
+        for case in cases:
+            image = _finite_image(case, load_image)
+            if image.min() == image.max():
+                log(f"The image of {case} is constant: there is nothing in it to tell voxels apart.")
+            image_sha256 = hashlib.sha256(image).hexdigest()
+            keys.append(EntryKey(self.recipe, case, image_sha256, layout(case, image.shape[1:])))
+        missing = [key for key in keys if not self._open(key)]
+        volumes: dict[str, list[EntryKey]] = {}  # a case may be kept in several ways
+        for key in missing:
+            volumes.setdefault(key.image_sha256, []).append(key)
+        if missing:
+            needed = sum(key.layout.voxels for key in missing) * self.backbone.out_channels * 2
+            log(
+                f"Feature bank {self.folder}: {len(volumes)} volumes and views to go through the frozen backbone, "
+                f"once; their features take {gigabytes(needed)}."
+            )
+            self._tell_odd(missing, log)
+            require_space(self.root, needed, cap_gb)
+        progress = tqdm(volumes.values(), desc="feature bank", disable=not missing)
+        computed = sum(self._compute(keys, load_image) for keys in progress)
+        log(f"Feature bank {self.folder} takes {gigabytes(used_bytes(self.folder))}.")
+        return computed
+
+    def _tell_odd(self, missing: list[EntryKey], log: Callable[[str], None]) -> None:
+        files = {key.name: [self.folder / f"{key.name}{ending}" for ending in (".npy", ".json")] for key in missing}
+        damaged = [name for name, of_entry in files.items() if any(file.exists() for file in of_entry)]
+        if damaged:
+            log(f"{len(damaged)} entries were not whole, or altered, and are computed again: {', '.join(damaged)}.")
+        small = sum(any(n < w for n, w in zip(key.layout.shape, self.patch_size)) for key in missing)
+        if small:
+            log(f"{small} of them are smaller than the window of {self.patch_size} voxels: padded with zeros.")
+
+    def _compute(self, keys: list[EntryKey], load_image: Callable[[str], np.ndarray]) -> int:
+        """Entries of one volume; returns how many this process computed."""
+        # the kernel releases the lock when its holder dies; the empty file stays
+        with FileLock(self.folder / f"{keys[0].image_sha256[:12]}.lock"):
+            missing = [key for key in keys if not self._open(key)]
+            if not missing:
+                return 0  # another training computed them meanwhile
+            image = torch.from_numpy(_finite_image(keys[0].case, load_image))
+            features = extract_features(self.backbone, image, self.patch_size, self.device)
+            self.windows += len(window_starts(image.shape[1:], self.patch_size))
+            for key in missing:
+                self._write(key, features)
+        for key in missing:
+            if not self._open(key):
+                raise OSError(f"{self.folder / key.name}.npy does not read as it was written: the disk may be failing.")
+        return len(missing)
+
+    def _write(self, key: EntryKey, features: torch.Tensor) -> None:
+        array = key.layout.pack(features)
+        sums, square_sums = [], []
+        for channel in features:  # one at a time: float64 of a whole volume is four times what is stored
+            channel = channel.half().double().flatten()
+            sums.append(channel.sum().item())
+            square_sums.append(torch.dot(channel, channel).item())
+        content = {
+            "key": asdict(key),
+            "features_sha256": hashlib.sha256(array).hexdigest(),
+            "sums": sums,
+            "square_sums": square_sums,
+        }
+        with replacing(self.folder / f"{key.name}.npy") as part, open(part, "wb") as f:
+            np.save(f, array)
+        write_atomically(self.folder / f"{key.name}.json", json.dumps(content))
+
+    def _open(self, key: EntryKey) -> bool:
+        """Read and verify an entry; whether it is sound."""
+        try:
+            content = json.loads((self.folder / f"{key.name}.json").read_text("utf-8"))
+            array = np.load(self.folder / f"{key.name}.npy", mmap_mode="r")
+            sound = content["features_sha256"] == hashlib.sha256(array).hexdigest()
+            if not sound or json.dumps(content["key"], sort_keys=True) != key.to_json():
+                return False
+            boxes = key.layout.unpack(array)
+            # mapped from here on: what was verified is what is read, even if the bank is cleared meanwhile
+            self._entries[key.case] = Entry(
+                key.layout, boxes, np.array(content["sums"]), np.array(content["square_sums"])
+            )
+        except (OSError, EOFError, ValueError, KeyError, TypeError):
+            return False
+        return True
+
+    def statistics(self, cases: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of each channel (C,) over all voxels of `cases`."""
+        entries = [self[case] for case in cases]
+        voxels = sum(np.prod(entry.layout.shape) for entry in entries)
+        mean = np.sum([entry.sums for entry in entries], 0) / voxels
+        variance = np.sum([entry.square_sums for entry in entries], 0) / voxels - mean**2
+        std = np.sqrt(np.maximum(variance, 0))
+        # a channel that is dead on these images stays at its mean
+        std = np.where(std > 1e-3 * max(std.max(), 1e-6), std, 1.0)
+        return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+
+
+def _finite_image(case: str, load_image: Callable[[str], np.ndarray]) -> np.ndarray:
+    image = np.ascontiguousarray(load_image(case), dtype=np.float32)
+    require_finite(image, [f"The preprocessed image of {case}"] * len(image))
+    return image

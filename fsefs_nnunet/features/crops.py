@@ -1,0 +1,101 @@
+"""Training batches from the feature bank: crops of support cases, drawn from (seed, epoch, step) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from fsefs_nnunet.features.bank import FeatureBank
+from fsefs_nnunet.features.layout import annotated_voxels, flat_indices, foreground_of
+
+
+class CropLoader:
+    """Iterates over batches like nnU-Net's data loaders: 'data', 'target' and 'keys'.
+
+    'data' is (B, C, X, Y, Z) float16 features, 'target' (B, 1, X, Y, Z) the label map, or what `transform` makes of it.
+    A resumed training draws what an uninterrupted one would have drawn: call `start_epoch` before each epoch.
+    Half of the crops are centred on a random foreground voxel, if there is one (foreground : background 1 : 1, as
+    published). The others lie anywhere, as far as the bank holds the volume: in a block that it keeps for them. Where
+    voxels are ignored, they lie around one that is not.
+    """
+
+    def __init__(
+        self,
+        bank: FeatureBank,
+        segmentations: dict[str, np.ndarray],
+        crop_size: tuple[int, ...],
+        batch_size: int,
+        seed: tuple[int, ...],
+        transform: Callable | None = None,
+        ignore_label: int | None = None,
+    ):
+        """segmentations: label map (1, X, Y, Z) of each support case; voxels of -1 lie outside of the image."""
+        self.bank = bank
+        self.cases = sorted(segmentations)
+        self.segmentations = segmentations
+        self.foreground = {
+            case: flat_indices(foreground_of(seg[0], ignore_label)) for case, seg in segmentations.items()
+        }
+        self.annotated = {case: annotated_voxels(seg[0], ignore_label) for case, seg in segmentations.items()}
+        shapes = np.array([seg.shape[1:] for seg in segmentations.values()])
+        # crops of a batch share a shape: no axis is longer than the smallest support volume
+        self.crop_size = np.minimum(crop_size, shapes.min(0))
+        self.batch_size = batch_size
+        self.seed = seed
+        self.transform = transform
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        self.epoch, self.step = epoch, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        rng = np.random.default_rng((*self.seed, self.epoch, self.step))
+        self.step += 1
+        # without replacement while the support lasts, so that few shots are seen equally often
+        order = np.concatenate(
+            [rng.permutation(len(self.cases)) for _ in range(-(-self.batch_size // len(self.cases)))]
+        )
+        keys = [self.cases[i] for i in order[: self.batch_size]]
+        first = (self.step - 1) * self.batch_size
+        data, target = zip(*(self._crop(rng, case, (first + b) % 2 == 0) for b, case in enumerate(keys)))
+        return {"data": torch.stack(data), "target": torch.stack(target), "keys": keys}
+
+    def _crop(self, rng: np.random.Generator, case: str, on_foreground: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        seg, foreground, annotated, entry = (
+            kept[case] for kept in (self.segmentations, self.foreground, self.annotated, self.bank)
+        )
+        blocks = entry.layout.boxes[1:]  # the first box lies around foreground
+        if on_foreground and len(foreground):
+            start = self._around(rng, foreground, seg.shape[1:])
+        elif len(annotated) and not blocks:
+            start = self._around(rng, annotated, seg.shape[1:])
+        else:
+            blocks = blocks or entry.layout.boxes
+            first, end = blocks[rng.integers(len(blocks))]
+            start = rng.integers(first, end - self.crop_size + 1)
+        box = (slice(None), *(slice(a, a + n) for a, n in zip(start, self.crop_size)))
+        target = torch.from_numpy(np.maximum(seg[box], 0).astype(np.int16))
+        if self.transform is not None:
+            target = self.transform(**{"segmentation": target})["segmentation"]
+        # a copy: the file is mapped read-only
+        return torch.from_numpy(np.array(entry.crop(start, self.crop_size))), target
+
+    def _around(self, rng: np.random.Generator, voxels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """First voxel of a crop of a volume (X, Y, Z), around one of `voxels`, by flat indices."""
+        centre = np.array(np.unravel_index(voxels[rng.integers(len(voxels))], shape))
+        return np.clip(centre - self.crop_size // 2, 0, np.array(shape) - self.crop_size)
+
+
+def region_transform(label_manager) -> Callable | None:
+    """What makes one channel per region of a label map, and one of ignored voxels; None for plain labels."""
+    from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
+
+    if not label_manager.has_regions:
+        return None
+    ignored = [label_manager.ignore_label] if label_manager.has_ignore_label else []
+    return ConvertSegmentationToRegionsTransform([*label_manager.foreground_regions, *ignored])

@@ -1,0 +1,68 @@
+"""Files that are there whole or not at all, and reading what others may have left in parts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from glob import escape
+from pathlib import Path
+from secrets import token_hex
+from time import time
+
+from fsefs_nnunet.errors import InputError
+
+PART = ".part"  # ends the names of unfinished files
+ABANDONED_SECONDS = 24 * 3600
+
+
+@contextmanager
+def replacing(file: str | Path) -> Iterator[Path]:
+    """A path beside `file` to write to; it takes the name of `file` at the end, and is deleted after an error.
+
+    The name is unique, so that two processes may replace one file at once: the last one wins, and whoever reads
+    meanwhile sees one content or the other. What a killed process left more than a day ago is deleted.
+    """
+    file = Path(file)
+    for left in file.parent.glob(f".{escape(file.name)}.*{PART}"):
+        with suppress(FileNotFoundError):
+            if time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                left.unlink()
+    part = file.with_name(f".{file.name}.{os.getpid()}-{token_hex(4)}{PART}")
+    try:
+        yield part
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_atomically(file: str | Path, content: str | bytes) -> None:
+    """Replace `file`: it holds the old content or the new one, never a part."""
+    with replacing(file) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def read_json(file: Path) -> dict:
+    """The content of a JSON file that exists.
+
+    Raises:
+        InputError: if it was written in part.
+    """
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is damaged ({error}): move it away, or restore it.") from error
+
+
+def sha256_of(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.3g} GB"

@@ -1,0 +1,1 @@
+"""What little is trained on a frozen backbone: settings, the registry of methods, adapters, ways into the backbone."""

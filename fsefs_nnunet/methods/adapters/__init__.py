@@ -1,0 +1,34 @@
+"""Adapters: what is trained between the frozen backbone's features and the head.
+
+An adapter maps (B, C, X, Y, Z) to the same shape, starts as the identity unless its docstring says otherwise, and says
+in `margin` how many voxels around a crop its output depends on (None: on all of it). One file each; a trainer of a few
+lines names its key in ADAPTERS.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.methods.adapters.context import ContextAdapter
+from fsefs_nnunet.methods.adapters.linear_probe import LinearProbe
+from fsefs_nnunet.methods.adapters.spatial import SpatialAdapter
+from fsefs_nnunet.methods.adapters.spatial_in import SpatialINAdapter
+
+ADAPTERS = {
+    "linear_probe": LinearProbe,
+    "spatial": SpatialAdapter,
+    "spatial_in": SpatialINAdapter,
+    "context": ContextAdapter,
+}
+
+
+def build_adapter(kind: str, channels: int) -> nn.Module:
+    """The adapter `kind` for features of `channels` channels.
+
+    Raises:
+        ValueError: if there is no such kind.
+    """
+    if kind not in ADAPTERS:
+        raise InputError(f"There is no adapter {kind!r}: choose one of {sorted(ADAPTERS)}.")
+    return ADAPTERS[kind](channels)

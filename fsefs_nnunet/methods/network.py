@@ -1,0 +1,166 @@
+"""AdaptedNetwork: frozen backbone -> standardisation -> 1^3 reduction -> adapter -> head."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.device import unless_thin
+from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.labels import foreground_names, match_labels
+from fsefs_nnunet.methods.adapters import build_adapter
+from fsefs_nnunet.methods.inside.tuned_backbone import TunedBackbone
+
+
+class AdaptedNetwork(nn.Module):
+    """What nnU-Net trains and predicts with in the K-shot configurations.
+
+    Its parameters and its state_dict are those of reduction, adapter, head and the tuned part of the backbone, if any;
+    the backbone is found by id and verified by SHA-256. The mean and standard deviation of the features over the
+    support cases are buffers.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        backbone: str,
+        sha256: str,
+        adapter: str,
+        stages: str,
+        channels: int | None,
+        seed: int,
+        tuned: str = "none",
+        deep_supervision: bool | None = None,
+    ):
+        """nnU-Net gives input_channels, num_classes and deep_supervision (there is none), the trainer gives tuned, the
+        plans give the rest.
+
+        Args:
+            channels: width of the adapter; features of another width are reduced to it by a 1^3 convolution. None: as
+                many as the features have.
+            tuned: part of the backbone that is trained, too: "none", or one that TunedBackbone knows.
+        """
+        super().__init__()
+        self.backbone = (
+            FrozenBackbone(backbone, stages, sha256)
+            if tuned == "none"
+            else TunedBackbone(backbone, stages, sha256, tuned)
+        )
+        if input_channels != self.backbone.contract.input_channels:
+            raise InputError(
+                f"Backbone {backbone!r} takes {self.backbone.contract.input_channels} image channel(s), the dataset "
+                f"has {input_channels}: choose another backbone or convert the dataset."
+            )
+        features = self.backbone.out_channels
+        channels = channels or features
+        self.register_buffer("feature_mean", torch.zeros(features))
+        self.register_buffer("feature_std", torch.ones(features))
+        self.register_buffer("is_fitted", torch.tensor(False))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.reduction = nn.Identity() if features == channels else nn.Conv3d(features, channels, 1, bias=False)
+            self.adapter = build_adapter(adapter, channels)
+            self.head = nn.Conv3d(channels, num_classes, 1)
+        self._pass_leading_channels()
+
+    @property
+    def head_channels(self) -> int:
+        """Width of the universal head's input, 0 if the backbone has no head."""
+        return self.backbone.head.weight.shape[1] if self.backbone.head is not None else 0
+
+    @torch.no_grad()
+    def _pass_leading_channels(self) -> None:
+        # the universal head's channels pass the reduction unchanged, so that step 0 can be the zero-shot prediction
+        if isinstance(self.reduction, nn.Conv3d) and self.head_channels:
+            weight, n = self.reduction.weight, self.head_channels
+            if weight.shape[0] < n:
+                raise InputError(f"channels must be at least {n}, the width of the backbone's last stage.")
+            weight[:n] = 0
+            weight[range(n), range(n)] = 1
+
+    @torch.no_grad()
+    def fit(self, mean: torch.Tensor, std: torch.Tensor, labels: dict, has_regions: bool) -> dict[str, str]:
+        """Take the support features' statistics (C,) and start the head's known rows from the universal head.
+
+        A row that the backbone knows by name predicts exactly what the universal head does; for softmax outputs the
+        background row is zero. Other rows stay fresh.
+
+        Returns:
+            The dataset's class names that were matched, with the backbone's names.
+        """
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_(std)
+        self.is_fitted.fill_(True)
+        names = foreground_names(labels, has_regions)
+        matches = match_labels(names, self.backbone.contract.classes) if self.head_channels else {}
+        if not matches:
+            return {}
+        n, universal = self.head_channels, self.backbone.head
+        weight, bias = universal.weight.flatten(1), universal.bias
+        if self.backbone.contract.softmax:
+            weight, bias = weight - weight[:1], bias - bias[:1]
+        if not has_regions:
+            self.head.weight[0], self.head.bias[0] = 0, 0
+        for name, known in matches.items():
+            row = names.index(name) + (0 if has_regions else 1)
+            k = self.backbone.contract.classes.index(known)
+            self.head.weight[row] = 0
+            self.head.weight[row, :n, 0, 0, 0] = weight[k] * std[:n].to(weight)
+            self.head.bias[row] = bias[k] + (weight[k] * mean[:n].to(weight)).sum()
+        return matches
+
+    # In the state_dict's metadata, the SHA-256 adds no entry, and checkpoints without it load as ever. nnUNetv2_predict
+    # builds the network from the model folder's plans, which a later training on another backbone replaces.
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["backbone_sha256"] = self.backbone.contract.sha256
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        contract = self.backbone.contract
+        trained_on = local_metadata.get("backbone_sha256", contract.sha256)
+        if trained_on != contract.sha256:
+            raise InputError(
+                f"The checkpoint was trained on a backbone of SHA-256 {trained_on[:12]}, the model's plans.json names "
+                f"{contract.id!r} of {contract.sha256[:12]}: restore plans and backbone of before, or train anew."
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Image (B, input_channels, X, Y, Z) -> logits (B, num_classes, X, Y, Z)."""
+        return self.adapt(self.backbone(x))
+
+    def adapt(self, features: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Backbone features (B, C, X, Y, Z), stored ones for example -> logits (B, num_classes, X, Y, Z), float32.
+
+        kept: (B, C), 1 for a channel that is seen, 0 for one that is taken for its mean; None: all are seen.
+        """
+        mean, scale = self.feature_mean, 1 / self.feature_std
+        if kept is not None:
+            scale = scale * kept
+        with unless_thin(features):
+            if not torch.is_autocast_enabled(features.device.type):  # autocast casts what is stored at half the cost
+                features = features.to(mean.dtype)
+            if isinstance(self.reduction, nn.Identity):
+                shape = (-1, len(mean), 1, 1, 1)
+                reduced = torch.addcmul((-mean * scale).view(shape), features, scale.view(shape))
+            else:
+                # standardisation as a part of the reduction: a pass of its own over all features is a tenth of a step
+                weight = self.reduction.weight.flatten(1) * scale.unsqueeze(-2)
+                reduced = _pointwise(features, weight, -(weight @ mean))
+            adapted = self.adapter(reduced)
+        with torch.autocast(features.device.type, enabled=False):  # rounded logits would tie
+            return _pointwise(adapted.to(self.head.weight), self.head.weight.flatten(1), self.head.bias)
+
+
+def _pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """1^3 convolution of x (B, C, X, Y, Z) by weight (K, C) and bias (K,) -> (B, K, X, Y, Z), contiguous.
+
+    Both may have an axis B in front, for a convolution of each. As a product of matrices: oneDNN reorders the input of
+    a convolution, which takes longer than the convolution.
+    """
+    product = torch.baddbmm(bias.unsqueeze(-1), weight.expand(len(x), -1, -1), x.flatten(2))
+    return product.unflatten(2, x.shape[2:])

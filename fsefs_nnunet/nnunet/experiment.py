@@ -1,0 +1,183 @@
+"""Runs nnU-Net's commands in a folder of their own and reads what they leave: for the demo and the benchmarks."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from fsefs_nnunet.errors import InputError
+
+# glibc gives large activations back to the system after each layer and fetches them anew for the next; keeping them
+# costs memory and saves much of Swin UNETR's time on a CPU (documentation/benchmarks.md, "The public backbones")
+ALLOCATOR = {
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_MMAP_THRESHOLD_": str(2**33),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+
+
+# a user may have exported them for trainings of their own; ours are given what they need
+OF_SINGLE_TRAININGS = ("fseft_train_minutes", "fseft_final_validation")
+
+
+def program(command: str) -> str:
+    """Path of a command that was installed with this Python.
+
+    Raises:
+        InputError: if there is none.
+    """
+    folders = os.pathsep.join([str(Path(sys.executable).parent), sysconfig.get_path("scripts"), os.environ["PATH"]])
+    found = shutil.which(command, path=folders)
+    if found is None:
+        raise InputError(
+            f"The command {command} is neither beside {sys.executable} nor on the PATH: activate the environment that "
+            "fsefs_nnunet is installed in."
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A dataset with its plans below `work`, in nnU-Net's three folders; `device` as in nnUNetv2_train.
+
+    results: name of the results' folder, where one dataset has several kinds of them.
+    """
+
+    work: Path
+    dataset: str
+    plans: str = "FSEFTPlans"
+    device: str = "cpu"
+    results: str = "nnUNet_results"
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """nnU-Net's three, by environment variable."""
+        results = {"nnUNet_results": self.work / self.results}
+        return {**{name: self.work / name for name in ("nnUNet_raw", "nnUNet_preprocessed")}, **results}
+
+    @property
+    def raw(self) -> Path:
+        return self.folders["nnUNet_raw"] / self.dataset
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.folders["nnUNet_preprocessed"] / self.dataset
+
+    def environment(self) -> dict[str, str]:
+        folders = {name: str(folder) for name, folder in self.folders.items()}
+        shims = Path(__file__).parent / "shims"
+        # two processes each: a command of nnU-Net's starts up to eight, which import torch for seconds
+        processes = {"nnUNet_def_n_proc": "2", "nnUNet_extTrainer": str(shims)}
+        # threads that wait sleep: by default they spin and take the cores from each other
+        own = {name: value for name, value in os.environ.items() if name not in OF_SINGLE_TRAININGS}
+        return {"OMP_WAIT_POLICY": "PASSIVE", **ALLOCATOR, **own, **folders, **processes}
+
+    def run(self, command: str, *args: str | Path, **environment: str) -> None:
+        """Run a command of nnU-Net's or ours; its output goes to `work`/log.txt.
+
+        Raises:
+            InputError: if it fails, with the end of its output.
+        """
+        log = self.work / "log.txt"
+        line = " ".join([command, *map(str, args)])
+        print(f"$ {line}", flush=True)
+        for folder in self.folders.values():
+            folder.mkdir(parents=True, exist_ok=True)
+        with open(log, "a") as f:
+            f.write(f"\n$ {line}\n")
+            f.flush()
+            env = {**self.environment(), **environment}
+            code = subprocess.run(
+                [program(command), *map(str, args)], env=env, stdout=f, stderr=subprocess.STDOUT
+            ).returncode
+        if code:
+            tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-15:])
+            raise InputError(f"`{line}` failed; {log} ends with:\n{tail}")
+
+    def model(self, trainer: str, configuration: str) -> Path:
+        return self.folders["nnUNet_results"] / self.dataset / f"{trainer}__{self.plans}__{configuration}"
+
+    def train(self, trainer: str, configuration: str, fold: int = 0, **environment: str) -> Path:
+        """`nnUNetv2_train`, unless it is done; returns the fold's folder.
+
+        Done is what has its final checkpoint and, unless fseft_final_validation is "0", the validation's summary.
+        """
+        folder = self.model(trainer, configuration) / f"fold_{fold}"
+        done = (folder / "checkpoint_final.pth").exists()
+        if environment.get("fseft_final_validation") != "0":
+            done = done and (folder / "validation" / "summary.json").exists()
+        if not done:
+            args = (self.dataset, configuration, str(fold), "-tr", trainer, "-p", self.plans, "-device", self.device)
+            if self.device == "cpu":
+                # augmentation in the main process: on few cores workers only compete with the training
+                environment = {"nnUNet_n_proc_DA": os.environ.get("nnUNet_n_proc_DA", "0"), **environment}
+            self.run("nnUNetv2_train", *args, "--c", **environment)
+        return folder
+
+    def predict(
+        self, trainer: str, configuration: str, images: Path, output: Path, fold: int = 0, **environment: str
+    ) -> Path:
+        """`nnUNetv2_predict` with one fold."""
+        args = ("-i", images, "-o", output, "-d", self.dataset, "-c", configuration, "-tr", trainer, "-p", self.plans)
+        self.run(
+            "nnUNetv2_predict", *args, "-f", str(fold), "-device", self.device, "-npp", "2", "-nps", "2", **environment
+        )
+        return output
+
+
+@dataclass(frozen=True)
+class OwnExperiment(Experiment):
+    """A dataset in the user's own folders, as nnU-Net's environment variables name them; `work` gets log.txt alone."""
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        return {name: Path(os.environ[name]) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+
+    def environment(self) -> dict[str, str]:
+        chosen = {name: os.environ[name] for name in ("nnUNet_def_n_proc",) if name in os.environ}
+        return {**super().environment(), **chosen}
+
+
+_END = re.compile(r": (Training done\.|predicting )")
+_TIMESTAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+):")
+
+
+def training_seconds(fold_folder: Path) -> float:
+    """Wall time from the first timestamp to the training's end in the folder's logs: filling the bank included.
+
+    A log that `--val` wrote counts up to its first prediction, too.
+    """
+    seconds = 0.0
+    for log in sorted(Path(fold_folder).glob("training_log_*.txt")):
+        lines = log.read_text("utf-8").splitlines()
+        end = next((i for i, line in enumerate(lines) if _END.search(line)), len(lines))
+        times = [datetime.fromisoformat(m[1]) for line in lines[: end + 1] if (m := _TIMESTAMP.match(line))]
+        if times:
+            seconds += (times[-1] - times[0]).total_seconds()
+    return seconds
+
+
+_BUDGET = re.compile(r"the budget of (\d+) s is used")
+
+
+def training_budget(fold_folder: Path) -> float:
+    """Seconds that a training ended after, as its last log says; 0.0 if none limited it."""
+    logs = [log.read_text("utf-8") for log in sorted(Path(fold_folder).glob("training_log_*.txt"))]
+    return float(([0.0] + [match[1] for log in logs for match in _BUDGET.finditer(log)])[-1])
+
+
+def trained_parameters(checkpoint: Path) -> int:
+    """Number of trained values in a checkpoint; aliases of one tensor count once."""
+    from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+
+    weights = read_checkpoint(checkpoint)["network_weights"]
+    buffers = ("feature_mean", "feature_std", "is_fitted")
+    tensors = {tensor.data_ptr(): tensor.numel() for name, tensor in weights.items() if name not in buffers}
+    return sum(tensors.values())

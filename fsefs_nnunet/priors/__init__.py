@@ -1,0 +1,1 @@
+"""What the unlabelled volumes should look like, and the penalty where a prediction does not."""

@@ -1,0 +1,1 @@
+"""Procedural volumes, their datasets, and the demo on them."""
