@@ -23,10 +23,10 @@ import numpy as np
 
 from fsefs_nnunet.backbones.store import find_backbone, save_backbone
 from fsefs_nnunet.benchmark.evaluation import DICE, SIZE_ERROR
-from fsefs_nnunet.benchmark.methods import METHODS
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.summary import fold_mean, mean_over, spread, values
 from fsefs_nnunet.evaluation.tables import markdown_table
+from fsefs_nnunet.methods.registry import METHODS
 from fsefs_nnunet.nnunet.experiment import Experiment, training_seconds
 
 DATASET = "Dataset004_Hippocampus"

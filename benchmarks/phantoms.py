@@ -16,9 +16,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from fsefs_nnunet.benchmark.methods import METHODS, choose
 from fsefs_nnunet.features.bank import WINDOWS
 from fsefs_nnunet.files import write_atomically
+from fsefs_nnunet.methods.registry import METHODS, choose
 from fsefs_nnunet.nnunet.experiment import Experiment
 from fsefs_nnunet.synthetic.demo import prepare
 

@@ -20,6 +20,7 @@ from fsefs_nnunet.cases.splits import fitting_shots
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.layout import pooling_factor
 from fsefs_nnunet.labels import foreground, match_labels
+from fsefs_nnunet.methods.settings import Settings
 
 PLANS_NAME = "FSEFTPlans"
 
@@ -31,12 +32,6 @@ BYTES_PER_CROP_VOXEL = 2 * 2 * 4 * 5
 # and more in all their stages, 32 in the decoder's last.
 MOST_FEATURES = 256
 SMALLEST_CROP, LARGEST_CROP = 16, 32
-# Many small steps teach more than few large ones, and with few views the adapter learns them by heart
-# (documentation/tuning.md).
-CROPS_PER_STEP, STEPS_PER_EPOCH = 2, 8
-VIEWS = 64  # of all support cases together; each costs a pass of the backbone over one window
-# Calibrated sizes of features pooled by 2 serve the prior as well as those of whole volumes, at an eighth of the cost.
-LEAST_POOLING = 2
 
 
 def default_plans_name(backbone_id: str) -> str:
@@ -163,6 +158,13 @@ class FSEFTPlanner(ExperimentPlanner):
             raise InputError(
                 f"gpu_memory_target_in_gb = {self.UNet_vram_target_GB} is too small for one crop of {crop} voxels."
             )
+        settings = Settings(
+            backbone=self.contract.id,
+            shots=shots,
+            crop_size=tuple(int(n) for n in crop),
+            crops_per_step=min(Settings.crops_per_step, fitting),
+            pool=max(Settings.pool, pooling_factor(parent["median_image_size_in_voxels"])),
+        )
         return {
             "inherits_from": "3d_fullres",
             "patch_size": window,
@@ -179,21 +181,7 @@ class FSEFTPlanner(ExperimentPlanner):
                 },
                 "_kw_requires_import": [],
             },
-            "fseft_backbone": self.contract.id,
-            "fseft_shots": shots,
-            "fseft_crop_size": crop,
-            "fseft_crops_per_step": min(CROPS_PER_STEP, fitting),
-            "fseft_views": VIEWS,
-            "fseft_steps_per_epoch": STEPS_PER_EPOCH,
-            "fseft_loss": "nnunet",
-            "fseft_lambda": 0.3,
-            "fseft_gamma": 0.1,
-            "fseft_predict_gamma": 0.15,
-            "fseft_prior_from_epoch": 30,
-            "fseft_pool": max(LEAST_POOLING, pooling_factor(parent["median_image_size_in_voxels"])),
-            "fseft_bank_gb": None,
-            "fseft_stop_at_plateau": False,
-            "fseft_seed": 12345,
+            **settings.to_plans(),
         }
 
     def untrained(self, child: dict) -> dict:

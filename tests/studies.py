@@ -1,9 +1,9 @@
 """Studies of `fseft benchmark` and results of their cells."""
 
 from fsefs_nnunet.benchmark.evaluation import METRICS
-from fsefs_nnunet.benchmark.methods import METHODS
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.study import open_study
+from fsefs_nnunet.methods.registry import METHODS
 
 NAN = float("nan")
 

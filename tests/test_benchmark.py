@@ -15,7 +15,6 @@ from fsefs_nnunet.benchmark import grid as grid_module
 from fsefs_nnunet.benchmark.cells import Cell
 from fsefs_nnunet.benchmark.evaluation import METRICS
 from fsefs_nnunet.benchmark.grid import _left, plan_cells, run_cells
-from fsefs_nnunet.benchmark.methods import METHODS, choose
 from fsefs_nnunet.benchmark.report import shown
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.shared_features import share_features
@@ -24,6 +23,7 @@ from fsefs_nnunet.cases.splits import load_splits, save_splits
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.inference import weights
+from fsefs_nnunet.methods.registry import METHODS, choose
 from fsefs_nnunet.nnunet.experiment import Experiment
 
 # ---- methods ----

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import astuple
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +12,20 @@ import torch
 from fsefs_nnunet.cases.preprocessed import refuse_missing
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cases.splits import SPLITS_FILE, fold_seed, load_splits, query_cases
-from fsefs_nnunet.device import reduced_precision
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.features.bank import WINDOWS, FeatureBank
+from fsefs_nnunet.features.bank import FeatureBank, Request
 from fsefs_nnunet.features.crops import CropLoader, region_transform
-from fsefs_nnunet.features.disk import BANK_FOLDER, cap_in_gb
+from fsefs_nnunet.features.disk import cap_in_gb
 from fsefs_nnunet.features.layout import Layout, pooled_name, query_layout, support_layout
 from fsefs_nnunet.features.views import SupportViews
 from fsefs_nnunet.inference.trained_model import PRIOR_KEY
 from fsefs_nnunet.labels import foreground_classes, foreground_names
-from fsefs_nnunet.priors.query_volumes import QuerySizes, calibration_cases, share_found
-from fsefs_nnunet.priors.size import estimate_sizes, size_penalty, support_sizes_ml
+from fsefs_nnunet.methods.registry import METHODS
+from fsefs_nnunet.methods.run_file import RunFile
+from fsefs_nnunet.priors import prior_named
+from fsefs_nnunet.priors.objective import objective
+from fsefs_nnunet.priors.prior import SupportLabels
+from fsefs_nnunet.priors.query_volumes import QueryVolumes, calibration_cases, share_found
 from fsefs_nnunet.trainers.adapted_trainer import AdaptedTrainer
 
 CALIBRATION_BATCHES = 8  # of crops of the support
@@ -31,16 +34,14 @@ CALIBRATION_BATCHES = 8  # of crops of the support
 class FSEFTTrainer(AdaptedTrainer):
     """Trains reduction, adapter and head on crops of the feature bank: L_SEG(support) + lambda * L_TI(query).
 
-    Wants a K-shot configuration of plans made by FSEFTPlanner, whose keys say what it does, as do the attributes below.
+    Needs a K-shot configuration of plans made by FSEFTPlanner, whose keys say what it does, as does its method's row.
     """
 
-    use_size_prior = True
-    channel_dropout = 0.0  # probability that a step on the support does not see a channel of a crop
-    initial_lr_of_method = 2e-3
+    method = METHODS["fseft"]
 
     @property
     def wants_prior(self) -> bool:
-        return bool(self.use_size_prior and self.settings["fseft_lambda"])
+        return bool(self.method.trains_with_prior and self.settings.lambda_)
 
     # ---- cases ----
 
@@ -60,70 +61,61 @@ class FSEFTTrainer(AdaptedTrainer):
         return self.dataset_class(self.preprocessed_dataset_folder, [case]).load_case(case)
 
     def load_image(self, case: str) -> np.ndarray:
-        """Preprocessed image (channels, X, Y, Z) of a training case, a view of one, or an unlabelled query."""
-        case = self.pooled_support.get(case, case)
-        if case in self.unlabelled_queries:
-            return self.unlabelled.load(case)
-        if case in self.views.names:
-            image, self.view_segmentations[case] = self.views.make(case)
-            return image
+        """Preprocessed image (channels, X, Y, Z) of a training case."""
         return self.load_case(case)[0][:]
 
-    def load_segmentation(self, case: str) -> np.ndarray:
-        """Label map (1, X, Y, Z) of a support case, or of a view that was loaded."""
-        if case in self.views.names:
-            return self.view_segmentations[case]
-        return self.load_case(case)[1][:]
+    def make_view(self, view: str) -> np.ndarray:
+        """Image (channels, X, Y, Z) of a view of a support case; keeps its label map."""
+        image, self.segmentations[view] = self.views.make(view)
+        return image
 
     def get_dataloaders(self):
+        settings, ignored = self.settings, self.label_manager.ignore_label
         regions = region_transform(self.label_manager)
-        support, views = (
-            {case: self.load_segmentation(case) for case in cases} for cases in (self.support, self.views.names)
-        )
 
-        def loader(stream: int, segmentations: dict[str, np.ndarray]) -> CropLoader:
-            seed = (self.settings["fseft_seed"], fold_seed(self.fold), stream)
-            size, crops = self.settings["fseft_crop_size"], self.settings["fseft_crops_per_step"]
-            ignored = self.label_manager.ignore_label
-            return CropLoader(self.bank, segmentations, size, crops, seed, regions, ignored)
+        def loader(stream: int, cases: Iterable[str]) -> CropLoader:
+            seed = (settings.seed, fold_seed(self.fold), stream)
+            segmentations = {case: self.segmentations[case] for case in cases}
+            return CropLoader(
+                self.bank, segmentations, settings.crop_size, settings.crops_per_step, seed, regions, ignored
+            )
 
-        return loader(0, {**support, **views}), loader(1, support)
+        return loader(0, [*self.run.support, *self.views.names]), loader(1, self.run.support)
 
     # ---- before training ----
 
-    def on_train_start(self):
-        if not self.was_initialized:
-            self.initialize()
-        self.support, labelled_queries = self.do_split()
-        self.unlabelled = UnlabelledQueries(self.preprocessed_dataset_folder)
+    def describe_run(self) -> RunFile:
+        run = super().describe_run()
         splits = load_splits(Path(self.preprocessed_dataset_folder_base) / SPLITS_FILE)
         # the labelled queries enter as images; their labels are not read
-        self.unlabelled_queries = query_cases(splits, self.fold)[1]
+        run.queries = [*run.labelled_queries, *query_cases(splits, self.fold)[1]]
+        return run
+
+    def prepare_training(self) -> None:
+        run = self.run
+        self.unlabelled = UnlabelledQueries(self.preprocessed_dataset_folder)
+        unlabelled = [case for case in run.queries if case not in run.labelled_queries]
         if self.wants_prior:
-            missing = set(self.unlabelled_queries) - set(self.unlabelled.cases)
-            refuse_missing(missing, self.unlabelled.folder, " --queries FOLDER")
-        self.queries = [*labelled_queries, *self.unlabelled_queries]
+            refuse_missing(set(unlabelled) - set(self.unlabelled.cases), self.unlabelled.folder, " --queries FOLDER")
         self.print_to_log_file(
-            f"{len(self.support)} labelled support cases (all the labels that this training uses): {self.support}; "
-            f"{len(self.queries)} queries, {len(labelled_queries)} of them with labels for the final validation."
+            f"{len(run.support)} labelled support cases (all the labels that this training uses): {run.support}; "
+            f"{len(run.queries)} queries, {len(run.labelled_queries)} of them with labels for the final validation."
         )
-        if self.channel_dropout:
-            self.print_to_log_file(f"Each channel of a crop is left out with a probability of {self.channel_dropout}.")
-        self.views = self.support_views()
-        self.view_segmentations: dict[str, np.ndarray] = {}
-        segmentations = {case: self.load_segmentation(case) for case in self.support}
+        if self.method.channel_dropout:
+            self.print_to_log_file(
+                f"Each channel of a crop is left out with a probability of {self.method.channel_dropout}."
+            )
+        self.segmentations = {case: self.load_case(case)[1][:] for case in run.support}
         spacing, ignored = self.configuration_manager.spacing, self.label_manager.ignore_label
-        self.support_sizes = support_sizes_ml(segmentations, self.classes, spacing, ignored)
+        self.support_labels = SupportLabels(self.segmentations, self.classes, spacing, ignored)
         self.pooled_support = {}
-        if self.settings["fseft_pool"] > 1:  # without prior, too: a later training with it needs no second pass
-            cases = calibration_cases(self.support_sizes, len(self.classes))
+        if self.settings.pool > 1:  # without prior, too: a later training with it needs no second pass
+            cases = calibration_cases(self.support_labels.sizes_ml, len(self.classes))
             self.pooled_support = {pooled_name(case): case for case in cases}
-        self.fill_bank()
-        self.estimate_priors()
-        self.start_network()
-        super().on_train_start()
-        self.log_query_sizes("before this training")
-        self.stop_at_plateau()
+        self.views = self.support_views()
+        self.fill_bank(unlabelled)
+        self.estimate_prior()
+        super().prepare_training()
 
     def support_views(self) -> SupportViews:
         """The support cases under nnU-Net's augmentation.
@@ -131,7 +123,7 @@ class FSEFTTrainer(AdaptedTrainer):
         Raises:
             InputError: if crops are larger than the views.
         """
-        views, crop, window = (self.settings[key] for key in ("fseft_views", "fseft_crop_size", "patch_size"))
+        views, crop, window = self.settings.views, self.settings.crop_size, self.configuration_manager.patch_size
         if views and any(n > w for n, w in zip(crop, window)):
             where = f"{self.configuration_name!r} in {self.plans_manager.plans_name}.json"
             raise InputError(
@@ -148,7 +140,7 @@ class FSEFTTrainer(AdaptedTrainer):
             )
 
         return SupportViews(
-            self.support,
+            self.run.support,
             views,
             load_case=self.load_case,
             transforms_of=transforms_of,
@@ -156,67 +148,70 @@ class FSEFTTrainer(AdaptedTrainer):
             ignore_label=self.label_manager.ignore_label,
             window=window,
             initial_patch=initial_patch,
-            seed=self.settings["fseft_seed"],
+            seed=self.settings.seed,
         )
 
-    def fill_bank(self) -> None:
+    def fill_bank(self, unlabelled: list[str]) -> None:
         """Run the frozen backbone once over support and queries, unless an earlier training did."""
-        self.bank = FeatureBank(
-            Path(self.preprocessed_dataset_folder_base) / BANK_FOLDER,
-            self.network.backbone,
-            self.settings["architecture"]["arch_kwargs"]["stages"],
-            self.configuration_manager.patch_size,
-            self.device,
+        preprocessed = Path(self.preprocessed_dataset_folder_base)
+        self.bank = FeatureBank.of_configuration(
+            preprocessed, self.network.backbone, self.configuration_manager, self.device
         )
-        queries = self.queries if self.wants_prior else []
-        needed = [*self.support, *self.views.names, *self.pooled_support, *queries]
-        cap_gb = cap_in_gb(self.settings.get("fseft_bank_gb"))
-        self.bank.fill(needed, self.load_image, self.bank_layout, cap_gb, self.print_to_log_file)
+        requests = [
+            *(Request(case, partial(self.load_image, case), partial(self.kept_of, case)) for case in self.run.support),
+            *(Request(view, partial(self.make_view, view), partial(self.kept_of, view)) for view in self.views.names),
+            *(Request(name, partial(self.load_image, case), self.pooled) for name, case in self.pooled_support.items()),
+        ]
+        if self.wants_prior:
+            labelled = self.run.labelled_queries
+            requests += [Request(case, partial(self.load_image, case), self.pooled) for case in labelled]
+            requests += [Request(case, partial(self.unlabelled.load, case), self.pooled) for case in unlabelled]
+        self.clock.lap(self.run, "start")
+        self.bank.fill(requests, cap_in_gb(self.settings.bank_gb), self.print_to_log_file)
+        self.clock.lap(self.run, "feature bank")
+        self.run.windows += self.bank.windows
 
-    def bank_layout(self, case: str, shape: tuple[int, ...]) -> Layout:
-        """What the bank keeps of a volume of `shape`; of a query it depends on the image alone."""
-        if case not in self.support and case not in self.views.names:
-            return query_layout(shape, self.settings["fseft_pool"])
-        labels, ignored = self.load_segmentation(case)[0], self.label_manager.ignore_label
-        window = self.configuration_manager.patch_size
-        return support_layout(case, labels, self.settings["fseft_crop_size"], window, ignored)
+    def kept_of(self, case: str, shape: tuple[int, ...]) -> Layout:
+        """What the bank keeps of a support case or view of `shape`."""
+        labels, ignored = self.segmentations[case][0], self.label_manager.ignore_label
+        return support_layout(case, labels, self.settings.crop_size, self.configuration_manager.patch_size, ignored)
 
-    def estimate_priors(self) -> None:
-        """Size prior S of each class in ml, from the support labels alone."""
-        self.priors = estimate_sizes(self.support_sizes, len(self.classes))
-        self.query_sizes = None
+    def pooled(self, shape: tuple[int, ...]) -> Layout:
+        return query_layout(shape, self.settings.pool)
+
+    def estimate_prior(self) -> None:
+        """From the support labels alone."""
+        self.prior = prior_named(self.method.prior).estimate(self.support_labels)
+        self.query_volumes = None
         if why := self.why_no_prior():
-            self.print_to_log_file(f"The size prior has no effect: {why}.")
+            self.print_to_log_file(f"The prior has no effect: {why}.")
             return
-        gamma = self.settings["fseft_gamma"]
-        for name, prior in zip(self.class_names, self.priors):
-            text = f"{prior.size:.2f} ml, spread {prior.spread:.2f} ml, {prior.num_cases} cases" if prior else "none"
-            tolerated = f", tolerated {prior.tolerance(gamma):.0%}" if prior else ""
-            self.print_to_log_file(f"Size prior of {name}: {text}{tolerated}")
+        names, gamma = self.class_names, self.settings.gamma
+        for line in self.prior.describe(names, gamma):
+            self.print_to_log_file(line)
+        self.run.prior = self.prior.report(names, gamma)
         voxel_ml = float(np.prod(self.configuration_manager.spacing)) / 1000
         pooled_support = {
-            name: torch.tensor(self.support_sizes[case], dtype=torch.float32)
+            name: torch.tensor(self.support_labels.sizes_ml[case], dtype=torch.float32)
             for name, case in self.pooled_support.items()
         }
-        self.query_sizes = QuerySizes(self.bank, self.queries, voxel_ml, pooled_support)
-        known = [i for i, prior in enumerate(self.priors) if prior]
-        self.known = torch.tensor(known, device=self.device)
-        self.prior_ml = torch.tensor([self.priors[i].size for i in known], device=self.device)
-        tolerances = [self.priors[i].tolerance(gamma) for i in known]
-        self.tolerance = torch.tensor(tolerances, device=self.device)
+        self.query_volumes = QueryVolumes(self.bank, self.run.queries, voxel_ml, pooled_support)
 
     def why_no_prior(self) -> str | None:
         if not self.wants_prior:
             return "it is switched off"
-        if not self.queries:
+        if not self.run.queries:
             return "there are no queries"
-        return None if any(self.priors) else "no support case shows a class whole"
+        return self.prior.why_no_effect()
 
     def start_network(self) -> None:
-        """A fresh network takes the support features' statistics and the universal head's rows."""
-        if self.network.is_fitted:
-            return
-        self.fit_network(*self.bank.statistics(self.support))
+        if not self.network.is_fitted:
+            self.fit_network(*self.bank.statistics(self.run.support))
+
+    def on_train_start(self):
+        super().on_train_start()
+        self.log_query_sizes("before")
+        self.stop_at_plateau()
 
     # ---- training ----
 
@@ -224,8 +219,14 @@ class FSEFTTrainer(AdaptedTrainer):
         super().on_train_epoch_start()
         self.dataloader_train.start_epoch(self.current_epoch)
         self.dataloader_val.start_epoch(0)  # the same crops each time, so that epochs can be compared
-        if self.query_sizes is not None and self.current_epoch >= self.settings["fseft_prior_from_epoch"]:
+        self.seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # query, sizes and penalty of the epoch's steps
+        if self.prior_counts:
             self.calibrate()
+
+    @property
+    def prior_counts(self) -> bool:
+        """Whether the epoch's steps heed the prior: not while the warm-up lasts."""
+        return self.query_volumes is not None and self.current_epoch >= self.settings.prior_from_epoch
 
     @torch.no_grad()
     def calibrate(self) -> None:
@@ -236,17 +237,18 @@ class FSEFTTrainer(AdaptedTrainer):
         batches = (next(self.dataloader_val) for _ in range(CALIBRATION_BATCHES))
         found = share_found(self.network, batches, self.label_manager)
         self.dataloader_val.start_epoch(0)
-        self.query_sizes.calibrate(self.network, self.label_manager.has_regions, found)
+        self.query_volumes.calibrate(self.network, self.label_manager.has_regions, found)
 
     def query_penalty(self) -> torch.Tensor | None:
-        """Eq. (2) on the step's query, averaged over the classes; None while the warm-up lasts or without a prior."""
-        if self.query_sizes is None or self.current_epoch < self.settings["fseft_prior_from_epoch"]:
+        """L_TI of the step's query; None while the prior does not count."""
+        if not self.prior_counts:
             return None
         step, has_regions = self.training_step, self.label_manager.has_regions
-        query = self.query_sizes.rotating(step, self.settings["fseft_seed"])
-        predicted = self.query_sizes.predict_beside_support(self.network, query, step, has_regions)[self.known]
-        whole = predicted.seen_whole(self.prior_ml)
-        return size_penalty(predicted.soft, self.prior_ml, self.tolerance, whole).mean()
+        query = self.query_volumes.rotating(step, self.settings.seed)
+        prediction = self.query_volumes.predict_beside_support(self.network, query, step, has_regions)
+        penalty = self.prior.penalty(prediction, self.settings.gamma)
+        self.seen.append((query, prediction.sizes.soft.detach(), penalty.detach()))
+        return penalty
 
     @property
     def training_step(self) -> int:
@@ -255,19 +257,24 @@ class FSEFTTrainer(AdaptedTrainer):
 
     def kept_channels(self, features: torch.Tensor) -> torch.Tensor | None:
         """Which channels of features (B, C, X, Y, Z) the step sees, (B, C); a function of the step, for `--c`."""
-        if not self.channel_dropout:
+        if not self.method.channel_dropout:
             return None
-        rng = np.random.default_rng((self.settings["fseft_seed"], fold_seed(self.fold), self.training_step))
-        return torch.from_numpy(rng.random(features.shape[:2]) >= self.channel_dropout).to(features.device)
+        rng = np.random.default_rng((self.settings.seed, fold_seed(self.fold), self.training_step))
+        return torch.from_numpy(rng.random(features.shape[:2]) >= self.method.channel_dropout).to(features.device)
 
     def train_step(self, batch: dict) -> dict:
         features = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
-        with reduced_precision(self.device):
-            segmentation_loss = self.loss(self.network.adapt(features, self.kept_channels(features)), target)
-        penalty = self.query_penalty()
-        loss = segmentation_loss if penalty is None else segmentation_loss + self.settings["fseft_lambda"] * penalty
+        loss, segmentation_loss = objective(
+            self.network,
+            features,
+            target,
+            self.loss,
+            self.settings.lambda_,
+            self.query_penalty,
+            self.kept_channels(features),
+        )
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)
@@ -290,26 +297,38 @@ class FSEFTTrainer(AdaptedTrainer):
         finally:
             self.network = network
 
+    def describe_epoch(self, epoch: int) -> dict:
+        described = super().describe_epoch(epoch)
+        if self.seen:
+            described["penalty"] = torch.stack([penalty for _, _, penalty in self.seen]).mean().item()
+            described["sizes_ml"] = {query: self.by_class(sizes) for query, sizes, _ in self.seen}
+        return described
+
+    def by_class(self, sizes: torch.Tensor) -> dict[str, float]:
+        return {name: round(size, 4) for name, size in zip(self.class_names, sizes.tolist())}
+
     def on_train_end(self):
-        self.log_query_sizes("after training")
-        self.print_to_log_file(WINDOWS.format(self.bank.windows))
+        self.log_query_sizes("after")
         super().on_train_end()
 
+    @torch.no_grad()
     def log_query_sizes(self, when: str) -> None:
-        if self.query_sizes is None:
+        """when: "before" or "after" the training."""
+        if self.query_volumes is None or (when == "before" and self.current_epoch):
             return
-        self.print_to_log_file(f"Predicted sizes of the queries in ml {when}:")
         self.calibrate()
-        names = [self.class_names[i] for i in self.known]
-        sizes, missing = self.query_sizes.describe(
-            self.network, self.label_manager.has_regions, self.known, names, self.prior_ml
-        )
-        for line in sizes:
-            self.print_to_log_file(line, add_timestamp=False)
-        if self.current_epoch:  # what an untrained network misses says nothing of the queries
-            for line in missing:
-                self.print_to_log_file(line)
+        self.print_to_log_file(f"Predicted sizes of the queries in ml {when} this training:")
+        sizes_ml = self.run.sizes_ml[when] = {}
+        for query in self.run.queries:
+            sizes = self.query_volumes.predict(self.network, query, self.label_manager.has_regions).sizes
+            sizes_ml[query] = self.by_class(sizes.soft)
+            line = ", ".join(f"{name} {size:.2f}" for name, size in sizes_ml[query].items())
+            self.print_to_log_file(f"  {query}: {line}", add_timestamp=False)
+            if self.current_epoch:  # what an untrained network misses says nothing of the query
+                for name, reasons in self.prior.remarks(sizes, self.class_names).items():
+                    why = " and ".join(reasons)
+                    self.print_to_log_file(f"  {name} of {query} {why}: the prior does not enlarge it.")
 
     def added_to_checkpoint(self) -> dict:
-        """What `fseft predict` wants of a model that travels alone."""
-        return super().added_to_checkpoint() | {PRIOR_KEY: [prior and astuple(prior) for prior in self.priors]}
+        """What `fseft predict` needs of a model that travels alone."""
+        return super().added_to_checkpoint() | {PRIOR_KEY: self.prior.state()}

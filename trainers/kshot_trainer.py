@@ -7,6 +7,7 @@ import os
 from os.path import join
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
 from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint, read_checkpoint
@@ -16,6 +17,7 @@ from fsefs_nnunet.device import peak_device_memory_gb, peak_host_memory_gb
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import replacing
 from fsefs_nnunet.inference.trained_model import require_backbone_of
+from fsefs_nnunet.methods.run_file import RUN_FILE, VALIDATION, RunFile, StageClock
 from fsefs_nnunet.trainers.without_mirroring import WithoutMirroring
 
 LOCK_FILE = "training.lock"
@@ -23,17 +25,23 @@ SUPPORT_KEY = "fseft_support_sha256"  # in checkpoints: which cases were support
 
 
 class KShotTrainer(WithoutMirroring):
-    """Trains on the support cases of `splits_fseft.json`; its final validation predicts the labelled queries."""
+    """Trains on the support cases of `splits_fseft.json`; its final validation predicts the labelled queries.
+
+    The facts of the training go to `fseft_run.json` beside its checkpoints.
+    """
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
+        self.clock, self.run = StageClock(), None
+        super().__init__(plans, configuration, fold, dataset_json, device)
 
     @property
-    def settings(self) -> dict:
-        """The configuration as the plans give it."""
-        return self.configuration_manager.configuration
+    def shots(self) -> int | str:
+        return self.configuration_manager.configuration["fseft_shots"]
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """Support cases, and the labelled queries that the final validation predicts; nothing else reads the latter."""
         splits = load_splits(Path(self.preprocessed_dataset_folder_base) / SPLITS_FILE)
-        support = support_cases(splits, self.settings["fseft_shots"], self.fold)
+        support = support_cases(splits, self.shots, self.fold)
         queries = query_cases(splits, self.fold)[0]
         require_cases([*support, *queries], self.preprocessed_dataset_folder)
         return support, queries
@@ -64,7 +72,7 @@ class KShotTrainer(WithoutMirroring):
             self.initialize()
         if isinstance(filename_or_checkpoint, str):
             content = self.refuse_damage(Path(filename_or_checkpoint))
-            require_backbone_of(filename_or_checkpoint, content, self.settings)
+            require_backbone_of(filename_or_checkpoint, content, self.configuration_manager.configuration)
             if content.get(SUPPORT_KEY, self.support_sha256) != self.support_sha256:
                 raise InputError(
                     f"{filename_or_checkpoint} was trained on other support cases than those of {SPLITS_FILE} now: "
@@ -96,10 +104,62 @@ class KShotTrainer(WithoutMirroring):
         """Data beside what nnU-Net keeps; its loaders do not look at it."""
         return {SUPPORT_KEY: self.support_sha256}
 
+    # ---- the run file ----
+
+    def describe_run(self) -> RunFile:
+        """What is known before the training; of one that was continued, with what was done before."""
+        support, queries = self.do_split()
+        run = RunFile(type(self).__name__, self.configuration_name, self.fold, support, queries, queries)
+        network = self.network.module if self.is_ddp else self.network
+        run.trained_parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        if self.current_epoch and Path(self.output_folder, RUN_FILE).exists():
+            before = RunFile.load(self.output_folder)
+            run.windows, run.seconds, run.peak_memory_gb = before.windows, before.seconds, before.peak_memory_gb
+            run.epochs, run.head_rows = before.epochs[: self.current_epoch], before.head_rows
+            run.sizes_ml = before.sizes_ml
+        return run
+
+    def save_run(self, stage: str) -> None:
+        """The time since the last call belongs to `stage`."""
+        self.clock.lap(self.run, stage)
+        self.run.keep_peak("host", peak_host_memory_gb())
+        self.run.keep_peak("device", peak_device_memory_gb(self.device))
+        if not self.local_rank:
+            self.run.save(self.output_folder)
+
+    def on_train_start(self):
+        if not self.was_initialized:
+            self.initialize()
+        self.run = self.describe_run()
+        self.prepare_training()
+        super().on_train_start()
+        self.save_run("start")
+
+    def prepare_training(self) -> None:
+        """What has to be there before nnU-Net's own preparations."""
+
+    def on_epoch_end(self):
+        epoch = self.current_epoch
+        try:
+            super().on_epoch_end()
+        finally:  # the last epoch of a time budget ends with an exception
+            self.run.epochs.append(self.describe_epoch(epoch))
+            self.save_run("training")
+
+    def describe_epoch(self, epoch: int) -> dict:
+        loss, dice, start, end = (
+            float(self.logger.get_value(key, step=epoch))
+            for key in ("train_losses", "mean_fg_dice", "epoch_start_timestamps", "epoch_end_timestamps")
+        )
+        return {"loss": loss, "pseudo_dice": dice, "seconds": end - start}
+
     def on_train_end(self):
         super().on_train_end()
-        if peak := peak_device_memory_gb(self.device) or peak_host_memory_gb():
-            self.print_to_log_file(f"Peak memory of this process: {peak:.3f} GB.")
+        self.save_run("training")
+        for place, peak in self.run.peak_memory_gb.items():
+            self.print_to_log_file(f"Peak memory of this process, {place}: {peak:.3f} GB.")
+
+    # ---- validation ----
 
     def perform_actual_validation(self, save_probabilities: bool = False):
         queries = self.do_split()[1]
@@ -115,3 +175,7 @@ class KShotTrainer(WithoutMirroring):
                 file.unlink()
         super().perform_actual_validation(save_probabilities)
         self.print_to_log_file(f"Validation results: {join(self.output_folder, 'validation', 'summary.json')}")
+        if self.run is None and Path(self.output_folder, RUN_FILE).exists():  # `--val`
+            self.run = RunFile.load(self.output_folder)
+        if self.run is not None:
+            self.save_run(VALIDATION)

@@ -13,6 +13,7 @@ from torch import nn
 from fsefs_nnunet.cases.preprocessed import require_finite
 from fsefs_nnunet.cases.splits import fold_seed
 from fsefs_nnunet.device import reduced_precision
+from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.trainers.kshot_trainer import KShotTrainer
 from fsefs_nnunet.trainers.time_budget import TimeBudgetTrainer
 
@@ -41,6 +42,11 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
         support = self.do_split()[0]
         return tuple(self.dataset_class(self.preprocessed_dataset_folder, list(support)) for _ in range(2))
 
+    @property
+    def seed(self) -> int:
+        """Of the patches."""
+        return 0
+
     def _build_loss(self):
         return Float32Loss(super()._build_loss())
 
@@ -53,13 +59,18 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
         with reduced_precision(self.device, depth):  # as the steps from the feature bank
             return super().train_step(batch)
 
-    def on_train_start(self):
-        support = self.do_split()[0]
+    def prepare_training(self) -> None:
+        super().prepare_training()
+        support = self.run.support
         self.refuse_broken_images(support)
         self.print_to_log_file(
             f"{len(support)} labelled support cases (all the labels that this training uses): {support}."
         )
-        super().on_train_start()
+
+    def describe_run(self) -> RunFile:
+        run = super().describe_run()
+        run.budget_seconds = self.budget_seconds()
+        return run
 
     def refuse_broken_images(self, cases: list[str]) -> None:
         """One NaN turns all weights into NaN; nnU-Net's own preprocessing lets it pass."""
@@ -72,7 +83,7 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
         # nnU-Net's loaders draw from the global generators
-        draws = np.random.default_rng((self.settings.get("fseft_seed", 0), fold_seed(self.fold), self.current_epoch))
+        draws = np.random.default_rng((self.seed, fold_seed(self.fold), self.current_epoch))
         np.random.seed(draws.integers(2**32))
         torch.manual_seed(draws.integers(2**32))
         random.seed(int(draws.integers(2**32)))

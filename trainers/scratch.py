@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.methods.settings import is_k_shot
 from fsefs_nnunet.trainers.patch_trainer import PatchTrainer
 
 
@@ -18,7 +19,8 @@ class FSEFTTrainer_Scratch(PatchTrainer):
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        if "fseft_shots" not in self.settings or "fseft_backbone" in self.settings:
+        keys = self.configuration_manager.configuration
+        if "fseft_shots" not in keys or is_k_shot(keys):
             raise InputError(
                 f"{configuration!r} of plans {self.plans_manager.plans_name!r} is no baseline: make plans with `fseft "
                 "plan_and_preprocess -d ID` and train one of 3d_fullres_1shot_scratch, _5shot_scratch, ..."

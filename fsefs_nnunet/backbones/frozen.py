@@ -1,23 +1,15 @@
-"""A backbone, loaded, verified and frozen. New architectures are added to ARCHITECTURES."""
+"""A backbone, loaded, verified and frozen."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from fsefs_nnunet.backbones.architectures.nnunet import NNUNetBackbone
-from fsefs_nnunet.backbones.architectures.raw_image import RawImageBackbone
-from fsefs_nnunet.backbones.architectures.suprem_unet import SuPreMUNetBackbone
-from fsefs_nnunet.backbones.architectures.swin_unetr import SwinUNETRBackbone
+from fsefs_nnunet.backbones.architectures import build_architecture
+from fsefs_nnunet.backbones.maps import FeatureMap
 from fsefs_nnunet.backbones.store import find_backbone, load_weights
-from fsefs_nnunet.errors import InputError
-
-ARCHITECTURES = {
-    "nnunet": NNUNetBackbone,
-    "raw_image": RawImageBackbone,
-    "swin_unetr": SwinUNETRBackbone,
-    "suprem_unet": SuPreMUNetBackbone,
-}
 
 
 class FrozenBackbone(nn.Module):
@@ -31,16 +23,18 @@ class FrozenBackbone(nn.Module):
         """Raises InputError for an unknown backbone, damaged weights, or others than `sha256`."""
         super().__init__()
         self.contract = find_backbone(backbone_id)
-        kind = self.contract.architecture.get("kind")
-        if kind not in ARCHITECTURES:
-            raise InputError(f"Backbone {backbone_id!r} is of kind {kind!r}; known kinds: {', '.join(ARCHITECTURES)}.")
-        module = ARCHITECTURES[kind](self.contract, stages)
+        module = build_architecture(self.contract, stages)
         module.load_backbone_state(load_weights(self.contract, sha256))
         self.__dict__["module"] = module.eval().requires_grad_(False)
 
     @property
+    def maps(self) -> Sequence[FeatureMap]:
+        return self.module.maps
+
+    @property
     def out_channels(self) -> int:
-        return self.module.out_channels
+        """Of all maps together."""
+        return sum(feature_map.channels for feature_map in self.maps)
 
     @property
     def head(self) -> nn.Module | None:
@@ -51,6 +45,6 @@ class FrozenBackbone(nn.Module):
         return super()._apply(fn)
 
     @torch.no_grad()
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """image (B, input_channels, X, Y, Z) -> features (B, out_channels, X, Y, Z)."""
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """image (B, input_channels, X, Y, Z) -> feature maps, see backbones/protocol.py."""
         return self.module(image)

@@ -1,4 +1,4 @@
-"""The public universal backbones for CT: what is known of each, and the contract that all of them share."""
+"""The public universal backbones for CT, a row each."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.labels import BTCV_14, TEMPLATE_29, TEMPLATE_32
 
-SWIN_UNETR, UNET = "swin_unetr", "suprem_unet"  # names of classes in frozen.ARCHITECTURES
-DIVISORS = {SWIN_UNETR: 32, UNET: 8}
-WINDOW = 96  # voxels per axis: all were trained on windows of this size alone
+SWIN_UNETR, UNET = "swin_unetr", "suprem_unet"  # keys of architectures.ARCHITECTURES
+DIVISORS = {SWIN_UNETR: 32, UNET: 8}  # what the architecture asks of a window's sides
 
 _HUGGINGFACE = "https://huggingface.co/MrGiovanni/SuPreM"
 _MONAI_RELEASE = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1"
@@ -22,9 +21,34 @@ _TANG = "Tang et al., Self-Supervised Pre-Training of Swin Transformers for 3D M
 
 
 @dataclass(frozen=True)
+class Training:
+    """How a published backbone saw its images in training; the words are those of BackboneContract.
+
+    hu_window: clipped to and mapped to [0, 1].
+    window: voxels per axis of its patches; the smallest and the largest that it is used with.
+    """
+
+    spacing: tuple[float, float, float]
+    hu_window: tuple[float, float]
+    window: tuple[int, int, int]
+    channel_names: tuple[str, ...] = ("CT",)
+    image_reader_writer: str = "NibabelIOWithReorient"  # RAS
+    transpose_forward: tuple[int, int, int] = (2, 1, 0)  # x, y, z
+
+    @property
+    def ct_normalization(self) -> dict[str, float]:
+        low, high = self.hu_window
+        return {"percentile_00_5": low, "percentile_99_5": high, "mean": low, "std": high - low}
+
+
+ABDOMINAL_CT = Training(spacing=(1.5, 1.5, 1.5), hu_window=(-175.0, 250.0), window=(96, 96, 96))
+
+
+@dataclass(frozen=True)
 class PublishedBackbone:
     """A file that others published.
 
+    training: how it saw its images.
     kind, features: its architecture and the width of the decoder's last stage.
     classes: what it was trained on; with `head`, the rows of its linear head, in order.
     encoder_only: the file has no decoder.
@@ -33,6 +57,7 @@ class PublishedBackbone:
     """
 
     id: str
+    training: Training
     kind: str = SWIN_UNETR
     features: int = 48
     classes: tuple[str, ...] = ()
@@ -53,7 +78,8 @@ class PublishedBackbone:
         return f"fseft backbones download {self.id}" if self.link else f"fseft backbones import {self.id} FILE"
 
     def contract(self, source: dict) -> BackboneContract:
-        """RAS, axes x, y, z, 1.5 mm, HU [-175, 250] to [0, 1], windows of 96^3. source: what was imported."""
+        """source: what was imported."""
+        training = self.training
         return BackboneContract(
             id=self.id,
             architecture={
@@ -64,20 +90,18 @@ class PublishedBackbone:
             },
             classes=self.classes,
             softmax=self.softmax,
-            channel_names=("CT",),
-            image_reader_writer="NibabelIOWithReorient",
-            transpose_forward=(2, 1, 0),
-            spacing=(1.5, 1.5, 1.5),
+            channel_names=training.channel_names,
+            image_reader_writer=training.image_reader_writer,
+            transpose_forward=training.transpose_forward,
+            spacing=training.spacing,
             normalization_schemes=("CTNormalization",),
             use_mask_for_norm=(False,),
-            foreground_intensity_properties_per_channel={
-                "0": {"percentile_00_5": -175.0, "percentile_99_5": 250.0, "mean": -175.0, "std": 425.0}
-            },
+            foreground_intensity_properties_per_channel={"0": training.ct_normalization},
             resampling_fn_data="resample_data_or_seg_to_shape",
             # None would resample thick slices by nearest neighbour along z; the authors' images were trilinear
             resampling_fn_data_kwargs={"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": False},
-            patch_size=(WINDOW,) * 3,
-            smallest_window=(WINDOW,) * 3,
+            patch_size=training.window,
+            smallest_window=training.window,
             divisor=(DIVISORS[self.kind],) * 3,
             licence=self.licence,
             citation=self.citation,
@@ -89,6 +113,7 @@ class PublishedBackbone:
 _ENTRIES = [
     PublishedBackbone(
         "fseft",
+        ABDOMINAL_CT,
         classes=TEMPLATE_29,
         head=True,
         file="fseft.pth",
@@ -99,6 +124,7 @@ _ENTRIES = [
     ),
     PublishedBackbone(
         "clipdriven",
+        ABDOMINAL_CT,
         classes=TEMPLATE_32,
         file="supervised_clip_driven_universal_swin_unetr_2100.pth",
         link=f"{_HUGGINGFACE}/resolve/main/supervised_clip_driven_universal_swin_unetr_2100.pth",
@@ -109,6 +135,7 @@ _ENTRIES = [
     ),
     PublishedBackbone(
         "clipdriven_unet",
+        ABDOMINAL_CT,
         kind=UNET,
         features=64,
         classes=TEMPLATE_32,
@@ -121,6 +148,7 @@ _ENTRIES = [
     ),
     PublishedBackbone(
         "suprem_swinunetr",
+        ABDOMINAL_CT,
         classes=TEMPLATE_32,
         file="supervised_suprem_swinunetr_2100.pth",
         link=f"{_HUGGINGFACE}/resolve/main/supervised_suprem_swinunetr_2100.pth",
@@ -133,6 +161,7 @@ _ENTRIES = [
     ),
     PublishedBackbone(
         "suprem_unet",
+        ABDOMINAL_CT,
         kind=UNET,
         features=64,
         classes=TEMPLATE_32,
@@ -147,6 +176,7 @@ _ENTRIES = [
     ),
     PublishedBackbone(
         "btcv",
+        ABDOMINAL_CT,
         classes=BTCV_14,
         head=True,
         softmax=True,
@@ -158,6 +188,7 @@ _ENTRIES = [
     ),
     PublishedBackbone(
         "selfsup",
+        ABDOMINAL_CT,
         encoder_only=True,
         file="model_swinvit.pt",
         link=f"{_MONAI_RELEASE}/model_swinvit.pt",

@@ -9,15 +9,22 @@ from statistics import mean
 from time import time
 
 from fsefs_nnunet.benchmark.evaluation import METRICS, evaluate, write_summary
-from fsefs_nnunet.benchmark.methods import METHODS, Method
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.study import Study
 from fsefs_nnunet.cases.splits import support_cases
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.evaluation.training_logs import logged_support, peak_memory
 from fsefs_nnunet.files import read_json
 from fsefs_nnunet.inference.weights import sha256_of_weights
-from fsefs_nnunet.nnunet.experiment import trained_parameters, training_budget, training_seconds
+from fsefs_nnunet.methods.registry import METHODS, Method
+from fsefs_nnunet.methods.run_file import RUN_FILE, RunFile
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What the benchmark took for a cell: wall seconds, and windows through the backbone in its predictions."""
+
+    seconds: float = 0.0
+    windows: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +90,11 @@ class Cell:
         return summary.stat().st_mtime >= self.checkpoint.stat().st_mtime
 
     @property
+    def run_facts(self) -> RunFile:
+        """Of the training. Raises InputError where it left none."""
+        return RunFile.load(self.folder)
+
+    @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint_final.pth"
 
@@ -113,12 +125,11 @@ class Cell:
                 f"{model} was trained with other plans than the present {name!r}: move it away, or give the plans that "
                 "it was trained with (-p)."
             )
-        for earlier in logged_support(self.folder):
-            if earlier != support:
-                raise InputError(
-                    f"{self.folder} was trained on {earlier}, the splits now say {support}: move it away, or draw the "
-                    "splits as before with `fseft splits`."
-                )
+        if (self.folder / RUN_FILE).exists() and self.run_facts.support != support:
+            raise InputError(
+                f"{self.folder} was trained on {self.run_facts.support}, the splits now say {support}: move it away, or "
+                "draw the splits as before with `fseft splits`."
+            )
         if self.study.scratch_minutes or all(other.checkpoint.exists() for other in self.others):
             self.check_budget()
 
@@ -126,14 +137,14 @@ class Cell:
         """Seconds for a training from scratch: --scratch_minutes, else those of the longest of `others`, else 0.0."""
         if self.study.scratch_minutes:
             return 60 * self.study.scratch_minutes
-        return max((training_seconds(cell.folder) for cell in self.others if cell.checkpoint.exists()), default=0.0)
+        return max((cell.run_facts.training_seconds for cell in self.others if cell.checkpoint.exists()), default=0.0)
 
     def check_budget(self) -> None:
         """Raises InputError if the training from scratch that lies there had another time than `budget`."""
         if not self.method.suffix or not self.checkpoint.exists():
             return
-        then, now = training_budget(self.folder), self.budget()
-        if now and abs(then - now) > max(0.01 * now, 0.5):  # logs tell whole seconds
+        then, now = self.run_facts.budget_seconds or 0.0, self.budget()
+        if now and abs(then - now) > 0.01 * now:
             raise InputError(
                 f"{self.folder} was trained {f'for {then:.0f} s' if then else 'without a limit of time'}, now it would "
                 f"get {now:.0f} s: move it away, or give --methods and --scratch_minutes as before."
@@ -153,10 +164,10 @@ class Cell:
 
     # ---- the work ----
 
-    def run(self, spent: float = 0.0) -> Result:
+    def run(self, spent: Spent = Spent()) -> Result:
         """Train, predict and evaluate what is not done yet.
 
-        spent: seconds that the benchmark has taken for it already.
+        spent: what the benchmark has taken for it already.
 
         Raises:
             InputError: if a command fails, or what it left cannot be evaluated.
@@ -169,6 +180,7 @@ class Cell:
         if not self.predicted and not self.method.shares_features:
             self.predict()
         cases = evaluate(self.predictions, target, self.study.reader())
+        run = self.run_facts if trained else RunFile()
         result = Result(
             self.name,
             self.shots,
@@ -177,12 +189,13 @@ class Cell:
             self.weights,
             target.images_sha256,
             target.labels_sha256,
-            trained_parameters(self.checkpoint) if trained else 0,
-            training_seconds(self.folder) if trained else 0.0,
+            run.trained_parameters,
+            run.training_seconds,
             self.volume_seconds(),
-            training_budget(self.folder) if self.method.suffix else 0.0,
-            peak_memory(self.folder) if trained else float("nan"),
-            spent + time() - start,
+            run.budget_seconds or 0.0,
+            run.peak_memory,
+            spent.seconds + time() - start,
+            run.windows + spent.windows,
             cases,
         )
         result.save(self.file)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import mean
 
-from fsefs_nnunet.benchmark.cells import Cell
-from fsefs_nnunet.benchmark.methods import METHODS, choose
+from fsefs_nnunet.benchmark.cells import Cell, Spent
 from fsefs_nnunet.benchmark.outputs import write_results
 from fsefs_nnunet.benchmark.report import write_report
 from fsefs_nnunet.benchmark.result import Result
@@ -14,6 +13,7 @@ from fsefs_nnunet.benchmark.shared_features import share_features
 from fsefs_nnunet.benchmark.study import Study
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.tables import duration
+from fsefs_nnunet.methods.registry import METHODS, choose
 
 
 def plan_cells(study: Study, shots: list[int | str], num_folds: int, methods: list[str]) -> list[Cell]:
@@ -70,7 +70,7 @@ def run_cells(study: Study, cells: list[Cell], command: list[str]) -> None:
                 if cell in results:
                     continue
                 print(f"[{number}/{len(cells)}] {cell.title}{_left(cells, results, failures, spent)}", flush=True)
-                results[cell] = cell.run(spent.get(cell, 0.0))
+                results[cell] = cell.run(spent.get(cell, Spent()))
             except Exception as error:  # of one cell, the others go on: libraries raise whatever they like
                 results.pop(cell, None)
                 failures[cell] = str(error)
@@ -92,10 +92,10 @@ def run_cells(study: Study, cells: list[Cell], command: list[str]) -> None:
         )
 
 
-def _left(cells: list[Cell], results: dict[Cell, Result], failures: dict[Cell, str], spent: dict[Cell, float]) -> str:
+def _left(cells: list[Cell], results: dict[Cell, Result], failures: dict[Cell, str], spent: dict[Cell, Spent]) -> str:
     """Estimate of the time left: each cell as long as those of its method took, else as long as all others did.
 
-    spent: seconds that cells took already.
+    spent: what cells took already.
     """
     if not results:
         return ""
@@ -104,5 +104,5 @@ def _left(cells: list[Cell], results: dict[Cell, Result], failures: dict[Cell, s
     for cell in cells:
         if cell not in results and cell not in failures:
             same = [result.wall_seconds for result in results.values() if result.method == cell.name]
-            seconds += max(0.0, mean(same or every) - spent.get(cell, 0.0))
+            seconds += max(0.0, mean(same or every) - spent.get(cell, Spent()).seconds)
     return f"; about {duration(seconds)} left"

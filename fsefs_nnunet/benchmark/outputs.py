@@ -7,12 +7,12 @@ from io import StringIO
 from pathlib import Path
 
 from fsefs_nnunet.benchmark.evaluation import DICE, METRICS
-from fsefs_nnunet.benchmark.methods import METHODS
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.summary import class_table, comparisons, fold_mean, grouped, table
 from fsefs_nnunet.evaluation.plots import Point, plot_shots_and_parameters
 from fsefs_nnunet.evaluation.tables import markdown_table
 from fsefs_nnunet.files import write_atomically
+from fsefs_nnunet.methods.registry import METHODS
 
 NOTES = (
     "Metrics are means over cases, then classes; in brackets behind the standard deviation over the folds is the worst "

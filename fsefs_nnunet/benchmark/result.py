@@ -22,8 +22,9 @@ class Result:
     seconds: wall time of the training; the first that needs the feature bank fills it.
     volume_seconds: of adapting to a volume, their mean; 0.0 where nothing adapts to it.
     budget_seconds: what the training was limited to; 0.0 where it was not.
-    peak_memory_gb: of the training process; NaN where no log tells.
+    peak_memory_gb: of the training process; NaN where the system does not say.
     wall_seconds: what the benchmark spent on it.
+    windows: through the frozen backbone, in its training and in predictions from shared features that it began.
     """
 
     method: str
@@ -39,6 +40,7 @@ class Result:
     budget_seconds: float
     peak_memory_gb: float
     wall_seconds: float
+    windows: int
     cases: CaseMetrics
 
     def save(self, file: Path) -> None:

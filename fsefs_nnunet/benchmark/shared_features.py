@@ -10,10 +10,9 @@ from time import time
 
 from tqdm import tqdm
 
-from fsefs_nnunet.benchmark.cells import Cell
+from fsefs_nnunet.benchmark.cells import Cell, Spent
 from fsefs_nnunet.device import device_named
 from fsefs_nnunet.evaluation.tables import duration
-from fsefs_nnunet.features.bank import WINDOWS
 from fsefs_nnunet.files import write_atomically
 from fsefs_nnunet.inference.prediction import QueryPredictor
 from fsefs_nnunet.inference.support import memories_of
@@ -22,14 +21,15 @@ from fsefs_nnunet.inference.trained_model import TrainedModel
 MADE_OF_FILE = "made_of.json"  # beside predictions: the SHA-256 of weights and images, and the cases
 
 
-def share_features(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, float]]:
+def share_features(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, Spent]]:
     """Train and predict what of `cells` is not done.
 
     Returns:
-        Why cells failed; seconds spent on each.
+        Why cells failed; what was spent on each.
     """
     failures: dict[Cell, str] = {}
     seconds: dict[Cell, float] = {}
+    passed: dict[Cell, int] = {}
     for number, cell in enumerate(cells, 1):
         left = mean(seconds.values()) * (len(cells) - len(seconds)) if seconds else 0.0
         estimate = f"; about {duration(left)} of training left" if seconds else ""
@@ -47,13 +47,14 @@ def share_features(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, float
             groups[_features_of(cell)].append(cell)
     for group in groups.values():
         start = time()
-        failed = _predict_together(group)
+        failed, windows = _predict_together(group)
         for cell, reason in failed.items():
             print(f"{cell.title} failed, the others go on: {reason}", flush=True)
         failures |= failed
         for cell in group:
             seconds[cell] += (time() - start) / len(group)
-    return failures, seconds
+            passed[cell] = windows.get(cell, 0)
+    return failures, {cell: Spent(seconds[cell], passed.get(cell, 0)) for cell in cells}
 
 
 def _features_of(cell: Cell) -> tuple:
@@ -65,8 +66,12 @@ def _features_of(cell: Cell) -> tuple:
     return network["sha256"], network["stages"], tuple(configuration["patch_size"])
 
 
-def _predict_together(cells: list[Cell]) -> dict[Cell, str]:
-    """Segment the target with `cells`, whose features are the same; returns why cells failed."""
+def _predict_together(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, int]]:
+    """Segment the target with `cells`, whose features are the same.
+
+    Returns:
+        Why cells failed; how many windows each sent through the backbone, for itself and the others.
+    """
     study = cells[0].study
     device = device_named(study.experiment.device)
     failures: dict[Cell, str] = {}
@@ -82,13 +87,14 @@ def _predict_together(cells: list[Cell]) -> dict[Cell, str]:
             failures[cell] = str(error)
     images = study.target.image_files()
     title = f"predicting {len(images)} volumes with {len(predictors)} adapters"
-    readers = list(predictors.values())
+    readers = dict(predictors)
     for case, files in tqdm(images.items(), desc=title, disable=not predictors):
         waiting = [cell for cell in predictors if not _segmented(cell, case)]
         try:
             volume = predictors[waiting[0]].read(files) if waiting else None
         except Exception as error:  # readers of broken files raise whatever they like
-            return failures | dict.fromkeys(predictors, f"{files[0]} was not segmented: {error}")
+            failures |= dict.fromkeys(predictors, f"{files[0]} was not segmented: {error}")
+            break
         for cell in waiting:
             try:
                 report = predictors[cell].segment(volume, cell.predictions / f"{case}{_ending(cell)}")
@@ -97,13 +103,12 @@ def _predict_together(cells: list[Cell]) -> dict[Cell, str]:
             except Exception as error:
                 failures[cell] = f"{files[0]} was not segmented: {error}"
                 del predictors[cell]
-    print(WINDOWS.format(sum(predictor.windows for predictor in readers)), flush=True)
-    for cell in predictors:
+    for cell in [cell for cell in predictors if cell not in failures]:
         try:
             cell.count_dice()
         except Exception as error:
             failures[cell] = str(error)
-    return failures
+    return failures, {cell: predictor.windows for cell, predictor in readers.items()}
 
 
 def _ending(cell: Cell) -> str:

@@ -14,6 +14,7 @@ from fsefs_nnunet.device import device_named
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.surface import require_monai
 from fsefs_nnunet.labels import foreground_names, match_labels
+from fsefs_nnunet.methods.settings import is_k_shot
 from fsefs_nnunet.nnunet.experiment import OwnExperiment
 
 
@@ -32,12 +33,12 @@ class Study:
 
     @property
     def planned_shots(self) -> list[int | str]:
-        return [c["fseft_shots"] for c in self.plans["configurations"].values() if "fseft_backbone" in c]
+        return [c["fseft_shots"] for c in self.plans["configurations"].values() if is_k_shot(c)]
 
     @property
     def backbone(self) -> dict:
         """Its id and hash, as the plans' arch_kwargs "backbone" and "sha256"."""
-        child = next(c for c in self.plans["configurations"].values() if "fseft_backbone" in c)
+        child = next(c for c in self.plans["configurations"].values() if is_k_shot(c))
         return child["architecture"]["arch_kwargs"]
 
     @property

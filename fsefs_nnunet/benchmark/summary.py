@@ -9,8 +9,8 @@ from statistics import mean, stdev
 import numpy as np
 
 from fsefs_nnunet.benchmark.evaluation import DICE, LOWER_IS_BETTER, METRICS
-from fsefs_nnunet.benchmark.methods import METHODS
 from fsefs_nnunet.benchmark.result import Result
+from fsefs_nnunet.methods.registry import METHODS
 
 
 def grouped(results: list[Result]) -> dict[tuple[int | str, str], list[Result]]:

@@ -7,65 +7,25 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from filelock import FileLock
-from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 from tqdm import tqdm
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.cases.preprocessed import require_finite
-from fsefs_nnunet.features.disk import require_space, used_bytes
+from fsefs_nnunet.features.disk import BANK_FOLDER, require_space, used_bytes
 from fsefs_nnunet.features.layout import Layout
+from fsefs_nnunet.features.windows import TILE_STEP_SIZE, extract_features, window_starts
 from fsefs_nnunet.files import gigabytes, replacing, write_atomically
 
-TILE_STEP_SIZE = 0.5
-WINDOWS = "The frozen backbone ran over {} windows."  # benchmarks/phantoms.py reads it in the logs
+if TYPE_CHECKING:
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+
 FORMAT = 2  # raise it when the entries change: older ones are left alone then
-
-
-@torch.no_grad()
-def extract_features(
-    backbone: FrozenBackbone, image: torch.Tensor, patch_size: tuple[int, ...], device: torch.device
-) -> torch.Tensor:
-    """Features of a whole volume: windows as nnU-Net's predictor places and weighs them, one at a time.
-
-    The predictor blends logits, this blends features; for a linear probe that is the same.
-
-    Args:
-        image: preprocessed, (channels, X, Y, Z).
-
-    Returns:
-        (C, X, Y, Z) float32 on the CPU: 4 bytes a voxel and channel, the most memory that filling a bank takes.
-    """
-    padded, revert = pad_nd_image(image, patch_size, "constant", {"value": 0}, True, None)
-    starts = window_starts(image.shape[1:], patch_size)
-    windows = [(slice(None), *(slice(a, a + n) for a, n in zip(start, patch_size))) for start in starts]
-
-    def features_of(window: tuple[slice, ...]) -> torch.Tensor:
-        return backbone(padded[window][None].to(device))[0].float().cpu()
-
-    if len(windows) == 1:  # nothing to blend
-        return features_of(windows[0])[(slice(None), *revert[1:])]
-    gaussian = compute_gaussian(
-        tuple(patch_size), sigma_scale=1.0 / 8, value_scaling_factor=10, device=torch.device("cpu")
-    ).float()
-    features = torch.zeros((backbone.out_channels, *padded.shape[1:]))
-    weight = torch.zeros(padded.shape[1:])
-    for window in windows:
-        features[window].addcmul_(features_of(window), gaussian)
-        weight[window[1:]] += gaussian
-    features /= weight
-    return features[(slice(None), *revert[1:])]
-
-
-def window_starts(shape: Sequence[int], patch_size: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """First voxels of the windows over a volume (X, Y, Z), padded to a window where it is smaller."""
-    return list(product(*compute_steps_for_sliding_window(np.maximum(shape, patch_size), patch_size, TILE_STEP_SIZE)))
 
 
 @dataclass(frozen=True)
@@ -111,6 +71,19 @@ class Entry:
         raise IndexError(f"The crop from {start.tolist()} to {stop.tolist()} is not stored.")
 
 
+@dataclass(frozen=True)
+class Request:
+    """A volume whose features are wanted.
+
+    image: gives the preprocessed image (channels, X, Y, Z); a bank may ask for it twice.
+    layout: what to keep of a volume of (X, Y, Z) voxels; called after `image`.
+    """
+
+    case: str
+    image: Callable[[], np.ndarray]
+    layout: Callable[[tuple[int, ...]], Layout]
+
+
 class FeatureBank:
     """fp16 features on disk: for each entry a flat `<name>.npy` as its layout packs it, and a `<name>.json`.
 
@@ -138,23 +111,27 @@ class FeatureBank:
         self.windows = 0
         self._entries: dict[str, Entry] = {}
 
+    @classmethod
+    def of_configuration(
+        cls, preprocessed: Path, backbone: FrozenBackbone, configuration: ConfigurationManager, device: torch.device
+    ) -> FeatureBank:
+        """The bank of a K-shot configuration in the preprocessed folder of its dataset."""
+        stages = configuration.network_arch_init_kwargs["stages"]
+        return cls(preprocessed / BANK_FOLDER, backbone, stages, configuration.patch_size, device)
+
     def __getitem__(self, case: str) -> Entry:
         """The entry of a case that `fill` was called with."""
         return self._entries[case]
 
     def fill(
         self,
-        cases: Iterable[str],
-        load_image: Callable[[str], np.ndarray],
-        layout: Callable[[str, tuple[int, ...]], Layout],
+        requests: Iterable[Request],
         cap_gb: float | None = None,
         log: Callable[[str], None] = print,
     ) -> int:
-        """Verify the entries of `cases` and compute those that are missing.
+        """Verify the entries of `requests` and compute those that are missing.
 
         Args:
-            load_image: preprocessed image (channels, X, Y, Z) of a case.
-            layout: what to keep of a case with a volume of (X, Y, Z) voxels.
             cap_gb: what all banks in `root` may take.
 
         Returns:
@@ -165,13 +142,14 @@ class FeatureBank:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         os.utime(self.folder)  # last used
-        keys = []
-        for case in cases:
-            image = _finite_image(case, load_image)
+        keys, images = [], {}
+        for request in requests:
+            image = _finite_image(request.case, request.image)
             if image.min() == image.max():
-                log(f"The image of {case} is constant: there is nothing in it to tell voxels apart.")
-            image_sha256 = hashlib.sha256(image).hexdigest()
-            keys.append(EntryKey(self.recipe, case, image_sha256, layout(case, image.shape[1:])))
+                log(f"The image of {request.case} is constant: there is nothing in it to tell voxels apart.")
+            sha256 = hashlib.sha256(image).hexdigest()
+            images[sha256] = request.image
+            keys.append(EntryKey(self.recipe, request.case, sha256, request.layout(image.shape[1:])))
         missing = [key for key in keys if not self._open(key)]
         volumes: dict[str, list[EntryKey]] = {}  # a case may be kept in several ways
         for key in missing:
@@ -185,7 +163,7 @@ class FeatureBank:
             self._tell_odd(missing, log)
             require_space(self.root, needed, cap_gb)
         progress = tqdm(volumes.values(), desc="feature bank", disable=not missing)
-        computed = sum(self._compute(keys, load_image) for keys in progress)
+        computed = sum(self._compute(keys, images[keys[0].image_sha256]) for keys in progress)
         log(f"Feature bank {self.folder} takes {gigabytes(used_bytes(self.folder))}.")
         return computed
 
@@ -198,7 +176,7 @@ class FeatureBank:
         if small:
             log(f"{small} of them are smaller than the window of {self.patch_size} voxels: padded with zeros.")
 
-    def _compute(self, keys: list[EntryKey], load_image: Callable[[str], np.ndarray]) -> int:
+    def _compute(self, keys: list[EntryKey], load_image: Callable[[], np.ndarray]) -> int:
         """Entries of one volume; returns how many this process computed."""
         # the kernel releases the lock when its holder dies; the empty file stays
         with FileLock(self.folder / f"{keys[0].image_sha256[:12]}.lock"):
@@ -261,7 +239,7 @@ class FeatureBank:
         return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
 
 
-def _finite_image(case: str, load_image: Callable[[str], np.ndarray]) -> np.ndarray:
-    image = np.ascontiguousarray(load_image(case), dtype=np.float32)
+def _finite_image(case: str, load_image: Callable[[], np.ndarray]) -> np.ndarray:
+    image = np.ascontiguousarray(load_image(), dtype=np.float32)
     require_finite(image, [f"The preprocessed image of {case}"] * len(image))
     return image

@@ -18,21 +18,23 @@ from fsefs_nnunet.cases.dataset_json import channel_names
 from fsefs_nnunet.cases.images import images_in, read_image
 from fsefs_nnunet.device import reduced_precision
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.features.bank import extract_features, window_starts
 from fsefs_nnunet.features.layout import pooled, pooling_factor
+from fsefs_nnunet.features.windows import extract_features, window_starts
 from fsefs_nnunet.files import read_json, write_atomically
 from fsefs_nnunet.inference.trained_model import TrainedModel
 from fsefs_nnunet.inference.weights import sha256_of_weights
-from fsefs_nnunet.losses.soft_dice import SoftDiceLoss
+from fsefs_nnunet.losses.segmentation import segmentation_loss
 from fsefs_nnunet.methods.network import AdaptedNetwork
-from fsefs_nnunet.priors.query_volumes import PredictedSizes, QueryVolume, block_voxels, scale_between, sizes_of
+from fsefs_nnunet.priors.query_volumes import scale_between
 from fsefs_nnunet.priors.support_memory import SupportMemory
 from fsefs_nnunet.priors.transduction import Transduction
+from fsefs_nnunet.priors.volumes import PredictedSizes, QueryVolume, block_voxels, sizes_of
 
 # Voxels of a volume that adaptation looks at, after averaging, and that logits are computed of at a time.
 MAX_ADAPTED_VOXELS = 10_000
 SLAB_VOXELS = 1_000_000
 MADE_OF = "made_of"  # in a volume's report: with what it was predicted, so that only the same goes on from there
+OF_ADAPTATION = ("loss", "predict_lambda", "predict_gamma", "predict_lr", "predict_steps")  # settings that it heeds
 PART_FOLDER = ".fseft_part"  # nnU-Net takes every file in the output folder for a segmentation, but no folder
 
 
@@ -113,7 +115,7 @@ class QueryPredictor:
         self.shows_ct = channel_names(model.dataset_json)["0"].casefold() == "ct"
         self.preprocessor = model.configuration.preprocessor_class(verbose=False)
         self.windows = 0  # that went through the backbone
-        self.loss = SoftDiceLoss(manager.has_regions, manager.ignore_label)
+        self.loss = segmentation_loss(model.settings.loss, manager, model.configuration.batch_dice)
 
     def predict(self, files: list[str], output: Path, keep_largest: bool = False) -> dict:
         """Segment the image in `files`, one per channel, write `output`; returns the report of its sizes."""
@@ -160,13 +162,11 @@ class QueryPredictor:
         start = monotonic()
         volume = averaged(features, self.voxel_ml)
         with torch.no_grad():
-            scale = scale_between(volume.predict(network, self.has_regions).soft.cpu(), before.soft)
+            scale = scale_between(volume.predict(network, self.has_regions).sizes.soft.cpu(), before.soft)
         volume = QueryVolume(volume.features, volume.voxels_ml, scale.to(self.model.device))
-        priors, nan = self.model.priors[fold], float("nan")
-        prior = torch.tensor([p.size if p else nan for p in priors])
-        tolerance = torch.tensor([p.tolerance(self.model.gamma) if p else nan for p in priors])
-        transduction = Transduction(prior, tolerance, self.memories[fold], self.loss, self.has_regions)
-        steps = transduction.adapt(network, volume, before)
+        prior, settings = self.model.priors[fold], self.model.settings
+        transduction = Transduction(prior, self.memories[fold], self.loss, settings, self.has_regions)
+        steps = 0 if prior.why_no_effect() else transduction.adapt(network, volume, before)
         if not steps:
             return logits, Prediction(before, before, seconds=monotonic() - start)
         adapted = volume_logits(network, cast)
@@ -202,23 +202,19 @@ class QueryPredictor:
             shutil.rmtree(folder)
 
     def _report(self, folds: list[Prediction]) -> dict:
+        names, gamma = self.model.class_names, self.model.settings.predict_gamma
+        expected = mean_report([prior.report(names, gamma) for prior in self.model.priors])
+        remarks = [prior.remarks(fold.before, names) for prior, fold in zip(self.model.priors, folds)]
         classes = {}
-        for k, name in enumerate(self.model.class_names):
-            priors = [fold[k] for fold in self.model.priors]
-            known = [prior for prior in priors if prior is not None]
-            entry = {
+        for k, name in enumerate(names):
+            classes[name] = {
                 "size_before_ml": round(float(np.mean([fold.before.soft[k] for fold in folds])), 4),
                 "size_after_ml": round(float(np.mean([fold.after.soft[k] for fold in folds])), 4),
-                "prior_ml": round(float(np.mean([prior.size for prior in known])), 4) if known else None,
-                "prior_spread_ml": round(float(np.mean([prior.spread for prior in known])), 4) if known else None,
+                "prior": expected[name],
             }
-            if known and self.memories is not None:
-                size = torch.tensor([prior.size if prior else 0.0 for prior in priors])
-                at_border = any(bool(fold.before.at_border[k]) for fold in folds)
-                absent = any(bool(fold.before[[k]].absent(size[i : i + 1])) for i, fold in enumerate(folds))
-                why = ["seems absent"] * absent + ["reaches the border of the volume"] * at_border
-                entry["not_enlarged_because"] = " and ".join(why) or None
-            classes[name] = entry
+            if self.memories is not None and expected[name]:
+                reasons = dict.fromkeys(reason for of_fold in remarks for reason in of_fold.get(name, ()))
+                classes[name]["not_enlarged_because"] = " and ".join(reasons) or None
         return {
             "transductive": self.memories is not None,
             "steps": [fold.steps for fold in folds],
@@ -226,6 +222,15 @@ class QueryPredictor:
             "adaptation_seconds": round(sum(fold.seconds for fold in folds), 3),
             "classes": classes,
         }
+
+
+def mean_report(reports: Sequence[dict[str, dict | None]]) -> dict[str, dict | None]:
+    """What priors report of each class, its numbers averaged over those that know it."""
+    means = {}
+    for name in reports[0]:
+        known = [report[name] for report in reports if report[name]]
+        means[name] = {key: round(float(np.mean([of[key] for of in known])), 4) for key in known[0]} if known else None
+    return means
 
 
 def keep_largest_components(file: Path, model: TrainedModel) -> None:
@@ -281,7 +286,7 @@ def predict_folder(
     made_of = {
         "weights": weights,
         "transductive": transductive,
-        "gamma": model.gamma,
+        "settings": {name: getattr(model.settings, name) for name in OF_ADAPTATION},
         "largest_component": keep_largest,
     }
     failures = []

@@ -11,12 +11,11 @@ from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint
 from fsefs_nnunet.cases.preprocessed import require_cases
 from fsefs_nnunet.cases.splits import SPLITS_FILE, fold_seed, load_splits, support_cases
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.features.bank import FeatureBank
+from fsefs_nnunet.features.bank import FeatureBank, Request
 from fsefs_nnunet.features.crops import CropLoader, region_transform
-from fsefs_nnunet.features.disk import BANK_FOLDER, cap_in_gb
-from fsefs_nnunet.features.layout import Layout, support_layout
+from fsefs_nnunet.features.disk import cap_in_gb
+from fsefs_nnunet.features.layout import support_layout
 from fsefs_nnunet.inference.trained_model import MEMORY_KEY, TrainedModel
-from fsefs_nnunet.priors.size import SizePrior, estimate_sizes, support_sizes_ml
 from fsefs_nnunet.priors.support_memory import CROP_SIZE, SupportMemory
 
 
@@ -57,44 +56,31 @@ def memory_from_bank(model: TrainedModel, index: int) -> SupportMemory:
         )
     fold = model.folds[index]
     number = fold if fold == "all" else int(fold)
-    cases = support_cases(load_splits(base / SPLITS_FILE), model.settings["fseft_shots"], number)
+    cases = support_cases(load_splits(base / SPLITS_FILE), model.settings.shots, number)
     require_cases(cases, folder)
     dataset = infer_dataset_class(str(folder))(str(folder), cases)
     segmentations = {case: np.asarray(dataset.load_case(case)[1][:]) for case in cases}
-    _check_priors(model, index, segmentations)
-    window, crop_size = model.configuration.patch_size, model.settings["fseft_crop_size"]
+    prior = model.priors[index]
+    if not prior.agrees_with(type(prior).estimate(model.support_labels(segmentations))):
+        raise InputError(
+            f"The support cases of fold {fold} are not those that {model.files[index]} was trained on: train again, or "
+            "restore splits_fseft.json and the labels, or predict with --inductive."
+        )
+    window, crop_size = model.configuration.patch_size, model.settings.crop_size
+    ignored = model.label_manager.ignore_label
+    bank = FeatureBank.of_configuration(base, model.network.backbone, model.configuration, model.device)
 
-    def layout(case: str, shape: tuple[int, ...]) -> Layout:
-        return support_layout(case, segmentations[case][0], crop_size, window, model.label_manager.ignore_label)
+    def request(case: str) -> Request:
+        labels = segmentations[case][0]
+        layout = support_layout(case, labels, crop_size, window, ignored)
+        return Request(case, lambda: dataset.load_case(case)[0][:], lambda shape: layout)
 
-    stages = model.settings["architecture"]["arch_kwargs"]["stages"]
-    bank = FeatureBank(base / BANK_FOLDER, model.network.backbone, stages, window, model.device)
-    cap_gb = cap_in_gb(model.settings.get("fseft_bank_gb"))
-    bank.fill(cases, lambda case: dataset.load_case(case)[0][:], layout, cap_gb)
-    seed = (model.settings["fseft_seed"], fold_seed(fold), 2)
+    bank.fill(map(request, cases), cap_in_gb(model.settings.bank_gb))
+    seed = (model.settings.seed, fold_seed(fold), 2)
     size = np.minimum(crop_size, CROP_SIZE)
-    regions, ignored = region_transform(model.label_manager), model.label_manager.ignore_label
+    regions = region_transform(model.label_manager)
     loader = CropLoader(bank, segmentations, size, len(cases), seed, regions, ignored)
     return SupportMemory.draw(loader)
-
-
-def _check_priors(model: TrainedModel, index: int, segmentations: dict[str, np.ndarray]) -> None:
-    sizes = support_sizes_ml(
-        segmentations, model.classes, model.configuration.spacing, model.label_manager.ignore_label
-    )
-    pairs = zip(estimate_sizes(sizes, len(model.classes)), model.priors[index], strict=True)
-    if not all(_same_prior(now, then) for now, then in pairs):
-        raise InputError(
-            f"The support cases of fold {model.folds[index]} are not those that {model.files[index]} was trained on: "
-            "train again, or restore splits_fseft.json and the labels, or predict with --inductive."
-        )
-
-
-def _same_prior(now: SizePrior | None, then: SizePrior | None) -> bool:
-    """Up to the order in which the cases were added up."""
-    if now is None or then is None:
-        return now is then
-    return now.num_cases == then.num_cases and np.isclose(now.size, then.size, 1e-6)
 
 
 def remember(model: TrainedModel) -> None:

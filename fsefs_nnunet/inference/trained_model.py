@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
@@ -12,38 +13,39 @@ from fsefs_nnunet.cases.dataset_json import read_dataset_json
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json
 from fsefs_nnunet.labels import foreground_classes, foreground_names
-from fsefs_nnunet.methods.network import AdaptedNetwork
-from fsefs_nnunet.methods.settings import check_plan_keys
-from fsefs_nnunet.priors.size import SizePrior
+from fsefs_nnunet.methods.network import build_network
+from fsefs_nnunet.methods.registry import method_of_trainer
+from fsefs_nnunet.methods.settings import Settings, is_k_shot
+from fsefs_nnunet.priors import prior_named
+from fsefs_nnunet.priors.prior import SupportLabels
 
 PRIOR_KEY, MEMORY_KEY = "fseft_prior", "fseft_support"  # what our trainers add to nnU-Net's checkpoints
 
 
-def require_backbone_of(file: str | Path, checkpoint: dict, settings: dict) -> None:
-    """Raises InputError if `checkpoint`, read from `file`, was trained on other weights than `settings` name.
+def require_backbone_of(file: str | Path, checkpoint: dict, configuration: dict) -> None:
+    """Raises InputError if `checkpoint`, read from `file`, was trained on other weights than `configuration` names.
 
-    settings: the K-shot configuration of the present plans; a baseline's names no backbone.
+    configuration: of the present plans; a baseline's names no backbone.
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    if "fseft_backbone" not in settings:
+    if not is_k_shot(configuration):
         return
     init = checkpoint["init_args"]  # with the plans of its training, whatever became of the file of plans
     then = PlansManager(init["plans"]).get_configuration(init["configuration"]).configuration
-    trained_on, present = (s["architecture"]["arch_kwargs"].get("sha256") for s in (then, settings))
+    trained_on, present = (s["architecture"]["arch_kwargs"].get("sha256") for s in (then, configuration))
     if trained_on != present:
         raise InputError(
             f"{file} was trained on backbone {then.get('fseft_backbone')!r} of SHA-256 {str(trained_on)[:12]}, the "
-            f"plans name {settings['fseft_backbone']!r} of {str(present)[:12]}: restore plans and backbone of before, "
-            "or train anew, without --c."
+            f"plans name {configuration['fseft_backbone']!r} of {str(present)[:12]}: restore plans and backbone, or "
+            "train anew, without --c."
         )
 
 
 class TrainedModel:
-    """The folds of an adapter with their size priors; one network serves all of them.
+    """The folds of an adapter with their priors; one network serves all of them.
 
-    weights: state_dicts, one per fold.
-    priors: per fold, of each foreground class or None.
+    weights, priors: one per fold; weights are state_dicts.
     """
 
     def __init__(self, folder: Path, configuration: str, folds: Sequence[str], checkpoint: str, device: torch.device):
@@ -62,36 +64,29 @@ class TrainedModel:
         self.plans_manager = PlansManager(read_json(self.folder / "plans.json"))
         self.dataset_json = read_dataset_json(self.folder / "dataset.json")
         self.configuration = self.plans_manager.get_configuration(configuration)
-        self.settings = self.configuration.configuration
         self.label_manager = self.plans_manager.get_label_manager(self.dataset_json)
         checkpoints = [read_checkpoint(file) for file in self.files]
         self.weights = [content["network_weights"] for content in checkpoints]
         without = [file for file, content in zip(self.files, checkpoints) if PRIOR_KEY not in content]
-        if "fseft_backbone" not in self.settings or without:
+        keys = self.configuration.configuration
+        if not is_k_shot(keys) or without:
             raise InputError(
-                f"{(without or self.files)[0]} holds no adapter with size priors: train one with FSEFTTrainer, or use "
+                f"{(without or self.files)[0]} holds no adapter with priors: train one with FSEFTTrainer, or use "
                 "nnUNetv2_predict."
             )
-        check_plan_keys(self.settings, configuration, self.folder / "plans")
+        self.settings = Settings.read(keys, configuration, str(self.folder / "plans"))
         for file, content in zip(self.files, checkpoints):
-            require_backbone_of(file, content, self.settings)
-        self.priors = [[p and SizePrior(*p) for p in content[PRIOR_KEY]] for content in checkpoints]
-        self.memories = [content.get(MEMORY_KEY) for content in checkpoints]
+            require_backbone_of(file, content, keys)
         trainer = checkpoints[0]["trainer_name"]
-        self.network = self._build(
-            trainer, determine_num_input_channels(self.plans_manager, self.configuration, self.dataset_json)
-        )
-
-    def _build(self, trainer: str, input_channels: int) -> AdaptedNetwork:
-        from fsefs_nnunet.nnunet.shims import fseft_trainers
-
-        cls = getattr(fseft_trainers, trainer, None)
-        if cls is None:
+        self.method = method_of_trainer(trainer)
+        if self.method is None:
             raise InputError(f"{self.files[0]} was trained by {trainer}, which is none of ours: use nnUNetv2_predict.")
-        network = cls.build_network_architecture(
-            self.plans_manager, self.configuration, input_channels, self.label_manager.num_segmentation_heads
-        )
-        return network.to(self.device).eval()
+        prior = prior_named(self.method.prior)
+        self.priors = [prior.from_state(content[PRIOR_KEY]) for content in checkpoints]
+        self.memories = [content.get(MEMORY_KEY) for content in checkpoints]
+        channels = determine_num_input_channels(self.plans_manager, self.configuration, self.dataset_json)
+        heads = self.label_manager.num_segmentation_heads
+        self.network = build_network(self.method, self.configuration, channels, heads).to(device).eval()
 
     @property
     def class_names(self) -> list[str]:
@@ -101,6 +96,6 @@ class TrainedModel:
     def classes(self) -> list[int | tuple[int, ...]]:
         return foreground_classes(self.label_manager)
 
-    @property
-    def gamma(self) -> float:
-        return self.settings["fseft_predict_gamma"]
+    def support_labels(self, segmentations: dict[str, np.ndarray]) -> SupportLabels:
+        """segmentations: preprocessed label maps (1, X, Y, Z) by case."""
+        return SupportLabels(segmentations, self.classes, self.configuration.spacing, self.label_manager.ignore_label)

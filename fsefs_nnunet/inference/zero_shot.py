@@ -19,7 +19,7 @@ from fsefs_nnunet.cases.images import images_in, read_image
 from fsefs_nnunet.cases.readers import find_reader, image_geometry
 from fsefs_nnunet.device import device_named
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.features.bank import extract_features
+from fsefs_nnunet.features.windows import extract_features
 from fsefs_nnunet.files import write_atomically
 from fsefs_nnunet.labels import foreground_names, match_labels
 
@@ -59,10 +59,9 @@ class ZeroShotNetwork(nn.Module):
     def out_channels(self) -> int:
         return len(self.head_rows)
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """image (B, input_channels, X, Y, Z) -> the head's logits (B, out_channels, X, Y, Z)."""
-        head = self.backbone.head
-        return head(self.backbone(image)[:, : head.weight.shape[1]])[:, self.head_rows]
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """image (B, input_channels, X, Y, Z) -> the head's logits (B, out_channels, X, Y, Z), one map."""
+        return [self.backbone.head(self.backbone(image)[0])[:, self.head_rows]]
 
     def outputs(self, logits: Iterable[torch.Tensor]) -> torch.Tensor:
         """The head's logits, (X, Y, Z) each -> (labels or regions, X, Y, Z), background first for labels.

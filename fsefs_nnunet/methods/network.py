@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from pydoc import locate
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.backbones.maps import at_full_resolution
 from fsefs_nnunet.device import unless_thin
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import foreground_names, match_labels
 from fsefs_nnunet.methods.adapters import build_adapter
+from fsefs_nnunet.methods.inside.protocol import Inside
 from fsefs_nnunet.methods.inside.tuned_backbone import TunedBackbone
+from fsefs_nnunet.methods.registry import METHODS, Method
+
+if TYPE_CHECKING:
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 
 class AdaptedNetwork(nn.Module):
@@ -31,22 +41,22 @@ class AdaptedNetwork(nn.Module):
         stages: str,
         channels: int | None,
         seed: int,
-        tuned: str = "none",
+        inside: Inside | None = None,
         deep_supervision: bool | None = None,
     ):
-        """nnU-Net gives input_channels, num_classes and deep_supervision (there is none), the trainer gives tuned, the
+        """nnU-Net gives input_channels, num_classes and deep_supervision (there is none), the method gives inside, the
         plans give the rest.
 
         Args:
             channels: width of the adapter; features of another width are reduced to it by a 1^3 convolution. None: as
                 many as the features have.
-            tuned: part of the backbone that is trained, too: "none", or one that TunedBackbone knows.
+            inside: what is trained in the backbone, too.
         """
         super().__init__()
         self.backbone = (
             FrozenBackbone(backbone, stages, sha256)
-            if tuned == "none"
-            else TunedBackbone(backbone, stages, sha256, tuned)
+            if inside is None
+            else TunedBackbone(backbone, stages, sha256, inside)
         )
         if input_channels != self.backbone.contract.input_channels:
             raise InputError(
@@ -131,10 +141,10 @@ class AdaptedNetwork(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Image (B, input_channels, X, Y, Z) -> logits (B, num_classes, X, Y, Z)."""
-        return self.adapt(self.backbone(x))
+        return self.adapt(at_full_resolution(self.backbone(x), x.shape[2:]))
 
     def adapt(self, features: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Backbone features (B, C, X, Y, Z), stored ones for example -> logits (B, num_classes, X, Y, Z), float32.
+        """Features (B, C, X, Y, Z), all maps at full resolution -> logits (B, num_classes, X, Y, Z), float32.
 
         kept: (B, C), 1 for a channel that is seen, 0 for one that is taken for its mean; None: all are seen.
         """
@@ -154,6 +164,46 @@ class AdaptedNetwork(nn.Module):
             adapted = self.adapter(reduced)
         with torch.autocast(features.device.type, enabled=False):  # rounded logits would tie
             return _pointwise(adapted.to(self.head.weight), self.head.weight.flatten(1), self.head.bias)
+
+
+def build_network(
+    method: Method, configuration: ConfigurationManager, input_channels: int, output_channels: int
+) -> AdaptedNetwork:
+    """The network of a method in a K-shot configuration of the plans.
+
+    Raises:
+        InputError: for `arch_kwargs` that nothing uses, and as AdaptedNetwork does.
+    """
+    kwargs = {**configuration.network_arch_init_kwargs}
+    known = ("backbone", "sha256", "adapter", "stages", "channels", "seed", "options")
+    if unknown := sorted(kwargs.keys() - set(known)):
+        raise InputError(f"arch_kwargs in the plans hold {unknown}, which nothing uses: known are {', '.join(known)}.")
+    options = kwargs.pop("options", {})
+    if unknown := sorted(options.keys() - METHODS.keys()):
+        raise InputError(f"The options in the plans' arch_kwargs name {unknown}: methods are {', '.join(METHODS)}.")
+    kwargs |= {key: value for key, value in (("adapter", method.adapter), ("stages", method.maps)) if value}
+    if kwargs["adapter"] == "linear_probe":
+        kwargs["channels"] = None
+    return AdaptedNetwork(
+        input_channels, output_channels, **kwargs, inside=inside_of(method, options.get(method.name, {}))
+    )
+
+
+def trains_decoder(method: Method) -> bool:
+    """Whether it serves a backbone whose decoder was never trained."""
+    return bool(method.inside) and locate(method.inside).trains_decoder
+
+
+def inside_of(method: Method, options: dict) -> Inside | None:
+    """What `method` trains in the backbone, with the plans' `options`. Raises InputError for one that it has not."""
+    cls = locate(method.inside) if method.inside else None
+    known = [f.name for f in fields(cls)] if cls else []
+    if unknown := sorted(options.keys() - set(known)):
+        raise InputError(
+            f"The options of {method.name!r} in the plans' arch_kwargs hold {unknown}: known are "
+            f"{', '.join(known) or 'none'}."
+        )
+    return cls(**options) if cls else None
 
 
 def _pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

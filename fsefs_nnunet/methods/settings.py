@@ -1,12 +1,16 @@
-"""What the keys of a K-shot configuration may hold; a misspelt value must not train something else in silence."""
+"""The keys that FSEFTPlanner adds to a K-shot configuration: default, check and meaning of each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from math import isfinite
+from typing import Any
 
 from fsefs_nnunet.errors import InputError
+
+PREFIX = "fseft_"
 
 
 def _whole(value: object, least: int) -> bool:
@@ -18,41 +22,134 @@ def _number(value: object) -> bool:
 
 
 _Rule = tuple[Callable[[object], bool], str]
+_TEXT: _Rule = (lambda value: isinstance(value, str) and bool(value), "a name")
+_SHOTS: _Rule = (lambda value: value == "all" or _whole(value, 1), '"all" or a whole number from 1 on')
+_SIZE: _Rule = (
+    lambda value: isinstance(value, (list, tuple)) and len(value) == 3 and all(_whole(n, 1) for n in value),
+    "three whole numbers from 1 on",
+)
 _FROM_ONE: _Rule = (lambda value: _whole(value, 1), "a whole number from 1 on")
 _FROM_ZERO: _Rule = (lambda value: _whole(value, 0), "a whole number from 0 on")
+_EPOCHS: _Rule = (lambda value: value is None or _whole(value, 1), "null or a whole number from 1 on")
+_WEIGHT: _Rule = (lambda value: _number(value) and value >= 0, "a number from 0 on")
+_RATE: _Rule = (lambda value: _number(value) and value > 0, "a number above 0")
 _DEVIATION: _Rule = (lambda value: _number(value) and 0 <= value < 1, "a number from 0 on, below 1")
-
-# checked where backbones, splits and disk are known
-_CHECKED_ELSEWHERE = ("fseft_backbone", "fseft_shots", "fseft_bank_gb")
-_KEYS: dict[str, _Rule] = {
-    "fseft_crop_size": (
-        lambda value: isinstance(value, (list, tuple)) and len(value) == 3 and all(_whole(n, 1) for n in value),
-        "three whole numbers from 1 on",
-    ),
-    "fseft_crops_per_step": _FROM_ONE,
-    "fseft_views": _FROM_ZERO,
-    "fseft_steps_per_epoch": _FROM_ONE,
-    "fseft_loss": (lambda value: value in ("nnunet", "soft_dice"), '"nnunet" or "soft_dice"'),
-    "fseft_lambda": (lambda value: _number(value) and value >= 0, "a number from 0 on"),
-    "fseft_gamma": _DEVIATION,
-    "fseft_predict_gamma": _DEVIATION,
-    "fseft_prior_from_epoch": _FROM_ZERO,
-    "fseft_pool": _FROM_ONE,
-    "fseft_stop_at_plateau": (lambda value: isinstance(value, bool), "true or false"),
-    "fseft_seed": _FROM_ZERO,
-}
+_GIGABYTES: _Rule = (lambda value: value is None or (_number(value) and value >= 0), "null or a number from 0 on")
+_SWITCH: _Rule = (lambda value: isinstance(value, bool), "true or false")
+_LOSS: _Rule = (lambda value: value in ("nnunet", "soft_dice"), '"nnunet" or "soft_dice"')
 
 
-def check_plan_keys(settings: dict, configuration: str, plans_name: str) -> None:
-    """Raises InputError for a key of `settings`, the configuration, that is unknown, missing or holds no such value."""
-    known = [*_KEYS, *_CHECKED_ELSEWHERE]
-    for key in settings:
-        if key.startswith("fseft_") and key not in known:
-            near = get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
-            raise InputError(f"{key!r} of {configuration!r} in {plans_name}.json is no key of ours: {hint}")
-    for key, (possible, wanted) in _KEYS.items():
-        if not possible(settings.get(key)):
-            raise InputError(
-                f"{key} of {configuration!r} in {plans_name}.json is {settings.get(key)!r}: make it {wanted}."
-            )
+def _key(rule: _Rule, effect: str, default: Any = MISSING, shown: str = "") -> Any:
+    """shown: the default in words, where the planner takes it from the data."""
+    metadata = {"rule": rule, "effect": effect, "shown": shown or f"`{_json(default)}`"}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+def _json(value: object) -> str:
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not _number(value) else f"{value:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A field for each key; `fseft_<name>` is its name in the plans. What plans lack has its default.
+
+    Many small steps teach more than few large ones, and with few views the adapter learns them by heart; calibrated
+    sizes of features pooled by 2 serve the prior as well as those of whole volumes (documentation/tuning.md).
+    """
+
+    backbone: str = _key(_TEXT, "marks a K-shot configuration", shown="the planned one")
+    shots: int | str = _key(_SHOTS, "labelled support cases", shown="1, 5, 10, `all`")
+    crop_size: tuple[int, int, int] = _key(
+        _SIZE,
+        "crops of the feature bank, no axis longer than `patch_size`; what the bank keeps depends on it",
+        shown="half the window, 16^3 to 32^3",
+    )
+    crops_per_step: int = _key(_FROM_ONE, "crops a step; fewer where the GPU's memory target allows no more", 2)
+    views: int = _key(
+        _FROM_ZERO,
+        "augmented views in the bank, of all support cases together, rounded down to as many of each, at least one; "
+        "0: none. A window each, three of four around a labelled voxel, by nnU-Net's training transforms without "
+        "mirroring",
+        64,
+    )
+    steps_per_epoch: int = _key(_FROM_ONE, "steps an epoch", 8)
+    epochs: int | None = _key(_EPOCHS, "epochs of a training; `null`: those of the [method](methods.md)", None)
+    loss: str = _key(
+        _LOSS, "`nnunet`: Dice and cross-entropy; `soft_dice`: the published loss. Of `fseft predict`, too", "nnunet"
+    )
+    lambda_: float = _key(_WEIGHT, "weight of the prior, averaged over the classes; published: 0.1", 0.3)
+    gamma: float = _key(
+        _DEVIATION,
+        "tolerated relative deviation from S, at least; the support's sizes may ask for [more](size_prior.md); "
+        "published: 0.3",
+        0.1,
+    )
+    prior_from_epoch: int = _key(_FROM_ZERO, "epochs without the prior before", 30)
+    pool: int = _key(
+        _FROM_ONE,
+        "averaging of a query's features over blocks of this many voxels per axis: 2, or more where the median volume "
+        "has more than 100,000 of these blocks; 1 keeps them as they are",
+        2,
+        shown="from the data",
+    )
+    predict_lambda: float = _key(_WEIGHT, "weight of the prior in `fseft predict`, averaged over the classes", 1.0)
+    predict_gamma: float = _key(
+        _DEVIATION, "`fseft_gamma` in `fseft predict`, see [transductive inference](transductive_inference.md)", 0.15
+    )
+    predict_lr: float = _key(_RATE, "learning rate of `fseft predict`", 1e-4)
+    predict_steps: int = _key(_FROM_ZERO, "steps of `fseft predict` on a volume at most", 30)
+    bank_gb: float | None = _key(
+        _GIGABYTES,
+        "GB that all feature banks of the dataset may take; the environment variable of this name wins",
+        None,
+    )
+    stop_at_plateau: bool = _key(
+        _SWITCH, "end when the loss's 10-epoch mean falls by less than 0.001 in 20 epochs", False
+    )
+    seed: int = _key(_FROM_ZERO, "of views, crops and queries", 12345)
+
+    @classmethod
+    def read(cls, configuration: dict, name: str, plans_name: str) -> Settings:
+        """Those of a configuration `name` of the plans `plans_name`.
+
+        Raises:
+            InputError: for a key that is unknown or missing, or holds a value that it cannot.
+        """
+        where = f"{name!r} in {plans_name}.json"
+        known = {key_of(f.name): f for f in fields(cls)}
+        for key in configuration:
+            if key.startswith(PREFIX) and key not in known:
+                near = get_close_matches(key, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+                raise InputError(f"{key!r} of {where} is no key of ours: {hint}")
+        values = {}
+        for key, f in known.items():
+            if key not in configuration and f.default is not MISSING:
+                continue
+            possible, expected = f.metadata["rule"]
+            if not possible(configuration.get(key)):
+                raise InputError(f"{key} of {where} is {configuration.get(key)!r}: make it {expected}.")
+            value = configuration[key]
+            values[f.name] = tuple(value) if isinstance(value, list) else value
+        return cls(**values)
+
+    def to_plans(self) -> dict:
+        """The keys as a configuration of the plans holds them."""
+        values = {key_of(f.name): getattr(self, f.name) for f in fields(self)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def key_of(name: str) -> str:
+    """The key in the plans of a field of Settings."""
+    return PREFIX + name.rstrip("_")
+
+
+def is_k_shot(configuration: dict) -> bool:
+    """Whether a configuration of the plans is for adapters; the baselines' have no backbone."""
+    return key_of("backbone") in configuration
+
+
+def settings_table() -> str:
+    """The Markdown rows of documentation/plan_keys.md."""
+    rows = ((key_of(f.name), f.metadata["shown"], f.metadata["effect"]) for f in fields(Settings))
+    return "\n".join(f"| `{key}` | {default} | {effect} |" for key, default, effect in rows)

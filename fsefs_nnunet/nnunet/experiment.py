@@ -1,15 +1,13 @@
-"""Runs nnU-Net's commands in a folder of their own and reads what they leave: for the demo and the benchmarks."""
+"""Runs nnU-Net's commands in a folder of their own: for the demo and the benchmarks."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 from fsefs_nnunet.errors import InputError
@@ -143,41 +141,3 @@ class OwnExperiment(Experiment):
     def environment(self) -> dict[str, str]:
         chosen = {name: os.environ[name] for name in ("nnUNet_def_n_proc",) if name in os.environ}
         return {**super().environment(), **chosen}
-
-
-_END = re.compile(r": (Training done\.|predicting )")
-_TIMESTAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+):")
-
-
-def training_seconds(fold_folder: Path) -> float:
-    """Wall time from the first timestamp to the training's end in the folder's logs: filling the bank included.
-
-    A log that `--val` wrote counts up to its first prediction, too.
-    """
-    seconds = 0.0
-    for log in sorted(Path(fold_folder).glob("training_log_*.txt")):
-        lines = log.read_text("utf-8").splitlines()
-        end = next((i for i, line in enumerate(lines) if _END.search(line)), len(lines))
-        times = [datetime.fromisoformat(m[1]) for line in lines[: end + 1] if (m := _TIMESTAMP.match(line))]
-        if times:
-            seconds += (times[-1] - times[0]).total_seconds()
-    return seconds
-
-
-_BUDGET = re.compile(r"the budget of (\d+) s is used")
-
-
-def training_budget(fold_folder: Path) -> float:
-    """Seconds that a training ended after, as its last log says; 0.0 if none limited it."""
-    logs = [log.read_text("utf-8") for log in sorted(Path(fold_folder).glob("training_log_*.txt"))]
-    return float(([0.0] + [match[1] for log in logs for match in _BUDGET.finditer(log)])[-1])
-
-
-def trained_parameters(checkpoint: Path) -> int:
-    """Number of trained values in a checkpoint; aliases of one tensor count once."""
-    from fsefs_nnunet.backbones.checkpoints import read_checkpoint
-
-    weights = read_checkpoint(checkpoint)["network_weights"]
-    buffers = ("feature_mean", "feature_std", "is_fitted")
-    tensors = {tensor.data_ptr(): tensor.numel() for name, tensor in weights.items() if name not in buffers}
-    return sum(tensors.values())

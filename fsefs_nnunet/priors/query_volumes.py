@@ -1,9 +1,9 @@
-"""Sizes that the network predicts on query volumes, for the size prior."""
+"""The queries of a training, from the features that the bank keeps of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -13,113 +13,17 @@ import torch
 from fsefs_nnunet.device import reduced_precision
 from fsefs_nnunet.features.bank import FeatureBank
 from fsefs_nnunet.methods.network import AdaptedNetwork
+from fsefs_nnunet.priors.volumes import QueryVolume, VolumePrediction, block_voxels
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-ABSENT = 0.05  # a class of less than this share of its prior seems to be absent
 CALIBRATION_CASES = 5  # each costs as much as a query once an epoch
 MAX_SCALE = 8.0  # a class that is all but lost says nothing of how much pooling takes
 
 
-def block_voxels(shape: tuple[int, ...], factor: int) -> torch.Tensor:
-    """How many voxels each pooled voxel stands for: blocks at the far borders may be incomplete."""
-    widths = [torch.tensor([min(factor, n - a) for a in range(0, n, factor)], dtype=torch.float32) for n in shape]
-    return torch.einsum("x,y,z->xyz", *widths)
-
-
-@dataclass(frozen=True)
-class PredictedSizes:
-    """Of the foreground classes on one volume, all (classes,).
-
-    soft: S^ in ml, differentiable.
-    at_border: whether the prediction reaches the volume's outermost voxels, so that the organ may go on beyond them.
-    """
-
-    soft: torch.Tensor
-    at_border: torch.Tensor
-
-    def __getitem__(self, classes: torch.Tensor) -> PredictedSizes:
-        return PredictedSizes(self.soft[classes], self.at_border[classes])
-
-    def absent(self, prior_ml: torch.Tensor) -> torch.Tensor:
-        return self.soft.detach() < ABSENT * prior_ml
-
-    def seen_whole(self, prior_ml: torch.Tensor) -> torch.Tensor:
-        """Which classes the volume seems to show whole, so that they must not be smaller than their prior says."""
-        return ~self.at_border & ~self.absent(prior_ml)
-
-
-@dataclass(frozen=True)
-class QueryVolume:
-    """Features of a volume, or their averages over blocks.
-
-    features: (1, C, x, y, z).
-    voxels_ml: (x, y, z), what each stands for.
-    scale: (classes,), what soft sizes are divided by: an adapter sees less in averaged features.
-    """
-
-    features: torch.Tensor
-    voxels_ml: torch.Tensor
-    scale: torch.Tensor | float = 1.0
-
-    def predict(self, network: AdaptedNetwork, has_regions: bool) -> PredictedSizes:
-        device = network.feature_mean.device
-        with reduced_precision(device):  # as all of a training
-            logits = network.adapt(self.features.to(device))
-        return sizes_of(logits[0], self.voxels_ml.to(device), has_regions, self.scale)
-
-
-def sizes_of(
-    logits: torch.Tensor, voxels_ml: torch.Tensor | float, has_regions: bool, scale: torch.Tensor | float = 1.0
-) -> PredictedSizes:
-    """Sizes in the logits (outputs, x, y, z) of a volume."""
-    probabilities = torch.sigmoid(logits) if has_regions else torch.softmax(logits, 0)[1:]
-    present = probabilities.detach() > 0.5
-    shell = torch.ones_like(present[0])
-    shell[tuple(slice(1, -1) for _ in shell.shape)] = False
-    soft = (probabilities * voxels_ml).sum((1, 2, 3))
-    return PredictedSizes(soft / scale, (present & shell).flatten(1).any(1))
-
-
-def scale_between(pooled: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-    """What soft sizes (classes,) of pooled volumes are of the true ones, within bounds; 1 for a class of size 0."""
-    return torch.where(true > 0, pooled / true, 1.0).clamp(1 / MAX_SCALE, MAX_SCALE)
-
-
-def calibration_cases(sizes_ml: dict[str, np.ndarray], num_classes: int) -> list[str]:
-    """Support cases that show what pooling takes: the first few, one of each class; by sizes (classes,) in ml."""
-    cases = [*sizes_ml][:CALIBRATION_CASES]
-    for k in range(num_classes):
-        if not any(sizes_ml[case][k] for case in cases):
-            cases += [case for case, sizes in sizes_ml.items() if sizes[k]][:1]
-    return cases
-
-
-@torch.no_grad()
-def share_found(network: AdaptedNetwork, batches: Iterable[dict], label_manager: LabelManager) -> torch.Tensor:
-    """Soft predictions on crops of the support as a share of the labelled voxels (classes,); 1 without labels."""
-    has_regions, ignore_label = label_manager.has_regions, label_manager.ignore_label
-    device = network.feature_mean.device
-    found = labelled = 0
-    for batch in batches:
-        target = batch["target"].to(device)
-        with reduced_precision(device):
-            logits = network.adapt(batch["data"].to(device))
-        if has_regions:  # the ignored voxels are the channel behind the regions
-            soft, true = torch.sigmoid(logits), target[:, : logits.shape[1]].float()
-            ignored = target[:, logits.shape[1] :].bool().any(1, keepdim=True)
-        else:
-            soft = torch.softmax(logits, 1)[:, 1:]
-            true = torch.cat([target == label for label in label_manager.foreground_labels], 1).float()
-            ignored = target == (ignore_label if ignore_label is not None else -1)  # -1 is no label
-        found += torch.where(ignored, 0, soft).sum((0, 2, 3, 4))
-        labelled += torch.where(ignored, 0, true).sum((0, 2, 3, 4))
-    return torch.where(labelled > 0, found / labelled, 1.0)
-
-
-class QuerySizes:
-    """Soft sizes S^ of the classes on the queries, from the features that the bank keeps of them.
+class QueryVolumes:
+    """Predictions on the queries of a training.
 
     The adapter sees less in features that were averaged over blocks: its soft sizes come out smaller than in whole
     volumes. How much smaller, of the support cases, is what the queries' sizes are divided by.
@@ -158,53 +62,64 @@ class QuerySizes:
         """
         if not self.support_ml:
             return
-        predicted = torch.stack([self._volume(case).predict(network, has_regions).soft for case in self.support_ml])
+        predicted = torch.stack(
+            [self._volume(case).predict(network, has_regions).sizes.soft for case in self.support_ml]
+        )
         true = torch.stack(list(self.support_ml.values())).to(predicted)
         self.scale = scale_between(torch.where(true > 0, predicted, 0).sum(0), true.sum(0) * found)
 
-    def predict(self, network: AdaptedNetwork, query: str, has_regions: bool) -> PredictedSizes:
+    def predict(self, network: AdaptedNetwork, query: str, has_regions: bool) -> VolumePrediction:
         return replace(self._volume(query), scale=self.scale).predict(network, has_regions)
 
     def predict_beside_support(
         self, network: AdaptedNetwork, query: str, step: int, has_regions: bool
-    ) -> PredictedSizes:
-        """The sizes of `predict`, with a gradient that knows that `scale` depends on the network.
+    ) -> VolumePrediction:
+        """What `predict` gives, with a gradient of the sizes that knows that `scale` depends on the network.
 
         Shrinking an organ in every pooled volume alike leaves S^ as it is, for the scale shrinks with it. To a gradient
         that takes the scale for a constant it would seem to help, step by step, until the organ is lost.
         """
-        predicted = self.predict(network, query, has_regions)
+        prediction = self.predict(network, query, has_regions)
         if not self.support_ml:
-            return predicted
+            return prediction
         case = [*self.support_ml][step % len(self.support_ml)]
-        size = self._volume(case).predict(network, has_regions).soft
+        size = self._volume(case).predict(network, has_regions).sizes.soft
         shown = (self.support_ml[case].to(size) > 0) & (size.detach() > 0)
         relative = torch.where(shown, size / size.detach(), 1.0)  # 1, but not its gradient
-        return replace(predicted, soft=predicted.soft / relative)
+        return replace(prediction, sizes=replace(prediction.sizes, soft=prediction.sizes.soft / relative))
 
-    @torch.no_grad()
-    def describe(
-        self,
-        network: AdaptedNetwork,
-        has_regions: bool,
-        known: torch.Tensor,
-        names: list[str],
-        prior_ml: torch.Tensor,
-    ) -> tuple[list[str], list[str]]:
-        """Lines for a log: every query's sizes in ml, and which queries seem not to show every class whole.
 
-        Args:
-            known: indices of the classes that have a prior; `names` and `prior_ml` are theirs.
-        """
-        lines, missing = [], []
-        for query in self.queries:
-            predicted = self.predict(network, query, has_regions)[known]
-            sizes = zip(names, predicted.soft.tolist(), prior_ml.tolist())
-            lines.append(
-                f"  {query}: " + ", ".join(f"{name} {size:.2f} (S {prior:.2f})" for name, size, prior in sizes)
-            )
-            if parts := [name for name, whole in zip(names, predicted.seen_whole(prior_ml)) if not whole]:
-                missing.append(
-                    f"{query} seems to lack {', '.join(parts)}, or to show a part: the prior does not enlarge it."
-                )
-        return lines, missing
+def scale_between(pooled: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    """What soft sizes (classes,) of pooled volumes are of the true ones, within bounds; 1 for a class of size 0."""
+    return torch.where(true > 0, pooled / true, 1.0).clamp(1 / MAX_SCALE, MAX_SCALE)
+
+
+def calibration_cases(sizes_ml: dict[str, np.ndarray], num_classes: int) -> list[str]:
+    """Support cases that show what pooling takes: the first few, one of each class; by sizes (classes,) in ml."""
+    cases = [*sizes_ml][:CALIBRATION_CASES]
+    for k in range(num_classes):
+        if not any(sizes_ml[case][k] for case in cases):
+            cases += [case for case, sizes in sizes_ml.items() if sizes[k]][:1]
+    return cases
+
+
+@torch.no_grad()
+def share_found(network: AdaptedNetwork, batches: Iterable[dict], label_manager: LabelManager) -> torch.Tensor:
+    """Soft predictions on crops of the support as a share of the labelled voxels (classes,); 1 without labels."""
+    has_regions, ignore_label = label_manager.has_regions, label_manager.ignore_label
+    device = network.feature_mean.device
+    found = labelled = 0
+    for batch in batches:
+        target = batch["target"].to(device)
+        with reduced_precision(device):
+            logits = network.adapt(batch["data"].to(device))
+        if has_regions:  # the ignored voxels are the channel behind the regions
+            soft, true = torch.sigmoid(logits), target[:, : logits.shape[1]].float()
+            ignored = target[:, logits.shape[1] :].bool().any(1, keepdim=True)
+        else:
+            soft = torch.softmax(logits, 1)[:, 1:]
+            true = torch.cat([target == label for label in label_manager.foreground_labels], 1).float()
+            ignored = target == (ignore_label if ignore_label is not None else -1)  # -1 is no label
+        found += torch.where(ignored, 0, soft).sum((0, 2, 3, 4))
+        labelled += torch.where(ignored, 0, true).sum((0, 2, 3, 4))
+    return torch.where(labelled > 0, found / labelled, 1.0)

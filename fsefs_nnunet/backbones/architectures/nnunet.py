@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pydoc
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fsefs_nnunet.backbones.contract import BackboneContract
+from fsefs_nnunet.backbones.maps import FeatureMap
 from fsefs_nnunet.backbones.state import copy_exactly
 from fsefs_nnunet.errors import InputError
 
@@ -17,11 +18,11 @@ _MODULES = ("torch.nn.", "dynamic_network_architectures.building_blocks.")
 
 
 class NNUNetBackbone(nn.Module):
-    """Features of a U-Net.
+    """Feature maps of a U-Net.
 
-    The channels of the last decoder stage come first, those of the deeper stages follow, then those of the encoder's
-    skips, each upsampled to the input's grid, so that the universal head acts on the leading channels whatever
-    `stages` is.
+    The last decoder stage comes first, so that the universal head reads the first map whatever `stages` is. The deeper
+    stages follow, from fine to coarse, then the encoder's skips below full resolution, and last the one at full
+    resolution.
     """
 
     def __init__(self, contract: BackboneContract, stages: str):
@@ -36,27 +37,31 @@ class NNUNetBackbone(nn.Module):
             raise InputError(f"stages must be 'last', 'all' or 'skips' in the plans' arch_kwargs, not {stages!r}.")
         self.unet = _build_unet(contract)
         self.stages = stages
-        skips = self.unet.encoder.output_channels[:-1]
-        self.out_channels = {"last": skips[0], "all": sum(skips), "skips": 2 * sum(skips)}[stages]
+        strides = np.cumprod([np.broadcast_to(stride, 3) for stride in self.unet.encoder.strides], 0).tolist()
+        of_stage = [FeatureMap(c, tuple(s)) for c, s in zip(self.unet.encoder.output_channels[:-1], strides)]
+        # decoder and encoder have as many channels in each stage
+        self.maps = self._wanted(of_stage, of_stage)
 
     @property
     def head(self) -> nn.Module:
         """The universal head, 1^3 convolution on the leading channels."""
         return self.unet.decoder.seg_layers[-1]
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """image (B, input_channels, X, Y, Z) -> features (B, out_channels, X, Y, Z)."""
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """image (B, input_channels, X, Y, Z) -> `maps`, (B, C, X / stride, Y / stride, Z / stride) each."""
         decoder = self.unet.decoder
         skips = self.unet.encoder(image)
         x, features = skips[-1], []
         for s, (up, stage) in enumerate(zip(decoder.transpconvs, decoder.stages)):
             x = stage(torch.cat((up(x), skips[-(s + 2)]), 1))
             features.append(x)
+        return self._wanted(features[::-1], skips[:-1])
+
+    def _wanted(self, decoder: list, encoder: list) -> list:
+        """Of what the stages of decoder and encoder have, both from fine to coarse, that of `self.stages`."""
         if self.stages == "last":
-            return x
-        coarse = features[-2::-1] + (skips[1:-1] if self.stages == "skips" else [])
-        upsampled = [F.interpolate(f, size=image.shape[2:], mode="trilinear") for f in coarse]
-        return torch.cat([x, *upsampled, *(skips[:1] if self.stages == "skips" else [])], 1)
+            return decoder[:1]
+        return decoder if self.stages == "all" else [*decoder, *encoder[1:], *encoder[:1]]
 
     def tuned_parameters(self, part: str) -> list[str]:
         """Names of the parameters that fine-tuning of "last_block", "decoder" or "all" trains, without the head's."""

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fsefs_nnunet.backbones.contract import BackboneContract
+from fsefs_nnunet.backbones.maps import FeatureMap
 
 
 class RawImageBackbone(nn.Module):
@@ -15,11 +16,18 @@ class RawImageBackbone(nn.Module):
 
     def __init__(self, contract: BackboneContract, stages: str):
         super().__init__()
-        self.out_channels = contract.input_channels
+        self.maps = [FeatureMap(contract.input_channels)]
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """image (B, C, X, Y, Z) -> the same."""
-        return image
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """image (B, C, X, Y, Z) -> itself as the only map."""
+        return [image]
+
+    def tuned_parameters(self, part: str) -> list[str]:
+        return []
+
+    def backbone_state(self) -> dict[str, torch.Tensor]:
+        """A placeholder: safetensors files hold one tensor at least."""
+        return {"none": torch.zeros(1)}
 
     def load_backbone_state(self, weights: dict[str, torch.Tensor]) -> None:
-        """Nothing to load; the file's one tensor is a placeholder."""
+        """There is nothing to load."""

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fsefs_nnunet.backbones.contract import BackboneContract
+from fsefs_nnunet.backbones.maps import FeatureMap
 from fsefs_nnunet.backbones.state import copy_exactly, require_divisible, require_last_stage
 
 STAGES = 4
@@ -25,8 +26,9 @@ class SuPreMUNetBackbone(nn.Module):
         super().__init__()
         require_last_stage(contract, stages)
         self.contract = contract
-        self.out_channels = contract.architecture["features"]
-        widths = [self.out_channels * 2**stage for stage in range(STAGES)]
+        features = contract.architecture["features"]
+        self.maps = [FeatureMap(features)]
+        widths = [features * 2**stage for stage in range(STAGES)]
         inputs = [contract.input_channels, *widths[:-1]]
         self.encoder = nn.ModuleList(
             nn.Sequential(ConvNormReLU(below, width // 2), ConvNormReLU(width // 2, width))
@@ -38,8 +40,8 @@ class SuPreMUNetBackbone(nn.Module):
             nn.Sequential(ConvNormReLU(3 * width, width), ConvNormReLU(width, width)) for width in widths[-2::-1]
         )
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """image (B, input_channels, X, Y, Z), sides multiples of 8 -> features (B, out_channels, X, Y, Z)."""
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """image (B, input_channels, X, Y, Z), sides multiples of 8 -> the last stage's features (B, C, X, Y, Z)."""
         require_divisible(self.contract, image)
         skips, x = [], image
         for stage in self.encoder[:-1]:
@@ -48,7 +50,7 @@ class SuPreMUNetBackbone(nn.Module):
         x = self.encoder[-1](x)
         for up, stage, skip in zip(self.upsample, self.decoder, reversed(skips)):
             x = stage(torch.cat((up(x), skip), 1))
-        return x
+        return [x]
 
     def tuned_parameters(self, part: str) -> list[str]:
         """Names of the parameters that fine-tuning of "last_block", "decoder" or "all" trains."""

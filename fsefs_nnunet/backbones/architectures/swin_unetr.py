@@ -9,6 +9,7 @@ from torch import nn
 
 from fsefs_nnunet.backbones.architectures.patch_merging import PublishedPatchMerging
 from fsefs_nnunet.backbones.contract import BackboneContract
+from fsefs_nnunet.backbones.maps import FeatureMap
 from fsefs_nnunet.backbones.state import copy_exactly, require_divisible, require_last_stage
 from fsefs_nnunet.errors import InputError
 
@@ -25,22 +26,23 @@ class SwinUNETRBackbone(nn.Module):
         super().__init__()
         require_last_stage(contract, stages)
         self.contract = contract
-        self.out_channels = contract.architecture["features"]
+        features = contract.architecture["features"]
+        self.maps = [FeatureMap(features)]
         self.network = monais_swin_unetr(contract.id)(
             in_channels=contract.input_channels,
             out_channels=1,
-            feature_size=self.out_channels,
+            feature_size=features,
             downsample=PublishedPatchMerging,
             use_flash_attention=True,
         )
         self.network.out = nn.Identity()  # the head is kept apart, so that the network ends with the features
         classes = len(contract.head_classes)
-        self.head = nn.Conv3d(self.out_channels, classes, 1) if classes else None
+        self.head = nn.Conv3d(features, classes, 1) if classes else None
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """image (B, input_channels, X, Y, Z) -> features (B, out_channels, X, Y, Z)."""
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """image (B, input_channels, X, Y, Z) -> the last stage's features (B, C, X, Y, Z)."""
         require_divisible(self.contract, image)
-        return self.network(image)
+        return [self.network(image)]
 
     def tuned_parameters(self, part: str) -> list[str]:
         """Names of the parameters that fine-tuning of "last_block", "decoder" or "all" trains, without the head's.

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
+from fsefs_nnunet.backbones.architectures import build_architecture
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.decoder_tuning import untrained_decoder
-from fsefs_nnunet.backbones.frozen import ARCHITECTURES
 from fsefs_nnunet.backbones.published.layouts import ARCHITECTURE_NAMES, PublishedContent, recognise
 from fsefs_nnunet.backbones.state import require_finite
 from fsefs_nnunet.backbones.store import check_id, save_backbone
-from fsefs_nnunet.backbones.zoo import SWIN_UNETR, ZOO, PublishedBackbone
+from fsefs_nnunet.backbones.zoo import ABDOMINAL_CT, SWIN_UNETR, ZOO, PublishedBackbone
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import sha256_of
 
@@ -56,8 +56,9 @@ def read_published(backbone_id: str, file: Path) -> ReadCheckpoint:
     content = recognise(str(file), read_checkpoint(file))
     sha256 = sha256_of(file)
     _refuse_known_file_of_another(backbone_id, file, sha256)
+    # a file of a known layout is taken to be trained as the public ones are
     entry = ZOO.get(backbone_id) or PublishedBackbone(
-        backbone_id, content.kind, content.features, encoder_only=content.encoder_only
+        backbone_id, ABDOMINAL_CT, content.kind, content.features, encoder_only=content.encoder_only
     )
     _refuse_other_content(file, content, entry)
     if content.embedded_classes not in (None, len(entry.classes)):
@@ -65,7 +66,7 @@ def read_published(backbone_id: str, file: Path) -> ReadCheckpoint:
     contract = entry.contract({"file": file.name, "sha256": sha256, "left_out": _left_out(content, entry)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(DECODER_SEED)  # an encoder's decoder is random, and the same for everyone
-        backbone = ARCHITECTURES[entry.kind](contract, "last")
+        backbone = build_architecture(contract, "last")
     own = backbone.backbone_state()
     published = own if not entry.encoder_only else {n: t for n, t in own.items() if n.startswith("network.swinViT.")}
     _refuse_partial(file, content, entry, published)

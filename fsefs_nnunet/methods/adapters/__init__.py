@@ -1,8 +1,8 @@
 """Adapters: what is trained between the frozen backbone's features and the head.
 
 An adapter maps (B, C, X, Y, Z) to the same shape, starts as the identity unless its docstring says otherwise, and says
-in `margin` how many voxels around a crop its output depends on (None: on all of it). One file each; a trainer of a few
-lines names its key in ADAPTERS.
+in `margin` how many voxels around a crop its output depends on (None: on all of it). One file each, and a
+key in ADAPTERS that rows of the registry name.
 """
 
 from __future__ import annotations

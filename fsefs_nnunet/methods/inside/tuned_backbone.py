@@ -1,4 +1,4 @@
-"""A backbone of which one part is trained."""
+"""A backbone of which something is trained."""
 
 from __future__ import annotations
 
@@ -7,38 +7,28 @@ from torch import nn
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.errors import InputError
-
-PARTS = ("last_block", "decoder", "all")
+from fsefs_nnunet.methods.inside.protocol import Inside
 
 
 class TunedBackbone(FrozenBackbone):
-    """A FrozenBackbone but for one part: its parameters, and they alone, are in `parameters()` and `state_dict()`.
+    """A FrozenBackbone but for what `inside` trains: that alone is in `parameters()` and `state_dict()`.
 
-    They lie in the backbone and, the same objects, in `tuned`, a tree of empty modules that gives them their names.
-    Everything stays in eval mode; autograd keeps nothing of the layers before the first trained one.
+    The trained parameters lie in the backbone and, the same objects, in `tuned`, a tree of empty modules that gives
+    them their names. Everything stays in eval mode; autograd keeps nothing of the layers before the first trained one.
     """
 
-    def __init__(self, backbone_id: str, stages: str, sha256: str | None, part: str):
-        """
-        Args:
-            part: "last_block" of the decoder, "decoder" or "all"; `tuned_parameters` of the backbone's class names its
-                parameters. The universal head is in none of them.
-
-        Raises:
-            InputError: for another part, or a backbone without parts.
-        """
+    def __init__(self, backbone_id: str, stages: str, sha256: str | None, inside: Inside):
+        """Raises InputError for a backbone that has nothing to train."""
         super().__init__(backbone_id, stages, sha256)
-        if part not in PARTS:
-            raise InputError(f"{part!r} is no part of a backbone that can be trained: choose one of {list(PARTS)}.")
-        if not hasattr(self.module, "tuned_parameters"):
+        trained = inside.prepare(self.module)
+        if not trained:
             raise InputError(f"Backbone {backbone_id!r} has no weights to fine-tune: choose another backbone.")
         self.tuned = nn.Module()
-        parameters = dict(self.module.named_parameters())
-        for name in self.module.tuned_parameters(part):
-            _register(self.tuned, name, parameters[name].requires_grad_())
+        for name, parameter in trained.items():
+            _register(self.tuned, name, parameter.requires_grad_())
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """image (B, input_channels, X, Y, Z) -> features (B, out_channels, X, Y, Z)."""
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """image (B, input_channels, X, Y, Z) -> feature maps, see backbones/protocol.py."""
         return self.module(image)
 
 

@@ -1,0 +1,230 @@
+"""The methods, a row each: shims, `fseft benchmark`, demo, test matrix and documentation/methods.md read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal
+
+from fsefs_nnunet.errors import InputError
+
+BANK, PATCHES = "bank", "patches"
+_INSIDE = "fsefs_nnunet.methods.inside.decoder_parts"
+_SCRATCH = "fsefs_nnunet.trainers.scratch.FSEFTTrainer_Scratch"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to use few labels. Nothing here is imported until it is asked for.
+
+    name: what `--methods` takes.
+    title: in tables and figures.
+    trains: what is trained, in words.
+    sentence: what the documentation says of it.
+    trainer: what nnUNetv2_train's -tr names; None: nothing is trained.
+    learns_from: "bank", crops of the feature bank, or "patches", nnU-Net's.
+    trainer_class: where a class of its own lies; else the trainer is made of this row alone (trainers/by_name.py).
+    adapter, maps: key of methods.adapters.ADAPTERS, stages of the backbone; None: what the plans say.
+    inside: where the class of a method inside the backbone lies, see methods/inside/protocol.py.
+    prior: key of priors.PRIORS, that of `fseft predict`; trains_with_prior: whether trainings heed it, too.
+    channel_dropout: probability that a step on the support does not see a channel of a crop.
+    rate, weight_decay, epochs: of AdamW.
+    transductive: the trained adapter adapts to every volume before it segments it (`fseft predict`).
+    shares_features: predicts from the features of whole volumes, which all such methods get from one pass.
+    suffix: of the configurations trained from scratch, for the time that the longest of the other methods took.
+    """
+
+    name: str
+    title: str
+    trains: str
+    sentence: str
+    trainer: str | None = None
+    learns_from: Literal["bank", "patches"] | None = None
+    trainer_class: str = ""
+    adapter: str | None = None
+    maps: str | None = None
+    inside: str | None = None
+    prior: str = "size"
+    trains_with_prior: bool = False
+    channel_dropout: float = 0.0
+    rate: float = 2e-3
+    weight_decay: float = 0.0
+    epochs: int = 100
+    transductive: bool = False
+    shares_features: bool = False
+    suffix: str = ""
+
+    @property
+    def uses_backbone(self) -> bool:
+        """Whether its network holds the backbone."""
+        return self.trainer is not None and not self.suffix
+
+
+_ROWS = [
+    Method(
+        "zero_shot",
+        "zero-shot (universal head)",
+        "nothing",
+        "The backbone's own head, by `fseft zero_shot`.",
+    ),
+    Method(
+        "probe",
+        "linear probe",
+        "head",
+        "The head alone, on all of the backbone's features.",
+        "FSEFTTrainer_LinearProbe",
+        BANK,
+        adapter="linear_probe",
+        rate=1e-2,
+        shares_features=True,
+    ),
+    Method(
+        "adapter",
+        "spatial adapter",
+        "spatial adapter, head",
+        "The paper's adapter without the size prior.",
+        "FSEFTTrainer_Adapter",
+        BANK,
+        shares_features=True,
+    ),
+    Method(
+        "adapter_in",
+        "adapter with instance norm",
+        "residual block with instance norm, head",
+        "The workshop's adapter by its recipe, without the size prior.",
+        "FSEFTTrainer_AdapterIN",
+        BANK,
+        adapter="spatial_in",
+        rate=1e-2,
+        weight_decay=1e-5,
+    ),
+    Method(
+        "fseft",
+        "spatial adapter + size prior",
+        "spatial adapter, head",
+        "The paper's method: its adapter, with the size prior on the queries.",
+        "FSEFTTrainer",
+        BANK,
+        "fsefs_nnunet.trainers.fseft_trainer.FSEFTTrainer",
+        trains_with_prior=True,
+        shares_features=True,
+    ),
+    Method(
+        "transductive",
+        "spatial adapter + size prior, transductive",
+        "the same, and again on each query",
+        "The paper's method, adapted to each query by `fseft predict`.",
+        "FSEFTTrainer",
+        BANK,
+        "fsefs_nnunet.trainers.fseft_trainer.FSEFTTrainer",
+        trains_with_prior=True,
+        transductive=True,
+        shares_features=True,
+    ),
+    Method(
+        "context",
+        "context adapter + size prior",
+        "context adapter, head",
+        "Ours, not the paper's: an adapter that sees 13 voxels wide instead of 5, trained with channels left out.",
+        "FSEFTTrainer_Context",
+        BANK,
+        adapter="context",
+        trains_with_prior=True,
+        channel_dropout=0.1,
+        shares_features=True,
+    ),
+    Method(
+        "ft_last",
+        "fine-tuning, last block",
+        "last block of the decoder, head",
+        "The workshop's recipe.",
+        "FSEFTTrainer_FTLast",
+        PATCHES,
+        adapter="linear_probe",
+        maps="last",
+        inside=f"{_INSIDE}.LastBlock",
+        rate=1e-2,
+        weight_decay=1e-5,
+    ),
+    Method(
+        "decoder",
+        "fine-tuning, decoder",
+        "decoder, head",
+        "The journal's recipe.",
+        "FSEFTTrainer_Decoder",
+        PATCHES,
+        adapter="linear_probe",
+        maps="last",
+        inside=f"{_INSIDE}.Decoder",
+        rate=1e-4,
+        epochs=200,
+    ),
+    Method(
+        "ft",
+        "fine-tuning, everything",
+        "all of the backbone, head",
+        "The workshop's recipe.",
+        "FSEFTTrainer_FT",
+        PATCHES,
+        adapter="linear_probe",
+        maps="last",
+        inside=f"{_INSIDE}.Everything",
+        rate=1e-4,
+        weight_decay=1e-5,
+        epochs=150,
+    ),
+    Method(
+        "scratch",
+        "from scratch, equal time",
+        "the backbone's architecture, from random weights",
+        "nnU-Net's trainer for a time, `-c 3d_fullres_<K>shot_scratch`; what nnU-Net plans where the backbone is none "
+        "of its U-Nets.",
+        "FSEFTTrainer_Scratch",
+        PATCHES,
+        _SCRATCH,
+        suffix="_scratch",
+    ),
+    Method(
+        "nnunet",
+        "nnU-Net from scratch, equal time",
+        "what nnU-Net plans for the data, from random weights",
+        "nnU-Net's trainer for a time, `-c 3d_fullres_<K>shot_nnunet`.",
+        "FSEFTTrainer_Scratch",
+        PATCHES,
+        _SCRATCH,
+        suffix="_nnunet",
+    ),
+]
+METHODS = {row.name: row for row in _ROWS}
+
+
+def method_of_trainer(trainer: str) -> Method | None:
+    """The first row whose trainer has this name, None for a trainer that is none of ours."""
+    return next((row for row in METHODS.values() if row.trainer == trainer), None)
+
+
+def choose(names: list[str]) -> list[str]:
+    """The `names` of METHODS, each once and in its order; all of them if none is given.
+
+    Raises:
+        InputError: for a name that is none, with the nearest that is one.
+    """
+    for name in names:
+        if name not in METHODS:
+            near = get_close_matches(name, METHODS, 1, 0.4)
+            hint = f": did you mean {near[0]!r}?" if near else "."
+            raise InputError(f"There is no method {name!r}{hint} There are {', '.join(METHODS)}.")
+    return [name for name in METHODS if name in names or not names]
+
+
+def methods_table() -> str:
+    """The Markdown rows of documentation/methods.md."""
+    sources = {BANK: "feature bank", PATCHES: "nnU-Net's patches", None: "-"}
+    lines = []
+    for row in METHODS.values():
+        trainer = f"`{row.trainer}`" if row.trainer else "-"
+        recipe = f"{row.rate:g}, {row.epochs}" if row.uses_backbone else "nnU-Net's, for a time" if row.trainer else "-"
+        lines.append(
+            f"| {trainer} | `{row.name}` | {row.trains} | {sources[row.learns_from]} | {recipe} | {row.sentence} |"
+        )
+    return "\n".join(lines)
