@@ -129,7 +129,7 @@ def test_duration():
 
 def test_peak_memory_is_that_of_the_process_alone():
     """Started by one of a GB more, with which it has nothing to do."""
-    here = "import torch; from fsefs_nnunet.device import peak_memory_gb as p; print(p(torch.device('cpu')))"
+    here = "from fsefs_nnunet.device import peak_host_memory_gb; print(peak_host_memory_gb())"
     large = f"import subprocess as s, sys; x = b'1' * 10**9; s.run([sys.executable, '-c', {here!r}], check=True)"
     measured = [float(subprocess.check_output([sys.executable, "-c", program])) for program in (here, large)]
     assert 0.05 < measured[0] < 0.9 and measured[1] == pytest.approx(measured[0], abs=0.1)
