@@ -119,8 +119,8 @@ def test_size_section_of_any_file_that_nnunet_reads(tmp_path, ending):
     segmentation.SetSpacing((10.0, 10.0, 5.0))
     SimpleITK.WriteImage(segmentation, fold / "validation" / f"a{ending}")
     (fold / "training_log_2026_1_1_10_00_00.txt").write_text("Size prior of liver: 11.00 ml, spread 1.00 ml, 5 cases\n")
-    _, rows = size_section(fold, fold / "validation")
-    assert "<td>12.0</td>" in rows and "<td>10.0</td>" in rows and "<td>11.0</td>" in rows
+    (row,) = size_section(fold, fold / "validation")["rows"]
+    assert (row["prior S"], row["predicted"], row["labelled"]) == ("11.0", "10.0", "12.0")
 
 
 def test_duration():
