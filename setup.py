@@ -16,5 +16,6 @@ setup(
         "fsefs_nnunet.nnunet": ["shims/*.py"],
         "fsefs_nnunet.backbones": ["weights/*"],
         "fsefs_nnunet.datasets": ["*.json"],
+        "fsefs_nnunet.evaluation": ["templates/*.html"],
     },
 )

@@ -119,8 +119,8 @@ def test_size_section_of_any_file_that_nnunet_reads(tmp_path, ending):
     segmentation.SetSpacing((10.0, 10.0, 5.0))
     SimpleITK.WriteImage(segmentation, fold / "validation" / f"a{ending}")
     (fold / "training_log_2026_1_1_10_00_00.txt").write_text("Size prior of liver: 11.00 ml, spread 1.00 ml, 5 cases\n")
-    _, rows = size_section(fold, fold / "validation")
-    assert "<td>12.0</td>" in rows and "<td>10.0</td>" in rows and "<td>11.0</td>" in rows
+    (row,) = size_section(fold, fold / "validation")["rows"]
+    assert (row["prior S"], row["predicted"], row["labelled"]) == ("11.0", "10.0", "12.0")
 
 
 def test_duration():
@@ -129,7 +129,7 @@ def test_duration():
 
 def test_peak_memory_is_that_of_the_process_alone():
     """Started by one of a GB more, with which it has nothing to do."""
-    here = "import torch; from fsefs_nnunet.device import peak_memory_gb as p; print(p(torch.device('cpu')))"
+    here = "from fsefs_nnunet.device import peak_host_memory_gb; print(peak_host_memory_gb())"
     large = f"import subprocess as s, sys; x = b'1' * 10**9; s.run([sys.executable, '-c', {here!r}], check=True)"
     measured = [float(subprocess.check_output([sys.executable, "-c", program])) for program in (here, large)]
     assert 0.05 < measured[0] < 0.9 and measured[1] == pytest.approx(measured[0], abs=0.1)

@@ -15,7 +15,6 @@ import torch
 from matplotlib.colors import to_rgb
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 
-from fsefs_nnunet.evaluation import html
 from fsefs_nnunet.evaluation.overlays import _load, save_overlay
 from fsefs_nnunet.evaluation.plots import plot_learning_curves, plot_sizes
 from fsefs_nnunet.evaluation.report import write_report
@@ -304,8 +303,7 @@ class Reader(HTMLParser):
         self.within = None
 
 
-@pytest.fixture
-def report(tmp_path, case, fold) -> Reader:
+def report_of(fold: Path, case: dict, tmp_path: Path) -> Reader:
     raw = tmp_path / "raw"
     for folder, suffix, array in (("imagesTr", "_0000", "image"), ("labelsTr", "", "reference")):
         (raw / folder).mkdir(parents=True)
@@ -316,6 +314,11 @@ def report(tmp_path, case, fold) -> Reader:
     steps = {"Another <draw>:": ['eval "$(fseft env)"', "nnUNetv2_train 4 < /dev/null && echo done"]}
     write_report(tmp_path / "report.html", "Queries <8> & more.", rows, folds, "A <&> B", raw, steps)
     return Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def report(tmp_path, case, fold) -> Reader:
+    return report_of(fold, case, tmp_path)
 
 
 def test_report_is_one_file(report, tmp_path):
@@ -350,16 +353,11 @@ def test_report_names_cases_and_commands(report):
     assert "draw" not in report.tags and "kidney" not in report.tags
 
 
-def test_report_without_a_prior(tmp_path, fold):
-    from fsefs_nnunet.evaluation.report import size_section
-
+def test_report_without_a_prior(tmp_path, case, fold):
     (fold / "training_log_2026_01_01_10_00_00.txt").write_text("The size prior has no effect: it is switched off.\n")
-    assert size_section(fold, fold / "validation") == ["<p>The size prior had no effect in this training.</p>"]
-
-
-def test_page_escapes_its_title():
-    assert html.page("a < b", html.heading("c & d")).count("a &lt; b") == 2
-    assert html.heading("c & d") == "<h2>c &amp; d</h2>"
+    report = report_of(fold, case, tmp_path)
+    assert "The size prior had no effect in this training." in report.text
+    assert len(report.pictures) == 5 and "sizes in ml" not in report.cells
 
 
 def test_next_steps_of_the_demo():

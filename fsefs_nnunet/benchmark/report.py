@@ -13,7 +13,7 @@ from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.study import Study
 from fsefs_nnunet.benchmark.summary import class_table, comparisons, table
 from fsefs_nnunet.cases.splits import SPLITS_FILE
-from fsefs_nnunet.evaluation import html
+from fsefs_nnunet.evaluation.html import render
 from fsefs_nnunet.evaluation.report import ranked_overlays, size_section
 from fsefs_nnunet.files import write_atomically
 
@@ -25,26 +25,28 @@ def write_report(study: Study, cells: dict[Cell, Result], failures: dict[Cell, s
         cells: those that are done.
         command: what was typed.
     """
-    folder, results = study.experiment.work, list(cells.values())
+    experiment, results = study.experiment, list(cells.values())
     png = figure(results)
-    write_atomically(folder / "figure.png", png)
-    caption = "Dice against shots, bars from the worst to the best fold; Dice against trained parameters."
-    parts = [
-        html.paragraph(study.setting),
-        html.paragraph(NOTES),
-        html.table(table(results)),
-        html.overlay(png, caption),
-        html.heading("Dice by class"),
-        html.table(class_table(results)),
-    ]
-    if pairs := comparisons(results):
-        parts += [html.heading("Paired over the cases, each averaged over the folds"), html.table(pairs)]
-    if failures:
-        parts += [html.heading("What failed"), html.commands(*(f"{c.title}: {why}" for c, why in failures.items()))]
-    for cell in shown(list(cells)):
-        parts += _pictures(cell)
-    parts += _repeat(study, command)
-    write_atomically(folder / "report.html", html.page("fseft: benchmark", *parts))
+    write_atomically(experiment.work / "figure.png", png)
+    variables = {**experiment.folders, "fseft_backbones": user_folder()}
+    exports = [f"export {name}={shlex.quote(str(path))}" for name, path in variables.items()]
+    versions = [f"{name} {version(name)}" for name in ("fsefs_nnunet", "nnunetv2", "torch", "monai")]
+    names = (SPLITS_FILE, f"{experiment.plans}.json")
+    page = render(
+        "benchmark.html",
+        study=study,
+        notes=NOTES,
+        rows=table(results),
+        figure=png,
+        classes=class_table(results),
+        comparisons=comparisons(results),
+        failures=[f"{cell.title}: {why}" for cell, why in failures.items()],
+        cells=[_section(cell) for cell in shown(list(cells))],
+        software=f"{', '.join(versions)}; Python {sys.version.split()[0]}",
+        to_repeat=[*exports, shlex.join(command)],
+        files={name: (experiment.preprocessed / name).read_text("utf-8") for name in names},
+    )
+    write_atomically(experiment.work / "report.html", page)
 
 
 def shown(cells: list[Cell]) -> list[Cell]:
@@ -58,39 +60,15 @@ def shown(cells: list[Cell]) -> list[Cell]:
     return list(first.values())
 
 
-def _pictures(cell: Cell) -> list[str]:
+def _section(cell: Cell) -> dict:
+    """Pictures and sizes of a cell, as benchmark.html takes them."""
     target, predictions = cell.study.target, cell.predictions
-    parts = [html.heading(f"Best, median and worst case: {cell.title}")]
+    section = {"title": cell.title, "overlays": {}}
     if not (predictions / "summary.json").exists():
-        parts.append(html.paragraph(f"The predictions are no longer in {predictions}."))
-    else:
-        try:
-            overlays = ranked_overlays(predictions, target.images, target.labels, target.dataset_json)
-            none = "No case shows a class, neither labelled nor predicted."
-        except Exception as error:  # readers of broken files raise whatever they like
-            overlays, none = {}, f"An image cannot be drawn: {error}"
-        parts += [html.overlay(png, caption) for caption, png in overlays.items()] or [html.paragraph(none)]
-    if (predictions / "summary.json").exists():
-        heading = f"Size prior and predicted sizes: {cell.title}"
-        parts += [html.heading(heading), *size_section(cell.folder, predictions)]
-    return parts
-
-
-def _repeat(study: Study, command: list[str]) -> list[str]:
-    """Versions, plans and splits, and the command."""
-    experiment, splits, backbone = study.experiment, study.splits, study.backbone
-    software = ", ".join(f"{name} {version(name)}" for name in ("fsefs_nnunet", "nnunetv2", "torch", "monai"))
-    facts = (
-        f"{software}; Python {sys.version.split()[0]}; device {experiment.device}. Backbone {backbone['backbone']}, "
-        f"SHA-256 {backbone['sha256']}. Splits: seed {splits['seed']}, {splits['num_folds']} folds, "
-        f"{len(splits['queries'])} labelled queries. The two files below lie in {experiment.preprocessed}."
-    )
-    variables = {**experiment.folders, "fseft_backbones": user_folder()}
-    exports = [f"export {name}={shlex.quote(str(path))}" for name, path in variables.items()]
-    files = [experiment.preprocessed / name for name in (SPLITS_FILE, f"{experiment.plans}.json")]
-    return [
-        html.heading("To repeat it"),
-        html.paragraph(facts),
-        html.commands(*exports, shlex.join(command)),
-        *(html.folded(file.name, file.read_text("utf-8")) for file in files),
-    ]
+        return section | {"no_overlay": f"The predictions are no longer in {predictions}."}
+    try:
+        section["overlays"] = ranked_overlays(predictions, target.images, target.labels, target.dataset_json)
+        section["no_overlay"] = "No case shows a class, neither labelled nor predicted."
+    except Exception as error:  # readers of broken files raise whatever they like
+        section["no_overlay"] = f"An image cannot be drawn: {error}"
+    return section | {"size_section": size_section(cell.folder, predictions)}

@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from statistics import mean
 
-from fsefs_nnunet.evaluation import html
+from fsefs_nnunet.evaluation.html import render
 from fsefs_nnunet.evaluation.overlays import save_overlay
 from fsefs_nnunet.evaluation.plots import plot_learning_curves, plot_sizes
 from fsefs_nnunet.evaluation.tables import best_median_worst, case_dice, counted_sizes
@@ -37,24 +37,17 @@ def write_report(
         ValueError: if a fold's checkpoint_final.pth is missing or damaged.
     """
     fold = folds[adapted]
-    overlays = ranked_overlays(fold / "validation", raw / "imagesTr", raw / "labelsTr", dataset_of(fold))
-    parts = [
-        html.paragraph(introduction),
-        html.table(rows),
-        html.heading("Learning curves"),
-        html.paragraph(
-            "What nnU-Net logs in every epoch, on crops of the labelled support cases. The labels of the queries play "
-            "no part in training, nor in choosing a checkpoint."
-        ),
-        html.charts(_learning_curves(folds)),
-        html.heading(f"Best, median and worst query: {adapted}"),
-        *(html.overlay(png, caption) for caption, png in overlays.items()),
-        html.heading(f"Size prior and predicted sizes: {adapted}"),
-        *size_section(fold, fold / "validation"),
-        html.heading("What to run next"),
-        *(html.paragraph(purpose) + html.commands(*lines) for purpose, lines in next_steps.items()),
-    ]
-    Path(file).write_text(html.page("fseft: report", *parts), encoding="utf-8")
+    page = render(
+        "comparison.html",
+        introduction=introduction,
+        rows=rows,
+        curves=_learning_curves(folds),
+        adapted=adapted,
+        overlays=ranked_overlays(fold / "validation", raw / "imagesTr", raw / "labelsTr", dataset_of(fold)),
+        size_section=size_section(fold, fold / "validation"),
+        next_steps=next_steps,
+    )
+    Path(file).write_text(page, encoding="utf-8")
 
 
 def _learning_curves(folds: dict[str, Path]) -> dict[str, bytes]:
@@ -95,13 +88,16 @@ def ranked_overlays(predictions: Path, images: Path, labels: Path, dataset_json:
     return overlays
 
 
-def size_section(fold: Path, predictions: Path) -> list[str]:
-    """Chart and table of the prior and of the predicted and labelled sizes of a folder with nnU-Net's summary.json."""
+def size_section(fold: Path, predictions: Path) -> dict:
+    """Charts and rows of a table of the prior and of the predicted and labelled sizes; {} where there was no prior.
+
+    predictions: a folder with nnU-Net's summary.json.
+    """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     priors = logged_priors(fold)
     if not priors:
-        return [html.paragraph("The size prior had no effect in this training.")]
+        return {}
     plans = json.loads((fold.parent / "plans.json").read_text("utf-8"))
     reader = PlansManager(plans).image_reader_writer_class()
     predicted, labelled = (
@@ -121,4 +117,4 @@ def size_section(fold: Path, predictions: Path) -> list[str]:
         for name, prior in priors.items()
     ]
     caption = "Sizes of the segmentations, and of the labels, which serve this evaluation alone."
-    return [html.charts({caption: plot_sizes(priors, predicted, labelled, gamma)}), html.table(rows)]
+    return {"charts": {caption: plot_sizes(priors, predicted, labelled, gamma)}, "rows": rows}
