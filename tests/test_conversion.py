@@ -19,8 +19,8 @@ from source_trees import AFFINES, SHAPE, TREES, Tree, save
 
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.datasets import volumes
-from fsefs_nnunet.datasets.building import run_jobs
 from fsefs_nnunet.datasets.conversion import _refuse_repeated
+from fsefs_nnunet.datasets.jobs import run_jobs
 from fsefs_nnunet.datasets.source import Case
 from fsefs_nnunet.errors import InputError
 
@@ -289,6 +289,23 @@ def test_a_process_that_is_killed():
         run_jobs(die, [(1,), (2,)], 2, "dying")
 
 
+def fill_disk(case: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def refuse(case: int) -> None:
+    raise InputError(f"Case {case} is bad.")
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_what_a_job_reports_reaches_the_user(num_processes):
+    """An InputError is a SystemExit, which would end a worker without a word."""
+    with pytest.raises(InputError, match="^Case 1 is bad.$"):
+        run_jobs(refuse, [(1,), (2,)], num_processes, "refusing")
+    with pytest.raises(InputError, match="No space left in nnUNet_raw"):
+        run_jobs(fill_disk, [(1,), (2,)], num_processes, "filling")
+
+
 def test_results_come_in_the_order_of_the_jobs():
     assert run_jobs(pow, [(i, 2) for i in range(9)], 2, "squares") == [i**2 for i in range(9)]
 
@@ -305,7 +322,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     script = tmp_path / "command.py"
     script.write_text(
         "import time\n"
-        "from fsefs_nnunet.datasets.building import run_jobs\n"
+        "from fsefs_nnunet.datasets.jobs import run_jobs\n"
         "if __name__ == '__main__':\n"
         "    run_jobs(time.sleep, [(1,)] * 1000, 2, 'sleeping')\n"
     )

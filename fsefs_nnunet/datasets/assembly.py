@@ -13,8 +13,9 @@ import nibabel as nib
 import numpy as np
 
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
-from fsefs_nnunet.datasets.building import RECORDS, UnfinishedDataset, new_dataset, run_jobs
+from fsefs_nnunet.datasets.building import RECORDS, UnfinishedDataset, new_dataset
 from fsefs_nnunet.datasets.common_labels import CommonLabels, common_labels
+from fsefs_nnunet.datasets.jobs import run_jobs
 from fsefs_nnunet.datasets.tables import tables
 from fsefs_nnunet.datasets.volumes import integers, link_or_copy, read_volume, renumber, write_label
 from fsefs_nnunet.errors import InputError

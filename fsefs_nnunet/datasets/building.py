@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import shutil
-import signal
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from multiprocessing import TimeoutError, get_context
 from pathlib import Path
 
-from tqdm import tqdm
-
+from fsefs_nnunet.datasets.jobs import full_disk_reported
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json, write_atomically
 
@@ -37,18 +31,6 @@ def new_dataset(dataset_id: int, name: str) -> Path:
     if taken:
         raise InputError(f"Dataset id {dataset_id} is taken by {', '.join(taken)}: choose another.")
     return Path(str(nnUNet_raw)) / f"Dataset{dataset_id:03d}_{name}"
-
-
-@contextmanager
-def space_told() -> Iterator[None]:
-    """Raises InputError where the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        text = f"No space left in nnUNet_raw ({error}): free some, then run the same command again."
-        raise InputError(text) from error
 
 
 class UnfinishedDataset:
@@ -78,7 +60,7 @@ class UnfinishedDataset:
         """Write dataset.json with nnU-Net's function and the summary, and take the final name."""
         from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 
-        with space_told():
+        with full_disk_reported():
             generate_dataset_json(
                 str(self.folder),
                 dataset_name=self.target.name,
@@ -93,63 +75,6 @@ class UnfinishedDataset:
 
     def discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _quiet_worker() -> None:
-    # the parent tells the user
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _returning(job: tuple[Callable, tuple]) -> object:
-    function, arguments = job
-    try:
-        with space_told():
-            return function(*arguments)
-    except InputError as error:  # a SystemExit would end the worker without a word
-        return error
-
-
-def run_jobs(function: Callable, jobs: Iterable[tuple], num_processes: int, text: str) -> list:
-    """Results of `function(*job)`, in parallel, with a progress bar.
-
-    Raises:
-        InputError: the first one of a worker, where one was killed, and for an interrupt.
-    """
-    todo = [(function, job) for job in jobs]
-    if not todo:
-        return []
-    try:
-        if num_processes == 1:
-            return _collected(map(_returning, todo), len(todo), text)
-        with get_context("spawn").Pool(min(num_processes, len(todo)), _quiet_worker) as pool:
-            return _collected(_watched(pool, pool.imap(_returning, todo)), len(todo), text)
-    except KeyboardInterrupt:
-        raise InputError("Interrupted: run the same command again to go on.") from None
-
-
-def _watched(pool, results) -> Iterator:
-    """What `results`, of the pool's imap, give; a pool waits for ever for the result of a worker that was killed."""
-    workers = list(pool._pool)  # as nnU-Net watches its own
-    while True:
-        try:
-            yield results.next(timeout=0.5)
-        except StopIteration:
-            return
-        except TimeoutError:
-            if not all(worker.is_alive() for worker in workers):
-                raise InputError(
-                    f"One of {len(workers)} processes was killed, for want of memory as a rule: run the same command "
-                    "again with a smaller -np to go on."
-                ) from None
-
-
-def _collected(iterator: Iterable, total: int, text: str) -> list:
-    results = []
-    for result in tqdm(iterator, total=total, desc=text):
-        if isinstance(result, InputError):
-            raise result
-        results.append(result)
-    return results
 
 
 def archives_in(folder: Path) -> list[str]:

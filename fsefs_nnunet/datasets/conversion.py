@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fsefs_nnunet.datasets.building import UnfinishedDataset, archives_in, new_dataset, run_jobs
+from fsefs_nnunet.datasets.building import UnfinishedDataset, archives_in, new_dataset
 from fsefs_nnunet.datasets.case import Job, convert_case
+from fsefs_nnunet.datasets.jobs import run_jobs
 from fsefs_nnunet.datasets.source import Case, Source
 from fsefs_nnunet.datasets.sources import find_source
 from fsefs_nnunet.datasets.tables import Selection, select, tables

@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from fsefs_nnunet.datasets.building import run_jobs
+from fsefs_nnunet.datasets.jobs import run_jobs
 from fsefs_nnunet.synthetic.phantom import LABELS, PhantomConfig, make_phantom, pretraining_config
 
 # What the embedded backbone learns. The stomach is in every phantom and in no source: it is the organ that the
