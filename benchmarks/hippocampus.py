@@ -27,7 +27,8 @@ from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.summary import fold_mean, mean_over, spread, values
 from fsefs_nnunet.evaluation.tables import markdown_table
 from fsefs_nnunet.methods.registry import METHODS
-from fsefs_nnunet.nnunet.experiment import Experiment, training_seconds
+from fsefs_nnunet.methods.run_file import RunFile
+from fsefs_nnunet.nnunet.experiment import Experiment
 
 DATASET = "Dataset004_Hippocampus"
 NUM_QUERIES = 40
@@ -93,7 +94,7 @@ def train_at_equal_time(experiment: Experiment, tuned: list[str], shots: list[in
             if not (ours / "checkpoint_final.pth").exists():
                 experiment.run("fseft", "bank", "-d", DATASET, "--clear", **environment)
                 experiment.train("FSEFTTrainer", configuration, fold, **environment)
-            environment["fseft_train_minutes"] = str(training_seconds(ours) / 60)
+            environment["fseft_train_minutes"] = str(RunFile.load(ours).training_seconds / 60)
             for method in tuned:
                 experiment.train(METHODS[method].trainer, configuration, fold, **environment)
 

@@ -30,7 +30,7 @@ import torch
 from fsefs_nnunet.backbones.frozen import ARCHITECTURES, FrozenBackbone
 from fsefs_nnunet.backbones.store import find_backbone, save_backbone
 from fsefs_nnunet.backbones.zoo import ZOO
-from fsefs_nnunet.evaluation.training_logs import peak_memory
+from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.nnunet.experiment import ALLOCATOR, Experiment
 
 ORGANS = ("spleen", "kidney_right", "kidney_left", "liver", "stomach", "pancreas", "aorta", "gallbladder", "duodenum")
@@ -227,7 +227,7 @@ class Benchmark:
                 "checkpoint MB": (fold / "checkpoint_final.pth").stat().st_size / 1e6,
                 "zip MB": exported.stat().st_size / 1e6,
                 "Dice of the query, random backbone": summary["foreground_mean"]["Dice"],
-                "peak GB of the training": peak_memory(fold),
+                "peak GB of the training": RunFile.load(fold).peak_memory,
             },
         )
 

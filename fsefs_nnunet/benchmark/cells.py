@@ -127,8 +127,8 @@ class Cell:
             )
         if (self.folder / RUN_FILE).exists() and self.run_facts.support != support:
             raise InputError(
-                f"{self.folder} was trained on {self.run_facts.support}, the splits now say {support}: move it away, or "
-                "draw the splits as before with `fseft splits`."
+                f"{self.folder} was trained on {self.run_facts.support}, the splits now say {support}: move it away, "
+                "or draw the splits as before with `fseft splits`."
             )
         if self.study.scratch_minutes or all(other.checkpoint.exists() for other in self.others):
             self.check_budget()

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import accumulate
 
 import numpy as np
 
-from fsefs_nnunet.evaluation.training_logs import LearningCurve
-from fsefs_nnunet.priors.size import SizePrior
 
-
-def plot_learning_curves(curves: dict[str, LearningCurve], value: str, title: str) -> bytes:
-    """One line per method over seconds of training; `value` is a field of LearningCurve."""
+def plot_learning_curves(curves: dict[str, list[dict]], value: str, title: str) -> bytes:
+    """One line per method over seconds of training; `curves` are the epochs of run files, `value` is a key of theirs."""
 
     def draw(axes):
-        for method, curve in curves.items():
-            axes.plot(curve.seconds, getattr(curve, value), marker=".", markersize=3, linewidth=1.2, label=method)
+        for method, epochs in curves.items():
+            seconds = list(accumulate(epoch["seconds"] for epoch in epochs))
+            axes.plot(
+                seconds, [epoch[value] for epoch in epochs], marker=".", markersize=3, linewidth=1.2, label=method
+            )
         axes.set_xlabel("seconds of training")
         axes.set_title(title)
         axes.legend(frameon=False, fontsize=8)
@@ -25,35 +26,35 @@ def plot_learning_curves(curves: dict[str, LearningCurve], value: str, title: st
 
 
 def plot_sizes(
-    priors: dict[str, SizePrior],
+    expected: dict[str, dict],
     predicted: dict[str, dict[str, float]],
     labelled: dict[str, dict[str, float]],
-    gamma: float,
 ) -> bytes:
     """Sizes of the queries as multiples of the prior size S, one row per class.
 
     Args:
+        expected: "size" S in ml and relative "tolerance" of each class, as run files have them; the sizes that the
+            prior tolerates are shaded.
         predicted: ml by query and class: filled circles.
         labelled: ml by query and class: rings, just below.
-        gamma: of the plans; the sizes that the prior tolerates are shaded.
     """
 
     def draw(axes):
         axes.axvline(1, color="white", linewidth=1, linestyle="dashed", label="prior S")
-        for row, (name, prior) in enumerate(priors.items()):
-            tolerated = prior.tolerance(gamma)
+        for row, (name, prior) in enumerate(expected.items()):
+            tolerated = prior["tolerance"]
             band = {"color": "white", "alpha": 0.15, "linewidth": 0, "label": None if row else "tolerated"}
             axes.fill_betweenx([row - 0.5, row + 0.5], 1 - tolerated, 1 + tolerated, **band)
             for offset, sizes, style in ((-0.12, predicted, "predicted"), (0.12, labelled, "label")):
-                ratios = [query[name] / prior.size for query in sizes.values() if name in query]
+                ratios = [query[name] / prior["size"] for query in sizes.values() if name in query]
                 axes.plot(ratios, np.full(len(ratios), row + offset), label=style if not row else None, **_MARKS[style])
-        axes.set_yticks(range(len(priors)), [f"{name}\nS {prior.size:.0f} ml" for name, prior in priors.items()])
-        axes.set_ylim(len(priors) - 0.5, -0.5)
+        axes.set_yticks(range(len(expected)), [f"{name}\nS {prior['size']:.0f} ml" for name, prior in expected.items()])
+        axes.set_ylim(len(expected) - 0.5, -0.5)
         axes.set_xlim(left=0)
         axes.set_xlabel("size of a query / prior size S")
         axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.4, 1), columnspacing=1)
 
-    return _png(draw, height=1.2 + 0.55 * len(priors))
+    return _png(draw, height=1.2 + 0.55 * len(expected))
 
 
 _MARKS = {

@@ -11,8 +11,8 @@ from fsefs_nnunet.evaluation.html import render
 from fsefs_nnunet.evaluation.overlays import save_overlay
 from fsefs_nnunet.evaluation.plots import plot_learning_curves, plot_sizes
 from fsefs_nnunet.evaluation.tables import best_median_worst, case_dice, counted_sizes
-from fsefs_nnunet.evaluation.training_logs import learning_curve, logged_priors
 from fsefs_nnunet.labels import foreground
+from fsefs_nnunet.methods.run_file import RunFile
 
 
 def write_report(
@@ -34,7 +34,7 @@ def write_report(
         next_steps: shell commands by what they are for.
 
     Raises:
-        ValueError: if a fold's checkpoint_final.pth is missing or damaged.
+        InputError: if a fold's fseft_run.json is missing or damaged.
     """
     fold = folds[adapted]
     page = render(
@@ -51,11 +51,9 @@ def write_report(
 
 
 def _learning_curves(folds: dict[str, Path]) -> dict[str, bytes]:
-    curves = {method: learning_curve(fold / "checkpoint_final.pth") for method, fold in folds.items()}
+    curves = {method: RunFile.load(fold).epochs for method, fold in folds.items()}
     return {
-        "Training loss; with the size prior, its penalty is part of it.": plot_learning_curves(
-            curves, "loss", "training loss"
-        ),
+        "Training loss, without the prior's penalty.": plot_learning_curves(curves, "loss", "training loss"),
         "Pseudo Dice, the mean over the classes.": plot_learning_curves(
             curves, "pseudo_dice", "pseudo Dice on the support"
         ),
@@ -95,8 +93,10 @@ def size_section(fold: Path, predictions: Path) -> dict:
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    priors = logged_priors(fold)
-    if not priors:
+    expected = {
+        name: of_class for name, of_class in RunFile.load(fold).prior.items() if of_class and "size" in of_class
+    }
+    if not expected:
         return {}
     plans = json.loads((fold.parent / "plans.json").read_text("utf-8"))
     reader = PlansManager(plans).image_reader_writer_class()
@@ -104,17 +104,16 @@ def size_section(fold: Path, predictions: Path) -> dict:
         counted_sizes(predictions / "summary.json", organs(dataset_of(fold)), reader, count)
         for count in ("n_pred", "n_ref")
     )
-    gamma = plans["configurations"][fold.parent.name.split("__")[-1]]["fseft_gamma"]
     rows = [
         {
             "sizes in ml": name,
-            "prior S": f"{prior.size:.1f}",
-            "spread": f"{prior.spread:.1f}",
-            "support cases": prior.num_cases,
+            "prior S": f"{of_class['size']:.1f}",
+            "spread": f"{of_class['spread']:.1f}",
+            "support cases": of_class["num_cases"],
             "predicted": f"{mean(sizes[name] for sizes in predicted.values()):.1f}",
             "labelled": f"{mean(sizes[name] for sizes in labelled.values()):.1f}",
         }
-        for name, prior in priors.items()
+        for name, of_class in expected.items()
     ]
     caption = "Sizes of the segmentations, and of the labels, which serve this evaluation alone."
-    return {"charts": {caption: plot_sizes(priors, predicted, labelled, gamma)}, "rows": rows}
+    return {"charts": {caption: plot_sizes(expected, predicted, labelled)}, "rows": rows}

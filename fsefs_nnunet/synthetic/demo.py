@@ -9,18 +9,15 @@ from pathlib import Path
 from time import time
 
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.nnunet.experiment import Experiment, trained_parameters, training_seconds
+from fsefs_nnunet.methods.registry import METHODS
+from fsefs_nnunet.methods.run_file import RunFile
+from fsefs_nnunet.nnunet.experiment import Experiment
 
 DATASET = "Dataset901_FSEFTDemo"
 CONFIGURATION = "3d_fullres_5shot"
 SUPPORT, NUM_QUERIES = 5, 8
-WITH_PRIOR = "spatial adapter + size prior"
-METHODS = {
-    "linear probe": ("FSEFTTrainer_LinearProbe", CONFIGURATION),
-    "spatial adapter": ("FSEFTTrainer_Adapter", CONFIGURATION),
-    WITH_PRIOR: ("FSEFTTrainer", CONFIGURATION),
-    "from scratch, equal time": ("FSEFTTrainer_Scratch", f"{CONFIGURATION}_scratch"),
-}
+SHOWN = [METHODS[name] for name in ("probe", "adapter", "fseft", "scratch")]
+WITH_PRIOR = METHODS["fseft"].title
 # the plans' defaults train longer
 SHORT = {"fseft_steps_per_epoch": 2, "fseft_views": 20, "fseft_crop_size": [24, 24, 24]}
 
@@ -66,21 +63,22 @@ def run_demo(folder: Path, seconds: float | None = None, device: str | None = No
     print("1/6 phantoms, plans, preprocessing", flush=True)
     prepare(experiment, NUM_QUERIES, SUPPORT)
     rows, folds, labels = [], {}, {}
-    for i, (name, (trainer, configuration)) in enumerate(METHODS.items(), 2):
-        print(f"{i}/6 {name} ({time() - start:.0f} s so far)", flush=True)
+    for i, method in enumerate(SHOWN, 2):
+        print(f"{i}/6 {method.title} ({time() - start:.0f} s so far)", flush=True)
         budget = {}
-        if configuration != CONFIGURATION:
-            minutes = (seconds or training_seconds(folds[WITH_PRIOR])) / 60
+        if method.suffix:
+            minutes = (seconds or RunFile.load(folds[WITH_PRIOR]).training_seconds) / 60
             budget = {"fseft_train_minutes": f"{minutes:.4f}"}
-        fold = folds[name] = experiment.train(trainer, configuration, **budget)
+        fold = folds[method.title] = experiment.train(method.trainer, CONFIGURATION + method.suffix, **budget)
+        run = RunFile.load(fold)
         labels = json.loads((fold.parent / "dataset.json").read_text("utf-8"))["labels"]
         dice = mean_dice(fold / "validation" / "summary.json")
         organs = {organ: dice[str(number)] for organ, number in labels.items() if organ != "background"}
         rows.append(
             {
-                "method": name,
-                "trained parameters": trained_parameters(fold / "checkpoint_final.pth"),
-                "seconds": round(training_seconds(fold)),
+                "method": method.title,
+                "trained parameters": run.trained_parameters,
+                "seconds": round(run.training_seconds),
                 **organs,
                 "mean Dice": dice["mean"],
             }
