@@ -27,7 +27,8 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from fsefs_nnunet.backbones.frozen import ARCHITECTURES, FrozenBackbone
+from fsefs_nnunet.backbones.architectures import build_architecture
+from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.store import find_backbone, save_backbone
 from fsefs_nnunet.backbones.zoo import ZOO
 from fsefs_nnunet.methods.run_file import RunFile
@@ -50,7 +51,7 @@ def random_backbone(backbone_id: str, folder: Path) -> None:
     """What importing the public file gives, with the values of a fresh network instead of trained ones."""
     torch.manual_seed(0)
     contract = ZOO[backbone_id].contract({})
-    save_backbone(contract, ARCHITECTURES[contract.architecture["kind"]](contract, "last").backbone_state(), folder)
+    save_backbone(contract, build_architecture(contract, "last").backbone_state(), folder)
 
 
 # ---- measurements: each runs in a process of its own and returns a dictionary ----
@@ -80,7 +81,7 @@ def time_window(backbone_id: str, size: int, fused: bool) -> dict:
 
 def time_volume(image_file: str, backbone_id: str) -> dict:
     """The preprocessed CT through the backbone, as the feature bank does it."""
-    from fsefs_nnunet.features.bank import extract_features
+    from fsefs_nnunet.features.windows import extract_features
 
     backbone = FrozenBackbone(backbone_id, "last")
     image = torch.from_numpy(np.load(image_file))

@@ -1,9 +1,11 @@
 """Small feature banks."""
 
+from functools import partial
+
 import numpy as np
 import torch
 
-from fsefs_nnunet.features.bank import EntryKey, FeatureBank
+from fsefs_nnunet.features.bank import EntryKey, FeatureBank, Request
 from fsefs_nnunet.features.layout import whole_layout
 
 CPU = torch.device("cpu")
@@ -12,6 +14,11 @@ WINDOW = (16, 16, 16)
 
 def whole(case, shape):
     return whole_layout(shape)
+
+
+def requests(cases, images, layout=whole):
+    """Of `cases`, with what images(case) gives, kept as layout(case, shape) says."""
+    return [Request(case, partial(images, case), partial(layout, case)) for case in cases]
 
 
 def make_images(cases="ab"):

@@ -7,8 +7,8 @@ from pathlib import Path
 import nibabel as nib
 import torch
 
+from fsefs_nnunet.backbones.architectures import ARCHITECTURES
 from fsefs_nnunet.backbones.contract import BackboneContract
-from fsefs_nnunet.backbones.frozen import ARCHITECTURES
 from fsefs_nnunet.backbones.zoo import ZOO
 
 LAYOUTS = json.loads((Path(__file__).parent / "data" / "published_layouts.json").read_text())

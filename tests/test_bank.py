@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from banks import CPU, WINDOW, make_bank, make_images, store, whole
+from banks import CPU, WINDOW, make_bank, make_images, requests, store
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.features import bank as features
 from fsefs_nnunet.features import disk
 from fsefs_nnunet.features.bank import FeatureBank
 from fsefs_nnunet.features.layout import Layout, pooled, query_layout, whole_layout
+from fsefs_nnunet.files import PART
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +30,10 @@ def images():
 
 
 def test_second_fill_computes_nothing(bank, images, backbone):
-    assert bank.fill(images, images.get, whole) == 2
+    assert bank.fill(requests(images, images.get)) == 2
     times = {file: file.stat().st_mtime_ns for file in bank.folder.iterdir()}
     again = make_bank(bank.root, backbone)
-    assert again.fill(images, images.get, whole) == 0
+    assert again.fill(requests(images, images.get)) == 0
     assert {file: file.stat().st_mtime_ns for file in bank.folder.iterdir()} == times
     entries = sorted(f"{file.name[0]}{file.suffix}" for file in times if file.suffix != ".lock")
     assert entries == ["a.json", "a.npy", "b.json", "b.npy"] and len(times) == 6  # a lock for each volume
@@ -50,12 +51,12 @@ def test_a_volume_kept_in_two_ways_is_computed_once(bank, images, monkeypatch):
         return query_layout(shape, 2) if case == "pooled" else whole_layout(shape)
 
     same = {"a": images["a"], "pooled": images["a"], "b": images["b"]}
-    assert bank.fill(same, same.get, layout) == 3
+    assert bank.fill(requests(same, same.get, layout)) == 3
     assert len(passes) == 2
     whole_a = torch.from_numpy(np.array(bank["a"].boxes[0])).float()
     np.testing.assert_allclose(bank["pooled"].boxes[0], pooled(whole_a, 2)[0], rtol=1e-2, atol=1e-2)
     next(bank.folder.glob("pooled_*.npy")).unlink()
-    assert bank.fill(same, same.get, layout) == 1
+    assert bank.fill(requests(same, same.get, layout)) == 1
 
 
 def alter(npy, json_file):
@@ -72,8 +73,8 @@ def change_json(**values):
 
 
 def half_written(npy, json_file):
-    npy.with_name(f"{npy.name}.part").write_bytes(npy.read_bytes()[:1000])
-    npy.unlink()
+    """As a killed process leaves it, between its two files."""
+    npy.with_name(f".{json_file.name}.1-0{PART}").write_bytes(json_file.read_bytes()[:100])
     json_file.unlink()
 
 
@@ -93,30 +94,29 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_entry_is_computed_again(bank, images, backbone, damage):
-    bank.fill(["a"], images.get, whole)
+    bank.fill(requests(["a"], images.get))
     (npy,), (json_file,) = bank.folder.glob("a_*.npy"), bank.folder.glob("a_*.json")
     expected, info = npy.read_bytes(), json.loads(json_file.read_text())
     damage(npy, json_file)
     again, said = make_bank(bank.root, backbone), []
-    assert again.fill(["a"], images.get, whole, log=said.append) == 1
+    assert again.fill(requests(["a"], images.get), log=said.append) == 1
     assert f"1 entries were not whole, or altered, and are computed again: {npy.stem}." in said
     assert npy.read_bytes() == expected and json.loads(json_file.read_text()) == info
-    assert not list(bank.folder.glob("*.part"))
-    assert again.fill(["a"], images.get, whole) == 0
+    assert again.fill(requests(["a"], images.get)) == 0
 
 
 def test_other_image_or_layout_is_another_entry(bank, images):
-    assert bank.fill(["a"], images.get, whole) == 1
+    assert bank.fill(requests(["a"], images.get)) == 1
     old = np.array(bank["a"].boxes[0])
-    assert bank.fill(["a"], lambda case: images["b"], whole) == 1
+    assert bank.fill(requests(["a"], lambda case: images["b"])) == 1
     assert not np.array_equal(bank["a"].boxes[0], old)
     region = ((2, 0, 0), (8, 16, 16))
     layouts = {"pooled": query_layout((16, 16, 20), 2), "region": Layout((16, 16, 20), (region,))}
     for layout in layouts.values():
-        assert bank.fill(["a"], images.get, lambda case, shape, layout=layout: layout) == 1
+        assert bank.fill(requests(["a"], images.get, lambda case, shape, layout=layout: layout)) == 1
         assert bank["a"].layout == layout
     np.testing.assert_array_equal(bank["a"].boxes[0], old[:, 2:8, :, :16])
-    assert bank.fill(["a"], images.get, whole) == 0
+    assert bank.fill(requests(["a"], images.get)) == 0
     np.testing.assert_array_equal(bank["a"].boxes[0], old)
 
 
@@ -131,12 +131,12 @@ def test_recipes_do_not_share_a_folder(backbone, tmp_path):
 
 
 def test_statistics_are_those_of_whole_volumes(bank, images):
-    bank.fill(images, images.get, whole)
+    bank.fill(requests(images, images.get))
     values = np.concatenate([bank[case].boxes[0].astype(np.float64).reshape(16, -1) for case in images], 1)
     mean, std = bank.statistics(images)
     np.testing.assert_allclose(mean, values.mean(1), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(std, values.std(1), rtol=1e-4)
-    bank.fill(images, images.get, lambda case, shape: Layout(tuple(shape), (((0, 0, 0), (4, 4, 4)),)))
+    bank.fill(requests(images, images.get, lambda case, shape: Layout(tuple(shape), (((0, 0, 0), (4, 4, 4)),))))
     for part, full in zip(bank.statistics(images), (mean, std)):
         assert torch.equal(part, full)
 
@@ -155,7 +155,7 @@ def test_image_that_is_not_finite_is_refused_before_anything_is_computed(bank, i
     broken = images["b"].copy()
     broken[0, 3, 3, 3] = value
     with pytest.raises(ValueError, match="image of b holds NaN or infinite values: repair"):
-        bank.fill(images, {"a": images["a"], "b": broken}.get, whole)
+        bank.fill(requests(images, {"a": images["a"], "b": broken}.get))
     assert not list(bank.folder.iterdir())
 
 
@@ -166,7 +166,7 @@ def fill_at_once(root, barrier, computed):
     torch.set_num_threads(1)
     bank, images = make_bank(root, FrozenBackbone("phantom", "last")), make_images("abcdef")
     barrier.wait(120)
-    computed.put(bank.fill(images, images.get, whole))
+    computed.put(bank.fill(requests(images, images.get)))
 
 
 def test_two_processes_compute_each_entry_once(bank):
@@ -180,11 +180,11 @@ def test_two_processes_compute_each_entry_once(bank):
     assert [process.exitcode for process in processes] == [0, 0]
     assert sum(computed.get(timeout=10) for _ in processes) == 6
     images = make_images("abcdef")
-    assert bank.fill(images, images.get, whole) == 0
+    assert bank.fill(requests(images, images.get)) == 0
 
 
 def test_killed_holder_of_a_lock_holds_up_nobody(bank, images, backbone):
-    bank.fill(["a"], images.get, whole)
+    bank.fill(requests(["a"], images.get))
     (lock,) = bank.folder.glob("*.lock")
     next(bank.folder.glob("a_*.json")).unlink()
     hold = "import sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire()"
@@ -193,7 +193,7 @@ def test_killed_holder_of_a_lock_holds_up_nobody(bank, images, backbone):
     assert holder.stdout.readline().strip() == b"held"
     computed = []
     waiting = threading.Thread(
-        target=lambda: computed.append(make_bank(bank.root, backbone).fill(["a"], images.get, whole)), daemon=True
+        target=lambda: computed.append(make_bank(bank.root, backbone).fill(requests(["a"], images.get))), daemon=True
     )
     waiting.start()
     waiting.join(1)
@@ -214,36 +214,36 @@ NEEDED = 2 * 16 * 16 * 16 * 20 * 2  # bytes: two cases, 16 channels, fp16
 
 def test_cap_refuses_before_anything_is_computed(bank, images):
     with pytest.raises(ValueError) as refusal:
-        bank.fill(images, images.get, whole, (NEEDED - 1) / 1e9)
+        bank.fill(requests(images, images.get), (NEEDED - 1) / 1e9)
     for part in ("needs 0.000328 GB more", "holds 0 GB; ", "allows 0.000328 GB: raise it", "fseft bank -d ID --clear"):
         assert part in str(refusal.value)
     assert not list(bank.folder.iterdir())
-    assert bank.fill(["a"], images.get, whole, NEEDED / 1e9) == 1
+    assert bank.fill(requests(["a"], images.get), NEEDED / 1e9) == 1
     # what lies there counts, in whichever bank
     other = bank.root / "other_0"
     bank.folder.rename(other)
     with pytest.raises(ValueError, match="holds 0.000[0-9]* GB; fseft_bank_gb allows"):
-        bank.fill(images, images.get, whole, NEEDED / 1e9)
+        bank.fill(requests(images, images.get), NEEDED / 1e9)
     shutil.rmtree(other)
-    assert bank.fill(images, images.get, whole, 1.2 * NEEDED / 1e9) == 2
+    assert bank.fill(requests(images, images.get), 1.2 * NEEDED / 1e9) == 2
     # nothing is missing, nothing is refused
-    assert bank.fill(images, images.get, whole, 0) == 0
+    assert bank.fill(requests(images, images.get), 0) == 0
 
 
 def test_full_disk_is_refused_before_anything_is_computed(bank, images, monkeypatch):
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=NEEDED - 1))
     with pytest.raises(ValueError, match="the disk has 0.000328 GB free: free some, clear old banks .* fewer queries"):
-        bank.fill(images, images.get, whole)
+        bank.fill(requests(images, images.get))
     assert not list(bank.folder.iterdir())
-    assert bank.fill(["a"], images.get, whole) == 1
+    assert bank.fill(requests(["a"], images.get)) == 1
 
 
 def test_log_says_what_the_bank_takes(bank, images):
     lines = []
-    bank.fill(images, images.get, whole, log=lines.append)
+    bank.fill(requests(images, images.get), log=lines.append)
     assert len(lines) == 2 and "2 volumes" in lines[0] and "take 0.000328 GB" in lines[0]
     assert f"{bank.folder} takes 0.0003" in lines[1]
-    bank.fill(images, images.get, whole, log=lines.append)
+    bank.fill(requests(images, images.get), log=lines.append)
     assert lines[2:] == [lines[1]]
 
 
@@ -264,7 +264,7 @@ def test_banks_are_listed_and_cleared(workspace, backbone, images, capsys):
     assert "0 feature banks" in capsys.readouterr().out
     banks = [FeatureBank(root, backbone, stages, WINDOW, CPU) for stages in ("last", "all")]
     for bank, cases in zip(banks, ("ab", "a")):
-        bank.fill(cases, images.get, whole)
+        bank.fill(requests(cases, images.get))
     keys = [bank.folder.name.removeprefix("phantom_") for bank in banks]
     listed = {bank.key: bank for bank in disk.list_banks(root)}
     assert {key: bank.entries for key, bank in listed.items()} == dict(zip(keys, (2, 1)))

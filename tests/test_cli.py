@@ -10,7 +10,7 @@ from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.nnunet import linking
 
 FSEFT = str(Path(sys.executable).parent / "fseft")
-SHIMS = Path(fsefs_nnunet.__file__).parent / "shims"
+SHIMS = Path(fsefs_nnunet.__file__).parent / "nnunet" / "shims"
 VERBS = [
     ["--help"],
     ["--version"],

@@ -6,7 +6,7 @@ import torch
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.store import EMBEDDED, find_backbone, sha256_of
-from fsefs_nnunet.features.bank import extract_features
+from fsefs_nnunet.features.windows import extract_features
 from fsefs_nnunet.synthetic.datasets import TEMPLATE
 from fsefs_nnunet.synthetic.phantom import PhantomConfig, make_phantom
 

@@ -45,9 +45,12 @@ def test_head_of_the_features_is_the_stock_networks_output(tmp_path, backbones, 
     with torch.no_grad():
         stock = model.network(image)[0]
     assert stock.shape == (1, 3, *PATCH)
-    assert torch.equal(last.head(last(image)), stock)
-    assert (last.out_channels, every.out_channels) == (4, 4 + 6)
-    assert torch.equal(every(image)[:, :4], last(image))
+    assert torch.equal(last.head(last(image)[0]), stock)
+    assert [m.channels for m in last.maps] == [4] and [m.channels for m in every.maps] == [4, 6]
+    assert [m.stride for m in every.maps] == [(1, 1, 1), (1, 2, 2)]
+    first, second = every(image)
+    assert torch.equal(first, last(image)[0])
+    assert second.shape[2:] == tuple(n // s for n, s in zip(PATCH, (1, 2, 2)))
 
 
 def test_plans_of_older_nnunet(tmp_path, backbones, model):
@@ -74,7 +77,7 @@ def test_plans_of_older_nnunet(tmp_path, backbones, model):
     image = torch.randn((1, 1, *PATCH), generator=torch.Generator().manual_seed(1))
     backbone = FrozenBackbone("old", "last")
     with torch.no_grad():
-        assert torch.equal(backbone.head(backbone(image)), network(image)[0])
+        assert torch.equal(backbone.head(backbone(image)[0]), network(image)[0])
 
 
 # ---- the contract ----

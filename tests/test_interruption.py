@@ -27,7 +27,7 @@ COMMAND = [PROGRAMS / "nnUNetv2_train", "77", FIVE, "0", "-tr", "FSEFTTrainer", 
 def environment(work) -> dict[str, str]:
     import fsefs_nnunet
 
-    shims = str(Path(fsefs_nnunet.__file__).parent / "shims")
+    shims = str(Path(fsefs_nnunet.__file__).parent / "nnunet" / "shims")
     processes = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "1"}
     return {**os.environ, **work.environment(), **processes, "nnUNet_extTrainer": shims}
 

@@ -15,7 +15,8 @@ from fsefs_nnunet.features.layout import (
     support_layout,
     whole_layout,
 )
-from fsefs_nnunet.priors.query_volumes import QuerySizes, block_voxels
+from fsefs_nnunet.priors.query_volumes import QueryVolumes
+from fsefs_nnunet.priors.volumes import block_voxels
 
 # ---- what is kept ----
 
@@ -124,7 +125,7 @@ def test_query_is_kept_pooled(bank, shape):
     np.testing.assert_allclose(entry.boxes[0], pooled(features, 2)[0], rtol=1e-3, atol=1e-4)
     assert entry.boxes[0].shape[1:] == block_voxels(shape, 2).shape
     assert entry.layout.voxels == np.prod([-(-n // 2) for n in shape])
-    sizes = QuerySizes(bank, ["q"], 0.5)
+    sizes = QueryVolumes(bank, ["q"], 0.5)
     volume = sizes._load("q")
     assert volume.features.shape == (1, *entry.boxes[0].shape) and volume.features.dtype == torch.float16
     assert volume.voxels_ml.sum() == pytest.approx(0.5 * np.prod(shape))

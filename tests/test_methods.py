@@ -168,7 +168,7 @@ def test_step_0(method, wide, image):
     name = wide.classes.index("liver")
     network.fit(torch.full((48,), 0.5), torch.full((48,), 2.0), labels, True)
     with torch.no_grad():
-        universal = features.head(features(image))[:, name]
+        universal = features.head(features(image)[0])[:, name]
         same = torch.allclose(network(image)[:, 0], universal, rtol=0, atol=1e-4)
     assert same == method.identity
 

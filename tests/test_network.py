@@ -8,6 +8,7 @@ from published_files import narrow_contract, narrow_state
 from test_importing import PATCH, write_model
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.backbones.maps import at_full_resolution
 from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model
 from fsefs_nnunet.backbones.store import EMBEDDED, save_backbone
 from fsefs_nnunet.methods.network import AdaptedNetwork
@@ -31,8 +32,13 @@ def randomised(network: AdaptedNetwork, seed: int) -> AdaptedNetwork:
     return network
 
 
+def features_of(backbone: FrozenBackbone, image: torch.Tensor) -> torch.Tensor:
+    """All maps, at full resolution."""
+    return at_full_resolution(backbone(image), image.shape[2:])
+
+
 def fit(network: AdaptedNetwork, image: torch.Tensor, labels: dict, has_regions: bool) -> dict:
-    features = network.backbone(image).double().transpose(0, 1).flatten(1)
+    features = features_of(network.backbone, image).double().transpose(0, 1).flatten(1)
     return network.fit(features.mean(1).float(), features.std(1).float(), labels, has_regions)
 
 
@@ -51,17 +57,17 @@ def test_backbone_stays_in_eval_mode_without_gradients(image):
     torch.nn.Sequential(backbone).train()
     assert not any(module.training for module in backbone.module.modules())
     assert not any(p.requires_grad for p in backbone.module.parameters())
-    features = backbone(image.requires_grad_())
+    (features,) = backbone(image.requires_grad_())
     assert not features.requires_grad
     assert features.shape == (1, 16, 32, 24, 16)
 
 
 def test_backbone_follows_to(image):
     backbone = FrozenBackbone("phantom", "all")
-    single = backbone(image)
+    single = features_of(backbone, image)
     torch.nn.Sequential(backbone).to(torch.float64)
     assert {p.dtype for p in backbone.module.parameters()} == {torch.float64}
-    double = backbone(image.double())
+    double = features_of(backbone, image.double())
     assert double.dtype == torch.float64
     torch.testing.assert_close(double.float(), single, rtol=1e-3, atol=1e-4)
     backbone.to("meta")
@@ -71,17 +77,19 @@ def test_backbone_follows_to(image):
 def test_stages_share_their_leading_channels(image):
     last, every, skips = (FrozenBackbone("phantom", stages) for stages in ("last", "all", "skips"))
     assert [b.out_channels for b in (last, every, skips)] == [16, 16 + 32 + 64, 2 * (16 + 32 + 64)]
-    features = skips(image)
-    assert torch.equal(every(image), features[:, :112]) and torch.equal(last(image), features[:, :16])
+    maps = skips(image)
+    assert [m.shape[1:] for m in maps] == [(m.channels, *(n // s for n, s in zip((32, 24, 16), m.stride))) for m in skips.maps]
+    assert [m.stride[0] for m in skips.maps] == [1, 2, 4, 2, 4, 1]
+    assert all(torch.equal(a, b) for b in (every(image), last(image)) for a, b in zip(maps, b))
     with torch.no_grad():
-        assert torch.equal(features[:, -16:], skips.module.unet.encoder(image)[0])
+        assert all(torch.equal(maps[i], skips.module.unet.encoder(image)[s]) for i, s in ((3, 1), (4, 2), (5, 0)))
 
 
 @pytest.mark.parametrize("stages", ["last", "all", "skips"])
 def test_features_and_head_are_the_unet(image, stages):
     backbone = FrozenBackbone("phantom", stages)
     with torch.no_grad():
-        logits = backbone.head(backbone(image)[:, : backbone.head.weight.shape[1]])
+        logits = backbone.head(backbone(image)[0])
         torch.testing.assert_close(logits, backbone.module.unet(image))
 
 
@@ -231,7 +239,7 @@ def test_adapt_takes_what_forward_computes(contract, image):
     network = randomised(build(contract), 0)
     fit(network, image, SOFTMAX, False)
     with torch.no_grad():
-        assert torch.equal(network.adapt(network.backbone(image)), network(image))
+        assert torch.equal(network.adapt(features_of(network.backbone, image)), network(image))
 
 
 def test_the_reduction_standardises(contract, image):
@@ -241,7 +249,7 @@ def test_the_reduction_standardises(contract, image):
     torch.nn.init.normal_(network.reduction.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     network = network.double()
     with torch.no_grad():
-        features = network.backbone(image.double())
+        features = features_of(network.backbone, image.double())
         mean, std = (value.view(1, -1, 1, 1, 1) for value in (network.feature_mean, network.feature_std))
         expected = network.head(network.adapter(network.reduction((features - mean) / std)))
         torch.testing.assert_close(network.adapt(features), expected, atol=1e-9, rtol=1e-9)
@@ -253,7 +261,7 @@ def test_a_channel_that_is_not_kept_is_taken_for_its_mean(contract, image, chann
     fit(network, image, SOFTMAX, False)
     network = network.double()
     with torch.no_grad():
-        features = network.backbone(torch.cat([image, image + 1]).double())
+        features = features_of(network.backbone, torch.cat([image, image + 1]).double())
         kept = torch.rand(features.shape[:2], generator=torch.Generator().manual_seed(0)) > 0.5
         filled = torch.where(kept[..., None, None, None], features, network.feature_mean.view(1, -1, 1, 1, 1))
         torch.testing.assert_close(network.adapt(features, kept), network.adapt(filled), atol=1e-9, rtol=1e-9)
@@ -333,7 +341,7 @@ def test_public_architectures(tmp_path, monkeypatch, backbone_id, features, size
     image = torch.rand((1, 1, size, size, size), generator=torch.Generator().manual_seed(1))
     matches = fit(network, image, SOFTMAX, False)
     with torch.no_grad():
-        features_of_image, logits = network.backbone(image), network(image)
+        features_of_image, logits = network.backbone(image)[0], network(image)
         assert logits.shape == (1, 4, size, size, size)
         if backbone_id == "suprem_unet":
             assert matches == {}  # no rows of a linear head

@@ -29,11 +29,11 @@ from fsefs_nnunet.inference.prediction import (
 )
 from fsefs_nnunet.inference.support import memories_of, memory_from_bank
 from fsefs_nnunet.inference.trained_model import MEMORY_KEY, PRIOR_KEY, TrainedModel
-from fsefs_nnunet.losses.soft_dice import SoftDiceLoss
+from fsefs_nnunet.losses.segmentation import segmentation_loss
 from fsefs_nnunet.methods.network import AdaptedNetwork
-from fsefs_nnunet.priors.query_volumes import PredictedSizes
-from fsefs_nnunet.priors.size import SizePrior
+from fsefs_nnunet.priors.size import ExpectedSize, SizePrior
 from fsefs_nnunet.priors.transduction import Transduction
+from fsefs_nnunet.priors.volumes import PredictedSizes
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 
 FIVE = "3d_fullres_5shot"
@@ -134,7 +134,7 @@ def test_slabs_are_the_whole(contract, monkeypatch, adapter, channels, reduced):
     for parameter in network.adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     features = torch.randn(16, 9, 5, 4, generator=torch.Generator().manual_seed(0)).half()
-    monkeypatch.setattr(precision, "_native_bfloat16", lambda: reduced)
+    monkeypatch.setattr(precision, "native_bfloat16", lambda: reduced)
     cast = cast_for_reduction(network, features)
     assert cast.dtype == (torch.float16 if channels is None else torch.bfloat16 if reduced else torch.float32)
     whole, exact = volume_logits(network, cast), network.adapt(features[None].float())[0].detach()
@@ -160,7 +160,7 @@ def test_sizes_outside_their_band_are_drawn_towards_it(work):
     after = reports(work, "transductive")[case]
     first, *others = after["classes"].values()
     assert after["transductive"] and after["steps"][0] > 0
-    assert first["prior_ml"] == pytest.approx(2 * sizes[0], abs=1e-3)
+    assert first["prior"]["size"] == pytest.approx(2 * sizes[0], abs=1e-3)
     assert first["size_before_ml"] == pytest.approx(sizes[0], abs=1e-3)
     assert first["size_after_ml"] > 1.2 * sizes[0] and first["not_enlarged_because"] is None
     voxels = [(segmentations(work, output)[case] == 1).sum() for output in ("inductive", "transductive")]
@@ -178,7 +178,7 @@ def test_an_organ_that_seems_absent_is_left_alone(work):
     for report in reports(work, "output").values():
         assert report["steps"] == [0]
         assert report["classes"]["kidney_left"]["not_enlarged_because"] == "seems absent"
-        assert report["classes"]["spleen"]["prior_ml"] is None
+        assert report["classes"]["spleen"]["prior"] is None
 
 
 def test_an_organ_at_the_border_is_not_enlarged(work):
@@ -187,13 +187,14 @@ def test_an_organ_at_the_border_is_not_enlarged(work):
     memory = memory_from_bank(model, 0)
     network = model.network
     network.load_state_dict(model.weights[0])
-    prior = torch.tensor([4.0, float("nan"), float("nan")])
-    transduction = Transduction(prior, torch.tensor([0.1] * len(prior)), memory, SoftDiceLoss(False, None), False)
+    prior = SizePrior((ExpectedSize(4.0, 0.0, 5), None, None))
+    loss = segmentation_loss("nnunet", model.label_manager, False)
+    transduction = Transduction(prior, memory, loss, model.settings, False)
     volume = averaged(
         torch.randn((network.backbone.out_channels, 8, 8, 8), generator=torch.Generator().manual_seed(0)), 1.0
     )
     sizes = torch.tensor([1.0, 1.0, 1.0])
-    assert volume.predict(network, False).soft[0] < 3
+    assert volume.predict(network, False).sizes.soft[0] < 3
     for at_border in (True, False):
         before = PredictedSizes(sizes, torch.tensor([at_border, False, False]))
         assert (transduction.adapt(network, volume, before) == 0) is at_border
@@ -201,7 +202,9 @@ def test_an_organ_at_the_border_is_not_enlarged(work):
 
 def test_a_model_that_travels_alone_adapts_as_at_home(work, monkeypatch):
     model = load(work)
-    priors = [[SizePrior(1.5 * p.size, 0.0, p.num_cases) for p in fold] for fold in model.priors]
+    priors = [
+        SizePrior(tuple(ExpectedSize(1.5 * e.size, 0.0, e.num_cases) for e in prior.expected)) for prior in model.priors
+    ]
     image = [str(next((work.root / "images").iterdir()))]
 
     def adapted() -> tuple[dict, np.ndarray]:
@@ -216,14 +219,14 @@ def test_a_model_that_travels_alone_adapts_as_at_home(work, monkeypatch):
     assert home[0]["steps"][0] > 0
     assert main(["remember", "-d", "77", "-c", FIVE, "-f", "0", "-device", "cpu"]) == 0
     file = model_folder(work) / "fold_0" / "checkpoint_final.pth"
-    assert file.stat().st_size < 50_000_000 + 1_000_000 and not Path(f"{file}.part").exists()
+    assert file.stat().st_size < 50_000_000 + 1_000_000 and not list(file.parent.glob(".*.part"))
     stored = read_checkpoint(file)
     assert set(stored[MEMORY_KEY]) == {"features", "targets"}  # no names of cases
     shutil.rmtree(work.preprocessed)
     away = adapted()
     assert away[0] == home[0] and np.array_equal(away[1], home[1])
     nnunets = nnUNetPredictor(device=CPU, perform_everything_on_device=False)
-    monkeypatch.setenv("nnUNet_extTrainer", str(Path(__file__).parent.parent / "fsefs_nnunet" / "shims"))
+    monkeypatch.setenv("nnUNet_extTrainer", str(Path(__file__).parent.parent / "fsefs_nnunet" / "nnunet" / "shims"))
     nnunets.initialize_from_trained_model_folder(str(model_folder(work)), ["0"], "checkpoint_final.pth")
     assert all(torch.equal(t, nnunets.list_of_parameters[0][n]) for n, t in stored["network_weights"].items())
 

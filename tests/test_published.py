@@ -339,7 +339,7 @@ def test_an_id_of_ones_own(store, tmp_path):
     assert contract.architecture == {"kind": "suprem_unet", "features": 8, "head": False, "encoder_only": False}
     assert contract.classes == () and contract.licence.startswith("unknown")
     with torch.no_grad():
-        assert FrozenBackbone("own", "last")(torch.zeros(1, 1, 16, 16, 16)).shape == (1, 8, 16, 16, 16)
+        assert FrozenBackbone("own", "last")(torch.zeros(1, 1, 16, 16, 16))[0].shape == (1, 8, 16, 16, 16)
 
 
 def test_a_head_on_other_classes_than_the_published_list(store, tmp_path, capsys, monkeypatch):

@@ -8,12 +8,12 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from fsefs_nnunet.features.layout import query_layout
 from fsefs_nnunet.methods.network import AdaptedNetwork
-from fsefs_nnunet.priors.query_volumes import QuerySizes, calibration_cases, share_found
+from fsefs_nnunet.priors.query_volumes import QueryVolumes, calibration_cases, share_found
 
 
 def test_every_query_is_visited_once_a_round(bank):
     queries = [f"q{i}" for i in range(7)]
-    sizes = QuerySizes(bank, queries, 1.0)
+    sizes = QueryVolumes(bank, queries, 1.0)
     rounds = [[sizes.rotating(step, 3) for step in range(7 * r, 7 * r + 7)] for r in range(4)]
     assert all(sorted(visited) == queries for visited in rounds)
     assert len(set(map(tuple, rounds))) > 1
@@ -37,7 +37,7 @@ def test_soft_sizes_by_hand(bank, contract, has_regions):
     share = torch.sigmoid(bias) if has_regions else torch.softmax(bias, 0)[1:]
     for pool in (1, 2, 4):
         store(bank, "q", torch.rand(16, 9, 8, 7), query_layout((9, 8, 7), pool))
-        sizes = QuerySizes(bank, ["q"], 0.25).predict(network, "q", has_regions).soft
+        sizes = QueryVolumes(bank, ["q"], 0.25).predict(network, "q", has_regions).sizes.soft
         torch.testing.assert_close(sizes.detach(), share * 9 * 8 * 7 * 0.25, rtol=1e-4, atol=0)
     sizes.sum().backward()
     assert network.head.bias.grad.abs().min() > 0
@@ -96,19 +96,21 @@ def test_sizes_of_pooled_queries_are_calibrated_on_the_support(bank, contract):
     store(bank, "query", ball(4), query_layout((17, 17, 17), 4))
     store(bank, "support", ball(4), query_layout((17, 17, 17), 4))
     voxel_ml = 0.5
-    plain = QuerySizes(bank, ["query"], voxel_ml)
+    plain = QueryVolumes(bank, ["query"], voxel_ml)
     plain.calibrate(network, False)
-    raw = plain.predict(network, "query", False).soft[0].item()
+    raw = plain.predict(network, "query", False).sizes.soft[0].item()
     assert abs(raw / (9**3 * voxel_ml) - 1) > 0.1
     true = torch.tensor([9**3 * voxel_ml, 0.0])
-    calibrated = QuerySizes(bank, ["query"], voxel_ml, {"support": true})
+    calibrated = QueryVolumes(bank, ["query"], voxel_ml, {"support": true})
     calibrated.calibrate(network, False)
-    assert calibrated.predict(network, "query", False).soft[0].item() == pytest.approx(9**3 * voxel_ml, rel=1e-4)
+    assert calibrated.predict(network, "query", False).sizes.soft[0].item() == pytest.approx(9**3 * voxel_ml, rel=1e-4)
     # the second class is in no support case, which says nothing of it
     assert calibrated.scale[1] == 1
     # finding half of what is labelled is no effect of pooling: the query's size is half, too
     calibrated.calibrate(network, False, torch.tensor([0.5, 1.0]))
-    assert calibrated.predict(network, "query", False).soft[0].item() == pytest.approx(9**3 * voxel_ml / 2, rel=1e-4)
+    assert calibrated.predict(network, "query", False).sizes.soft[0].item() == pytest.approx(
+        9**3 * voxel_ml / 2, rel=1e-4
+    )
 
 
 def test_the_gradient_of_sizes_knows_their_calibration(bank, contract):
@@ -119,33 +121,33 @@ def test_the_gradient_of_sizes_knows_their_calibration(bank, contract):
     for name, radius in (("query", 5), ("like the support", 3), ("support", 3)):
         store(bank, name, ball(radius), query_layout((17, 17, 17), 2))
     true = torch.tensor([7.0**3, 0.0])
-    sizes = QuerySizes(bank, ["query", "like the support"], 1.0, {"support": true})
+    sizes = QueryVolumes(bank, ["query", "like the support"], 1.0, {"support": true})
 
     def predicted(query: str, weight: float) -> float:
         with torch.no_grad():
             network.head.weight[1, 0] = weight
         sizes.calibrate(network, False)
-        return sizes.predict(network, query, False).soft[0].item()
+        return sizes.predict(network, query, False).sizes.soft[0].item()
 
     slope = (predicted("query", 1.05) - predicted("query", 0.95)) / 0.1
     for query, expected in (("query", slope), ("like the support", 0.0)):
         size = predicted(query, 1.0)
-        beside = sizes.predict_beside_support(network, query, 0, False).soft
+        beside = sizes.predict_beside_support(network, query, 0, False).sizes.soft
         assert beside[0].item() == pytest.approx(size, rel=1e-5)
         network.zero_grad()
         beside[0].backward()
         assert network.head.weight.grad[1, 0].item() == pytest.approx(expected, rel=0.01, abs=0.01)
     assert abs(slope) > 1
     # nothing is known of a class that no support case shows
-    by_itself = sizes.predict(network, "query", False).soft
-    torch.testing.assert_close(sizes.predict_beside_support(network, "query", 0, False).soft[1], by_itself[1])
+    by_itself = sizes.predict(network, "query", False).sizes.soft
+    torch.testing.assert_close(sizes.predict_beside_support(network, "query", 0, False).sizes.soft[1], by_itself[1])
 
 
 @pytest.mark.parametrize("centre, at_border", [(8, False), (3, True)])
 def test_organs_at_the_border_and_missing_ones_are_not_seen_whole(bank, contract, centre, at_border):
     network = probe_of_the_first_channel(contract)
     store(bank, "query", ball(3, centre), query_layout((17, 17, 17), 1))
-    predicted = QuerySizes(bank, ["query"], 1.0).predict(network, "query", False)
+    predicted = QueryVolumes(bank, ["query"], 1.0).predict(network, "query", False).sizes
     assert predicted.at_border.tolist() == [at_border, False]
     prior = torch.tensor([500.0, 500.0])
     assert predicted.seen_whole(prior).tolist() == [not at_border, False]

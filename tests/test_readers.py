@@ -85,7 +85,7 @@ READERS = [
 def test_reader_of_a_file_ending(tmp_path, backbones, reader, ending, expected):
     model = write_model(tmp_path / "m", ["CT"], image_reader_writer=reader)
     contract = import_nnunet_model("mine", model.folder, backbones)
-    assert find_reader(contract, ending).__name__ == expected
+    assert find_reader(contract.image_reader_writer, ending).__name__ == expected
 
 
 @pytest.mark.parametrize("reader, ending", [("SimpleITKIO", ".nii"), ("NibabelIO", ".mha")])
@@ -93,7 +93,7 @@ def test_a_file_ending_that_the_models_reader_cannot_read(tmp_path, backbones, m
     model = write_model(tmp_path / "m", ["CT"], image_reader_writer=reader)
     import_nnunet_model("mine", model.folder, backbones)
     write_dataset(tmp_path, monkeypatch, ["CT"], ending)
-    with pytest.raises(ValueError, match=rf"'mine' was trained with {reader}, .* '\{ending}': convert .*\.nii\.gz"):
+    with pytest.raises(ValueError, match=rf"backbone was trained with {reader}, .* '\{ending}': convert .*\.nii\.gz"):
         FSEFTPlanner("Dataset005_User", backbone="mine")
 
 
@@ -101,8 +101,8 @@ def test_another_simpleitk_that_means_something_else_by_ras(monkeypatch, contrac
     turn = sitk.DICOMOrient
     monkeypatch.setattr(sitk, "DICOMOrient", lambda image, axes: turn(image, "LPI" if axes == "RAS" else axes))
     with pytest.raises(ValueError, match=r"does not turn '\.mha' images to RAS: convert the dataset to \.nii\.gz"):
-        find_reader(contract, ".mha")
-    assert find_reader(contract, ".nii.gz") is NibabelIOWithReorient
+        find_reader(contract.image_reader_writer, ".mha")
+    assert find_reader(contract.image_reader_writer, ".nii.gz") is NibabelIOWithReorient
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".mha"])

@@ -22,8 +22,7 @@ from trainings import (
 from fsefs_nnunet.losses.soft_dice import SoftDiceLoss
 from fsefs_nnunet.nnunet import drawing
 from fsefs_nnunet.priors.size import size_penalty
-from fsefs_nnunet.trainers.adapter import FSEFTTrainer_Adapter
-from fsefs_nnunet.trainers.linear_probe import FSEFTTrainer_LinearProbe
+from fsefs_nnunet.trainers.by_name import FSEFTTrainer_Adapter, FSEFTTrainer_LinearProbe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +35,7 @@ def test_linear_probe(work):
     assert {name for name, _ in trainer.network.named_parameters()} == {"head.weight", "head.bias"}
     features = trainer.network.backbone.out_channels
     assert f"{4 * features + 4} parameters are trained" in text_of(trainer)
-    assert trainer.query_sizes is None
+    assert trainer.query_volumes is None
 
 
 def test_soft_dice_is_selectable(work):
@@ -50,7 +49,7 @@ def test_soft_dice_is_selectable(work):
 
 def test_one_shot(work):
     trainer = trained(work, configuration="3d_fullres_1shot", epochs=1)
-    assert trainer.support == splits_of(work)["folds"][0][:1]
+    assert trainer.run.support == splits_of(work)["folds"][0][:1]
 
 
 def test_class_missing_in_the_support(work):
@@ -58,11 +57,10 @@ def test_class_missing_in_the_support(work):
     support = splits_of(work)["folds"][0]
     edit_labels(work, support[:1], lambda seg: np.where(seg == 2, 0, seg))
     trainer = trained(work, epochs=2)
-    assert trainer.priors[1].num_cases <= 4 and trainer.priors[1].size > 0
+    assert trainer.prior.expected[1].num_cases <= 4 and trainer.prior.expected[1].size > 0
     edit_labels(work, support[1:], lambda seg: np.where(seg == 2, 0, seg))
     trainer = trained(work, epochs=2)
-    assert trainer.priors[1] is None
-    assert trainer.known.tolist() == [0, 2]
+    assert trainer.prior.expected[1] is None and all(trainer.prior.expected[k] for k in (0, 2))
     assert "Size prior of stomach: none" in text_of(trainer)
     assert all(torch.isfinite(tensor).all() for tensor in weights(trainer).values())
 
@@ -81,7 +79,7 @@ def test_constant_images(work):
     log = text_of(trainer)
     for case in (splits["folds"][0][0], query):
         assert f"The image of {case} is constant" in log
-    assert f"{query} seems to lack spleen" in log.split("after training")[1]
+    assert f"spleen of {query} seems absent: the prior does not enlarge it" in log.split("after this training")[1]
 
 
 def test_regions_with_ignore_label(work):
@@ -105,14 +103,14 @@ def test_regions_with_ignore_label(work):
     assert trainer.network.head.out_channels == 3
     # four sizes are left, so each prior is their mean; voxels of 10 mm are 1 ml
     expected = np.mean(sizes[1:], 0)
-    assert [prior.num_cases for prior in trainer.priors] == [4, 4, 4]
-    np.testing.assert_allclose([prior.size for prior in trainer.priors], expected)
+    assert [prior.num_cases for prior in trainer.prior.expected] == [4, 4, 4]
+    np.testing.assert_allclose([prior.size for prior in trainer.prior.expected], expected)
     assert "{'kidney_left': 'kidney_left'}" in text_of(trainer)
     assert np.isfinite(trainer.logger.get_value("train_losses", step=None)).all()
 
     edit_labels(work, support[1:], ignore_a_slab)
     none = trained(work, epochs=1, dataset_json=dataset)
-    assert none.priors == [None] * 3 and none.query_sizes is None
+    assert none.prior.expected == (None,) * 3 and none.query_volumes is None
     assert "no support case shows a class whole" in text_of(none)
 
 
@@ -144,7 +142,7 @@ def test_label_variants(work, variant):
     assert trainer.label_manager.has_regions == (variant == "regions")
     assert trainer.label_manager.has_ignore_label == (variant == "ignore")
     # a case with ignored voxels shows no organ whole
-    assert [prior is None for prior in trainer.priors] == [variant == "ignore"] * len(trainer.classes)
+    assert [prior is None for prior in trainer.prior.expected] == [variant == "ignore"] * len(trainer.classes)
     assert np.isfinite(trainer.logger.get_value("train_losses", step=None)).all()
     values = set(np.unique(predicted(trainer, splits_of(work)["queries"][0])))
     possible = {"one class": {0, 1}, "regions": {0, 1, 3}, "ignore": {0, 1, 2, 3}, "twenty classes": {*range(21)}}
@@ -180,7 +178,7 @@ def test_five_labelled_cases_and_unlabelled_queries(five):
     splits = splits_of(five)
     assert splits["queries"] == [] and splits["unlabelled_queries"] == ["scan_0", "scan_1"]
     trainer = trained(five)
-    assert trainer.queries == ["scan_0", "scan_1"] and trainer.query_sizes is not None
+    assert trainer.run.queries == ["scan_0", "scan_1"] and trainer.query_volumes is not None
     trainer.perform_actual_validation()
     log = text_of(trainer)
     assert "2 queries, 0 of them with labels" in log
@@ -198,7 +196,7 @@ def test_an_unlabelled_query_without_the_organs(five):
     trainer = trained(five, epochs=8, fseft_steps_per_epoch=8)
     prior = trainer.prior_ml
     for query, shows in (("scan_0", True), ("scan_1", False)):
-        predicted = trainer.query_sizes.predict(trainer.network, query, has_regions=False)
+        predicted = trainer.query_volumes.predict(trainer.network, query, has_regions=False)
         whole = predicted.seen_whole(prior)
         assert not predicted.absent(prior).any() if shows else not whole.any()
     assert not size_penalty(predicted.soft, prior, 0.1, whole).any()
@@ -209,14 +207,14 @@ def test_an_unlabelled_query_without_the_organs(five):
 def test_no_queries_at_all(five):
     drawing.write_splits(77, [5], None, 20, 5, 12345)
     trainer = trained(five, epochs=2)
-    assert trainer.queries == [] and trainer.query_sizes is None
+    assert trainer.run.queries == [] and trainer.query_volumes is None
     assert "The size prior has no effect: there are no queries" in text_of(trainer)
 
 
 def test_fold_all(work):
     trainer = trained(work, fold="all", epochs=1)
-    assert trainer.support == [f"case_{i}" for i in range(8)]
-    assert trainer.queries == ["scan_0", "scan_1"]
+    assert trainer.run.support == [f"case_{i}" for i in range(8)]
+    assert trainer.run.queries == ["scan_0", "scan_1"]
     trainer.perform_actual_validation()
     assert "final validation is skipped" in text_of(trainer)
     assert Path(trainer.output_folder).name == "fold_all"

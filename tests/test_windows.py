@@ -2,12 +2,13 @@
 
 import numpy as np
 import torch
-from banks import CPU, WINDOW, whole
+from banks import CPU, WINDOW, requests
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from fsefs_nnunet.features.bank import FeatureBank, extract_features
+from fsefs_nnunet.features.bank import FeatureBank
+from fsefs_nnunet.features.windows import extract_features
 from fsefs_nnunet.methods.network import AdaptedNetwork
 from fsefs_nnunet.synthetic import phantom
 
@@ -15,7 +16,7 @@ from fsefs_nnunet.synthetic import phantom
 def test_volume_of_one_window_is_one_forward(backbone):
     image = torch.rand(1, *WINDOW)
     features = extract_features(backbone, image, WINDOW, CPU)
-    torch.testing.assert_close(features, backbone(image[None])[0])
+    torch.testing.assert_close(features, backbone(image[None])[0][0])
 
 
 def test_volume_smaller_than_the_window_is_padded(backbone):
@@ -24,7 +25,7 @@ def test_volume_smaller_than_the_window_is_padded(backbone):
     padded = torch.zeros(1, *WINDOW)
     padded[:, 3:13, :, 4:11] = image
     assert features.shape == (16, 10, 16, 7)
-    torch.testing.assert_close(features, backbone(padded[None])[0][:, 3:13, :, 4:11])
+    torch.testing.assert_close(features, backbone(padded[None])[0][0][:, 3:13, :, 4:11])
 
 
 def stock_predictor(network, tiny, window):
@@ -42,7 +43,7 @@ def test_linear_probe_on_the_bank_is_the_predictors_sliding_window(tiny, contrac
     image = torch.rand(1, 24, 22, 20)
     network = AdaptedNetwork(1, 4, "phantom", contract.sha256, "linear_probe", "all", None, 3)
     bank = FeatureBank(tmp_path, network.backbone, "all", WINDOW, CPU)
-    bank.fill(["a"], lambda case: image.numpy(), whole)
+    bank.fill(requests(["a"], lambda case: image.numpy()))
     network.fit(*bank.statistics(["a"]), {"background": 0, "x": 1, "y": 2, "z": 3}, False)
     with torch.no_grad():
         ours = network.adapt(torch.from_numpy(bank["a"].boxes[0].astype(np.float32))[None])[0]
@@ -79,7 +80,7 @@ def test_spatial_adapters_dice_by_bank_and_by_predictor(tiny, contract, tmp_path
     image = torch.from_numpy((made.image.clip(low, high) - low) / (high - low)).float()[None]
     network = AdaptedNetwork(1, 4, "phantom", contract.sha256, "spatial", "all", 32, 3)
     bank = FeatureBank(tmp_path, network.backbone, "all", window, CPU)
-    bank.fill(["a"], lambda case: image.numpy(), whole)
+    bank.fill(requests(["a"], lambda case: image.numpy()))
     network.fit(*bank.statistics(["a"]), {"background": 0, **{name: i + 1 for i, name in enumerate(organs)}}, False)
     torch.manual_seed(0)
     torch.nn.init.normal_(network.adapter.conv2.weight, 0, 0.02)

@@ -13,7 +13,8 @@ from published_files import turned
 from test_importing import CONFIGURATION, PATCH, write_checkpoint, write_model
 from torch import nn
 
-from fsefs_nnunet.backbones.frozen import ARCHITECTURES, FrozenBackbone
+from fsefs_nnunet.backbones.architectures import ARCHITECTURES
+from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model
 from fsefs_nnunet.backbones.store import save_backbone
 from fsefs_nnunet.backbones.zoo import ZOO
@@ -51,7 +52,7 @@ def universal() -> torch.Tensor:
 def outputs(network: ZeroShotNetwork, image: torch.Tensor) -> torch.Tensor:
     """Of one window, (1, C, X, Y, Z) -> (1, labels or regions, X, Y, Z)."""
     with torch.no_grad():
-        return network.outputs(network(image)[0])[None]
+        return network.outputs(network(image)[0][0])[None]
 
 
 def test_softmax_head_with_labels(contract, universal):
