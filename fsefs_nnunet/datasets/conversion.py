@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from fsefs_nnunet.datasets.source import Case, Source
 from fsefs_nnunet.datasets.sources import find_source
 from fsefs_nnunet.datasets.tables import Selection, select, tables
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.files import read_json
 
 
 def convert(
@@ -57,7 +57,7 @@ def convert(
     jobs = [(case, False) for case in cases] + [(case, True) for case in tests]
     todo = [one for one in jobs if not job.record(*one).exists()]
     run_jobs(partial(convert_case, job), todo, num_processes, source.name)
-    records = [json.loads(job.record(*one).read_text("utf-8")) for one in jobs]
+    records = [read_json(job.record(*one)) for one in jobs]
     whole = [r for r in records if "skipped" not in r and not r["test"]]
     if not whole:
         building.discard()
