@@ -52,7 +52,7 @@ for argv in {VERBS}:
     except SystemExit as end:
         assert end.code == (0 if argv[-1].startswith('--') else 2), (argv, end.code)
 main(['env'])
-heavy = {{'torch', 'numpy', 'nnunetv2', 'batchgenerators', 'scipy'}} & set(sys.modules)
+heavy = {{'torch', 'numpy', 'nnunetv2', 'batchgenerators', 'scipy', 'nibabel', 'pandas'}} & set(sys.modules)
 assert not heavy, heavy
 """
     result = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, encoding="utf-8")

@@ -280,6 +280,15 @@ def test_options_that_a_full_disk_cut(tree, raw, capsys):
     assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 1) == 0
 
 
+def test_a_damaged_record(tree, raw, capsys):
+    record = raw / ".Dataset011_BTCV.part" / "records" / "img0001.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{")
+    assert "img0001.json is damaged" in refused(capsys, "BTCV", "-i", tree.folder, "-d", 11, "-np", 1)
+    record.unlink()
+    assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 1) == 0
+
+
 def die(case: int) -> None:
     os._exit(1)
 

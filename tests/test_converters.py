@@ -8,9 +8,11 @@ import pytest
 from source_trees import AFFINES, FIRST, SECOND, SHAPE, TREES, lits, save, truncate
 
 from fsefs_nnunet.datasets.conversion import convert
+from fsefs_nnunet.datasets.selection import select
 from fsefs_nnunet.datasets.sides import split_sides
-from fsefs_nnunet.datasets.sources import find_source
-from fsefs_nnunet.datasets.tables import select, tables
+from fsefs_nnunet.datasets.source import Case, Source, numbered, paired
+from fsefs_nnunet.datasets.sources import SOURCES, find_source
+from fsefs_nnunet.datasets.tables import tables
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import TEMPLATE_29, normalised
 
@@ -67,6 +69,45 @@ def test_names_of_all_tables_are_canonical():
         for names in (source.get("labels", {}), source.get("v1", []), source.get("v2", [])):
             assert all(normalised(name) in (name, name.lower()) for name in names)
     assert all(normalised(name) == name for name in TEMPLATE_29)
+
+
+def test_every_converter_has_its_labels_and_its_line_in_the_documentation():
+    assert set(SOURCES) == set(tables()["sources"])
+    page = Path(__file__).parents[1] / "documentation" / "datasets.md"
+    rows = [line.split("|")[1].strip() for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert sorted(rows) == sorted(["NAME", *SOURCES])
+
+
+class Spleens(Source):
+    """A converter outside of the package, with a row of its own."""
+
+    name = "Spleens"
+    layout = "images/scan_1.nii.gz and labels/scan_1.nii.gz"
+    row = {
+        "reference": "https://example.org/spleens",
+        "labels": {"spleen": 4, "liver": 2},
+        "groups": {"one": ["liver"]},
+    }
+
+    def cases(self, folder: Path) -> list[Case]:
+        images, labels = (
+            numbered(folder.glob(f"{name}/*.nii.gz"), r"scan_(\d+)\.nii\.gz") for name in ("images", "labels")
+        )
+        return paired(images, labels, "scan_{}")
+
+
+def test_a_converter_of_ones_own(raw, tmp_path, monkeypatch):
+    monkeypatch.setitem(SOURCES, "Spleens", Spleens)
+    values = np.zeros(SHAPE, np.uint8)
+    values[:3], values[3:5] = 4, 2
+    save(tmp_path / "source" / "images" / "scan_7.nii.gz", np.zeros(SHAPE, np.int16), AFFINES[0])
+    save(tmp_path / "source" / "labels" / "scan_7.nii.gz", values, AFFINES[0])
+    out = convert("spleens", tmp_path / "source", 11, ["one", "spleen"], num_processes=1)
+    content = json.loads((out / "dataset.json").read_text())
+    assert out.name == "Dataset011_Spleens" and content["labels"] == {"background": 0, "liver": 1, "spleen": 2}
+    assert content["reference"] == "https://example.org/spleens"
+    written = np.asarray(nib.load(out / "labelsTr" / "scan_7.nii.gz").dataobj)
+    np.testing.assert_array_equal(written, np.where(values == 4, 2, np.where(values == 2, 1, 0)))
 
 
 def test_one_case_in_two_places(raw, tmp_path):

@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 
 from fsefs_nnunet.cli.arguments import add_processes
+from fsefs_nnunet.datasets.tables import tables
 
 
 def register(verb) -> None:
     parser = verb("convert", convert, "A public dataset, as it is downloaded, to a nnU-Net raw dataset.")
-    parser.add_argument(
-        "name",
-        metavar="NAME",
-        help="TotalSegmentator, FLARE22, AMOS22, BTCV, MSD, LiTS, KiTS, CHAOS, CT-ORG or AbdomenCT-1K",
-    )
+    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(tables()['sources'])}")
     parser.add_argument("-i", required=True, metavar="FOLDER", help="the unpacked download")
     parser.add_argument("-d", required=True, type=int, metavar="ID", help="dataset id, not yet taken")
     parser.add_argument(

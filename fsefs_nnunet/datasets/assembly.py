@@ -19,7 +19,7 @@ from fsefs_nnunet.datasets.jobs import run_jobs
 from fsefs_nnunet.datasets.tables import tables
 from fsefs_nnunet.datasets.volumes import integers, link_or_copy, read_volume, renumber, write_label
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.files import write_atomically
+from fsefs_nnunet.files import read_json, write_atomically
 from fsefs_nnunet.labels import TEMPLATE_29, normalised, values_in
 
 GENERIC = {"cancer", "cyst", "lesion", "tumor", "tumour", "vessel"}  # say nothing without their dataset
@@ -94,7 +94,7 @@ def assemble(dataset_ids: list[int | str], dataset_id: int, template: str, num_p
     records = {name: building.folder / RECORDS / f"{name}.json" for name, *_ in jobs}
     todo = [job for job in jobs if not records[job[0]].exists()]
     run_jobs(partial(add_case, building.folder), todo, num_processes, "assembling")
-    same = repeated_patients({name: json.loads(file.read_text("utf-8"))["sha256"] for name, file in records.items()})
+    same = repeated_patients({name: read_json(file)["sha256"] for name, file in records.items()})
     for case in same:
         for i in range(len(members[0].channels)):
             image_file(building.folder, case, i).unlink(missing_ok=True)  # an interrupt may have come just here

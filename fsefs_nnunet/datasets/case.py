@@ -15,9 +15,9 @@ import nibabel as nib
 import numpy as np
 
 from fsefs_nnunet.datasets.building import RECORDS
+from fsefs_nnunet.datasets.selection import Selection
 from fsefs_nnunet.datasets.sides import split_sides
 from fsefs_nnunet.datasets.source import Case, Labels, Source
-from fsefs_nnunet.datasets.tables import Selection
 from fsefs_nnunet.datasets.volumes import distance_of_grids, link_or_copy, read_volume, renumber, write_label
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import write_atomically

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +10,11 @@ import numpy as np
 from fsefs_nnunet.datasets.building import UnfinishedDataset, archives_in, new_dataset
 from fsefs_nnunet.datasets.case import Job, convert_case
 from fsefs_nnunet.datasets.jobs import run_jobs
+from fsefs_nnunet.datasets.selection import Selection, select
 from fsefs_nnunet.datasets.source import Case, Source
 from fsefs_nnunet.datasets.sources import find_source
-from fsefs_nnunet.datasets.tables import Selection, select, tables
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.files import read_json
 
 
 def convert(
@@ -38,10 +38,8 @@ def convert(
     folder = Path(folder).resolve()
     cases, tests = find_cases(source, folder)
     table = source.table(folder)
-    content = tables()["sources"][source.name]
-    selection = select(table, classes, content.get("split", []), content.get("groups", {}))
-    short = folder.name.split("_", 1)[-1] if source.name == "MSD" else source.name
-    target = new_dataset(dataset_id, short)
+    selection = select(table, classes, source.row.get("split", []), source.row.get("groups", {}))
+    target = new_dataset(dataset_id, source.dataset_name(folder))
     images = [case.image for case in (*cases, *tests) if case.image is not None]
     ending = ".nii" if all(image.name.endswith(".nii") for image in images) else ".nii.gz"
     print(f"{source.name} in {folder}: {len(cases)} cases with labels, {len(tests)} images without -> {target}")
@@ -57,7 +55,7 @@ def convert(
     jobs = [(case, False) for case in cases] + [(case, True) for case in tests]
     todo = [one for one in jobs if not job.record(*one).exists()]
     run_jobs(partial(convert_case, job), todo, num_processes, source.name)
-    records = [json.loads(job.record(*one).read_text("utf-8")) for one in jobs]
+    records = [read_json(job.record(*one)) for one in jobs]
     whole = [r for r in records if "skipped" not in r and not r["test"]]
     if not whole:
         building.discard()
@@ -68,7 +66,7 @@ def convert(
         labels=selection.labels,
         num_training_cases=len(whole),
         file_ending=ending,
-        reference=content["reference"],
+        reference=source.row["reference"],
         license="see reference",
     )
     print("\n".join(summary_lines(summary)))

@@ -27,15 +27,28 @@ class Case:
 class Source:
     """Base of the converters. A subclass says how files pair up, and how to read what is no plain NIfTI."""
 
-    name: str  # as in labels.json
+    name: str
     layout: str  # what the folder holds, for messages
+
+    @property
+    def row(self) -> dict:
+        """The source's row of labels.json; a subclass that has none there gives its own as a class attribute.
+
+        "reference"; "labels", name -> value; where the source has them, "split", labels to divide into right and left,
+        and "groups", lists of labels by name.
+        """
+        return tables()["sources"][self.name]
+
+    def dataset_name(self, folder: Path) -> str:
+        """What follows DatasetXXX_."""
+        return self.name
 
     def channels(self, folder: Path) -> dict[int, str]:
         return {0: "CT"}
 
     def table(self, folder: Path) -> dict[str, int]:
         """The source's labels: name -> value."""
-        return tables()["sources"][self.name]["labels"]
+        return self.row["labels"]
 
     def cases(self, folder: Path) -> list[Case]:
         """Cases with labels; an image or a label without its counterpart is listed too."""

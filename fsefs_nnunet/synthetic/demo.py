@@ -9,6 +9,7 @@ from pathlib import Path
 from time import time
 
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.files import read_json
 from fsefs_nnunet.methods.registry import METHODS
 from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.nnunet.experiment import Experiment
@@ -33,7 +34,7 @@ def prepare(experiment: Experiment, num_queries: int, pool: int, shots: tuple[st
         numbers = ("--shots", *shots, "--num_queries", str(num_queries))
         experiment.run("fseft", "plan_and_preprocess", "-d", experiment.dataset, *numbers, "-np", "2")
         file = experiment.preprocessed / "FSEFTPlans.json"
-        plans = json.loads(file.read_text("utf-8"))
+        plans = read_json(file)
         for number in shots:
             plans["configurations"][f"3d_fullres_{number}shot"].update(SHORT)
         file.write_text(json.dumps(plans, indent=4))
@@ -71,7 +72,7 @@ def run_demo(folder: Path, seconds: float | None = None, device: str | None = No
             budget = {"fseft_train_minutes": f"{minutes:.4f}"}
         fold = folds[method.title] = experiment.train(method.trainer, CONFIGURATION + method.suffix, **budget)
         run = RunFile.load(fold)
-        labels = json.loads((fold.parent / "dataset.json").read_text("utf-8"))["labels"]
+        labels = read_json(fold.parent / "dataset.json")["labels"]
         dice = mean_dice(fold / "validation" / "summary.json")
         organs = {organ: dice[str(number)] for organ, number in labels.items() if organ != "background"}
         rows.append(

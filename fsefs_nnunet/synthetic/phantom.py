@@ -6,6 +6,7 @@ given in body units: one unit is 190 mm, the body's centre is the origin, the bo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,8 +63,9 @@ class Phantom:
 class PhantomConfig:
     """What a phantom looks like.
 
-    shape: voxels per axis. spacing: mm, isotropic. centre: middle of the field of view in body units; a field of view
-    smaller than the body shows part of it.
+    shape: voxels per axis. spacing: mm per axis; one number stands for all three. centre: middle of the field of view
+    in body units; a field of view smaller than the body shows part of it. The same seed and field of view give the
+    same anatomy whatever the spacing.
     drift: scanner drift; 0 is the reference scanner, [0, 1] is what the embedded backbone saw in pretraining. It
     raises noise, blur and bias field and lowers the gain, all linearly.
     appearance: 'ct' for tissue values as in TISSUE_HU, 'random' for tissue values drawn anew for each volume, with
@@ -71,27 +73,39 @@ class PhantomConfig:
     """
 
     shape: tuple[int, int, int] = (96, 96, 96)
-    spacing: float = 4.0
+    spacing: float | tuple[float, float, float] = 4.0
     centre: tuple[float, float, float] = (0.0, 0.0, 0.0)
     drift: float = 0.0
     appearance: str = "ct"
 
     def __post_init__(self):
+        spacing = (self.spacing,) * 3 if np.ndim(self.spacing) == 0 else self.spacing
+        object.__setattr__(self, "spacing", tuple(float(mm) for mm in spacing))
         if self.appearance not in ("ct", "random"):
             raise ValueError(f"appearance must be 'ct' or 'random', not {self.appearance!r}")
-        if min(self.shape) < 8 or self.spacing <= 0 or self.drift < 0:
-            raise ValueError(f"shape must be at least 8 per axis, spacing positive and drift not negative: {self}")
+        if min(self.shape) < 8 or len(self.spacing) != 3 or min(self.spacing) <= 0 or self.drift < 0:
+            raise ValueError(
+                "shape must be at least 8 per axis, spacing one or three positive numbers and drift not negative: "
+                f"{self}"
+            )
+
+    @property
+    def extent(self) -> np.ndarray:
+        """Field of view, mm per axis."""
+        return np.multiply(self.shape, self.spacing)
 
 
-def smooth_field(rng: np.random.Generator, shape: tuple[int, ...], knots: int) -> np.ndarray:
+def smooth_field(rng: np.random.Generator, shape: tuple[int, ...], knots: int | Sequence[int]) -> np.ndarray:
     """Random smooth field of unit variance, `shape` (X, Y, Z) float32: a cubic B-spline on `knots` intervals per axis.
 
-    The tensor product of three small basis matrices costs less than any interpolation of the same field.
+    One number of knots stands for all axes. The tensor product of three small basis matrices costs less than any
+    interpolation of the same field.
     """
-    field = rng.standard_normal([knots + 3] * len(shape), dtype=np.float32)
-    for n in shape:
+    knots = np.broadcast_to(knots, len(shape))
+    field = rng.standard_normal(knots + 3, dtype=np.float32)
+    for n, k in zip(shape, knots):
         # each product consumes the leading axis and appends the new one, so after three the order is restored
-        field = np.tensordot(field, _bspline_basis(n, knots), axes=([0], [1]))
+        field = np.tensordot(field, _bspline_basis(n, k), axes=([0], [1]))
     return field / field.std()
 
 
@@ -116,13 +130,13 @@ class _Anatomy:
 
     def __init__(self, rng: np.random.Generator, config: PhantomConfig):
         self.rng = rng
-        step = config.spacing / UNIT_MM
         self.axes = [
-            (c + (np.arange(n) - (n - 1) / 2) * step).astype(np.float32) for n, c in zip(config.shape, config.centre)
+            (c + (np.arange(n) - (n - 1) / 2) * (mm / UNIT_MM)).astype(np.float32)
+            for n, c, mm in zip(config.shape, config.centre, config.spacing)
         ]
         grid = np.stack(np.meshgrid(*self.axes, indexing="ij"))
         # knots about half a body unit apart, whatever the field of view
-        knots = max(1, round(2 * step * max(config.shape)))
+        knots = max(1, round(2 * config.extent.max() / UNIT_MM))
         self.grid = grid
         self.points = grid + 0.022 * np.stack([smooth_field(rng, config.shape, knots) for _ in range(3)])
         self.size = rng.normal(1.0, 0.04)
@@ -244,7 +258,7 @@ def _render(rng: np.random.Generator, config: PhantomConfig, anatomy: _Anatomy) 
     image[body] = values["fat"]
     image[muscle] = values["muscle"]
     image[cavity] = values["fat"]
-    clutter = smooth_field(rng, config.shape, max(2, round(np.mean(config.shape) * config.spacing / 30)))
+    clutter = smooth_field(rng, config.shape, max(2, round(config.extent.mean() / 30)))
     image[cavity & (clutter > 0.35)] = values["bowel"]
     if config.appearance == "random":
         blobs = smooth_field(rng, config.shape, int(rng.integers(3, 16)))
@@ -258,7 +272,9 @@ def _render(rng: np.random.Generator, config: PhantomConfig, anatomy: _Anatomy) 
     # vertebrae and discs alternate every 35 mm
     discs = (labels == LABELS["vertebrae"]) & (np.mod(anatomy.points[2] * UNIT_MM, 35) < 8)
     image[discs] -= 0.6 * (image[discs] - values["muscle"])
-    texture = smooth_field(rng, config.shape, max(2, min(config.shape) // 3))
+    # as fine as the voxels: a thick slice averages what the other axes show
+    grain = np.rint(config.extent.min() / config.spacing).astype(int) // 3
+    texture = smooth_field(rng, config.shape, np.maximum(2, grain))
     image += texture * (rng.uniform(4, 10) if config.appearance == "ct" else rng.uniform(4, 40)) * (image > -500)
     return _scan(rng, image, config)
 
@@ -266,7 +282,7 @@ def _render(rng: np.random.Generator, config: PhantomConfig, anatomy: _Anatomy) 
 def _scan(rng: np.random.Generator, image: np.ndarray, config: PhantomConfig) -> np.ndarray:
     drift = config.drift
     blur = rng.uniform(0.35, 0.6) + 0.6 * drift * rng.uniform(0.5, 1.0)
-    image = gaussian_filter(image, blur, truncate=2.0)
+    image = gaussian_filter(image, blur, truncate=2.0)  # in voxels, so that a thick slice mixes what lies within
     bias = smooth_field(rng, config.shape, 2)
     image = image * (1 + (0.02 + 0.06 * drift) * bias) * (1 - 0.25 * drift) + 30 * drift * rng.uniform(-1, 1)
     noise = rng.standard_normal(config.shape, dtype=np.float32)
@@ -279,7 +295,7 @@ def make_phantom(seed: int | tuple[int, ...], config: PhantomConfig = PhantomCon
     anatomy = _Anatomy(rng, config)
     _draw_organs(anatomy)
     image = _render(rng, config, anatomy)
-    return Phantom(image, anatomy.labels, (config.spacing,) * 3)
+    return Phantom(image, anatomy.labels, config.spacing)
 
 
 def pretraining_config(seed: int | tuple[int, ...], shape: tuple[int, int, int] = (64, 64, 64)) -> PhantomConfig:

@@ -1,28 +1,26 @@
-"""All converters by name."""
+"""All converters by name: each is one file in this folder, and one row in labels.json."""
 
 from __future__ import annotations
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from fsefs_nnunet.datasets.source import Source
-from fsefs_nnunet.datasets.sources.abdomenct_1k import AbdomenCT1K
-from fsefs_nnunet.datasets.sources.amos22 import AMOS22
-from fsefs_nnunet.datasets.sources.btcv import BTCV
-from fsefs_nnunet.datasets.sources.chaos import CHAOS
-from fsefs_nnunet.datasets.sources.ct_org import CTORG
-from fsefs_nnunet.datasets.sources.flare22 import FLARE22
-from fsefs_nnunet.datasets.sources.kits import KiTS
-from fsefs_nnunet.datasets.sources.lits import LiTS
-from fsefs_nnunet.datasets.sources.msd import MSD
-from fsefs_nnunet.datasets.sources.totalsegmentator import TotalSegmentator
 from fsefs_nnunet.datasets.tables import nearest
 from fsefs_nnunet.errors import InputError
 
-SOURCES = (TotalSegmentator, FLARE22, AMOS22, BTCV, MSD, LiTS, KiTS, CHAOS, CTORG, AbdomenCT1K)
+_MODULES = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
+SOURCES: dict[str, type[Source]] = {
+    source.name: source
+    for module in _MODULES
+    for source in vars(module).values()
+    if isinstance(source, type) and issubclass(source, Source) and source is not Source
+}
 
 
 def find_source(name: str) -> Source:
     """The converter called `name`, in any case. Raises InputError for an unknown one and names the nearest."""
-    names = [source.name for source in SOURCES]
-    for source in SOURCES:
-        if source.name.lower() == name.lower():
+    for known, source in SOURCES.items():
+        if known.lower() == name.lower():
             return source()
-    raise InputError(f"No converter {name!r}.{nearest(name, names)} There are: {', '.join(names)}.")
+    raise InputError(f"No converter {name!r}.{nearest(name, list(SOURCES))} There are: {', '.join(SOURCES)}.")

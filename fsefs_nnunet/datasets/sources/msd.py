@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 from fsefs_nnunet.datasets.source import Case, Source, numbered, paired
-from fsefs_nnunet.datasets.tables import tables
 from fsefs_nnunet.datasets.volumes import read_header
 from fsefs_nnunet.errors import InputError
 
@@ -32,12 +31,15 @@ class MSD(Source):
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{file} does not say labels and modality as the Decathlon does: {error}.") from error
 
+    def dataset_name(self, folder: Path) -> str:
+        return folder.name.split("_", 1)[-1]
+
     def channels(self, folder: Path) -> dict[int, str]:
         return self._json(folder)["modality"]
 
     def table(self, folder: Path) -> dict[str, int]:
         task = re.match(r"Task\d\d", folder.name)
-        names = tables()["sources"]["MSD"]["names"].get(task[0], {}) if task else {}
+        names = self.row["names"].get(task[0], {}) if task else {}
         return {names.get(name, name): value for value, name in self._json(folder)["labels"].items() if value}
 
     def cases(self, folder: Path) -> list[Case]:

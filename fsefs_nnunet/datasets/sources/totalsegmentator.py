@@ -6,7 +6,6 @@ import nibabel as nib
 import numpy as np
 
 from fsefs_nnunet.datasets.source import Case, Labels, Source
-from fsefs_nnunet.datasets.tables import tables
 from fsefs_nnunet.datasets.volumes import integers, on_grid, read_volume
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import values_in
@@ -24,7 +23,7 @@ class TotalSegmentator(Source):
 
     def table(self, folder: Path) -> dict[str, int]:
         version = "v2" if next(folder.rglob("segmentations/heart.nii.gz"), None) else "v1"
-        return {name: i for i, name in enumerate(tables()["sources"][self.name][version], 1)}
+        return {name: i for i, name in enumerate(self.row[version], 1)}
 
     def cases(self, folder: Path) -> list[Case]:
         subjects = {path.parent for path in (*folder.rglob("ct.nii.gz"), *folder.rglob("segmentations"))}
