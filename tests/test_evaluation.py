@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import SimpleITK
 import torch
@@ -268,11 +269,10 @@ def test_cases_by_dice(fold):
 
 def test_counted_sizes(fold):
     """A voxel has 1.0 x 1.5 x 3.0 mm = 0.0045 ml."""
-    sizes = counted_sizes(fold / "validation" / "summary.json", ORGANS, NibabelIO(), "n_ref")
-    twice = counted_sizes(fold / "validation" / "summary.json", ORGANS, NibabelIO(), "n_pred")
-    assert twice["b.nii.gz"]["kidney"] == 2 * sizes["b.nii.gz"]["kidney"]
-    assert sizes["a.nii.gz"] == pytest.approx({"left <kidney> & co": 0.9, "kidney": 0.0})
-    assert sizes["b.nii.gz"] == pytest.approx({"left <kidney> & co": 0.45, "kidney": 4.5})
+    predicted, labelled = counted_sizes(fold / "validation" / "summary.json", ORGANS, NibabelIO())
+    assert predicted.equals(2 * labelled)
+    assert dict(labelled.loc["a.nii.gz"]) == pytest.approx({"left <kidney> & co": 0.9, "kidney": 0.0})
+    assert dict(labelled.loc["b.nii.gz"]) == pytest.approx({"left <kidney> & co": 0.45, "kidney": 4.5})
 
 
 # ---- report ----
@@ -383,7 +383,8 @@ def test_learning_curves_show_the_value_asked_for():
 def test_sizes_lie_at_their_multiple_of_the_prior(predicted, labelled):
     from matplotlib.image import imread
 
-    png = plot_sizes({"liver": SizePrior(10, 1, 2)}, {"a": {"liver": predicted}}, {"a": {"liver": labelled}}, 0.3)
+    sizes = [pd.DataFrame({"liver": [ml]}, ["a.nii.gz"]) for ml in (predicted, labelled)]
+    png = plot_sizes({"liver": SizePrior(10, 1, 2)}, *sizes, 0.3)
     pixels = imread(BytesIO(png))[70:, :, :3]  # below the legend
     # the column of each colour's mark
     at = [np.abs(pixels - to_rgb(colour)).max(-1).min(0).argmin() for colour in ("tab:orange", "tab:cyan")]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
+import pandas as pd
 
 from fsefs_nnunet.evaluation.training_logs import LearningCurve
 from fsefs_nnunet.priors.size import SizePrior
@@ -26,15 +27,15 @@ def plot_learning_curves(curves: dict[str, LearningCurve], value: str, title: st
 
 def plot_sizes(
     priors: dict[str, SizePrior],
-    predicted: dict[str, dict[str, float]],
-    labelled: dict[str, dict[str, float]],
+    predicted: pd.DataFrame,
+    labelled: pd.DataFrame,
     gamma: float,
 ) -> bytes:
     """Sizes of the queries as multiples of the prior size S, one row per class.
 
     Args:
-        predicted: ml by query and class: filled circles.
-        labelled: ml by query and class: rings, just below.
+        predicted: ml, a row per query and a column per class: filled circles.
+        labelled: as `predicted`: rings, just below.
         gamma: of the plans; the sizes that the prior tolerates are shaded.
     """
 
@@ -45,7 +46,7 @@ def plot_sizes(
             band = {"color": "white", "alpha": 0.15, "linewidth": 0, "label": None if row else "tolerated"}
             axes.fill_betweenx([row - 0.5, row + 0.5], 1 - tolerated, 1 + tolerated, **band)
             for offset, sizes, style in ((-0.12, predicted, "predicted"), (0.12, labelled, "label")):
-                ratios = [query[name] / prior.size for query in sizes.values() if name in query]
+                ratios = sizes[name] / prior.size
                 axes.plot(ratios, np.full(len(ratios), row + offset), label=style if not row else None, **_MARKS[style])
         axes.set_yticks(range(len(priors)), [f"{name}\nS {prior.size:.0f} ml" for name, prior in priors.items()])
         axes.set_ylim(len(priors) - 0.5, -0.5)
