@@ -2,10 +2,10 @@ import json
 import math
 import re
 from base64 import b64decode
+from dataclasses import astuple
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from matplotlib.colors import to_rgb
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 
+from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.evaluation.overlays import _load, save_overlay
 from fsefs_nnunet.evaluation.plots import plot_learning_curves, plot_sizes
 from fsefs_nnunet.evaluation.report import write_report
@@ -28,6 +29,7 @@ from fsefs_nnunet.evaluation.tables import (
     summary_key,
 )
 from fsefs_nnunet.evaluation.training_logs import LearningCurve, learning_curve, logged_priors
+from fsefs_nnunet.inference.trained_model import PRIOR_KEY
 from fsefs_nnunet.priors.size import SizePrior
 
 SPACING = (1.0, 1.5, 3.0)
@@ -232,30 +234,15 @@ def test_logged_priors(fold):
     assert logged_priors(fold.parent) == {}
 
 
-def test_logged_priors_are_those_that_the_trainer_writes(tmp_path):
-    """The trainer's own methods and nnU-Net's log file."""
-    from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
-
-    trainer = SimpleNamespace(
-        support_sizes={"s": np.array([4.0, 50.0, 0.0])},
-        queries=["q_1", "q_2"],
-        classes=[1, 2, 3],
-        class_names=["left <kidney> & co", "kidney", "spleen"],
-        configuration_manager=SimpleNamespace(spacing=(10.0, 10.0, 10.0)),
-        settings={"fseft_gamma": 0.3},
-        wants_prior=True,
-        bank=None,
-        pooled_support={},
-        network=None,
-        device=torch.device("cpu"),
-        local_rank=0,
-        log_file=str(tmp_path / "training_log_2026_01_01_10_00_00.txt"),
-    )
-    trainer.print_to_log_file = lambda *args, **kwargs: FSEFTTrainer.print_to_log_file(trainer, *args, **kwargs)
-    trainer.why_no_prior = lambda: FSEFTTrainer.why_no_prior(trainer)
-    FSEFTTrainer.estimate_priors(trainer)
-    expected = {"left <kidney> & co": SizePrior(4.0, 0.0, 1), "kidney": SizePrior(50.0, 0.0, 1)}
-    assert logged_priors(tmp_path) == expected
+def test_logged_priors_are_those_of_the_training(banked):
+    """The log rounds what the checkpoint holds."""
+    work, _ = banked
+    trained = work.results / "FSEFTTrainer__FSEFTPlans__3d_fullres_5shot" / "fold_0"
+    saved = read_checkpoint(trained / "checkpoint_final.pth")[PRIOR_KEY]
+    logged = logged_priors(trained)
+    assert list(logged) == ["spleen", "stomach", "kidney_left"] and len(saved) == 3
+    for prior, expected in zip(logged.values(), saved):
+        assert astuple(prior) == pytest.approx(expected, abs=0.005)
 
 
 def test_cases_by_dice(fold):
