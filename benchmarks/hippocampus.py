@@ -19,12 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-import numpy as np
-
 from fsefs_nnunet.backbones.store import find_backbone, save_backbone
 from fsefs_nnunet.benchmark.evaluation import DICE, SIZE_ERROR
 from fsefs_nnunet.benchmark.result import Result
-from fsefs_nnunet.benchmark.summary import fold_mean, mean_over, spread, values
+from fsefs_nnunet.benchmark.summary import ROW, class_means, fold_means, spread
 from fsefs_nnunet.evaluation.tables import markdown_table
 from fsefs_nnunet.methods.registry import METHODS
 from fsefs_nnunet.methods.run_file import RunFile
@@ -37,7 +35,6 @@ LONG_MINUTES, LONG = 30, "from scratch, 30 minutes"
 BACKBONES = {"phantom": "FSEFTPlans", "random": "FSEFTPlans_random", "raw": "FSEFTPlans_raw"}
 CONTROLS = {"random": "control: random backbone", "raw": "control: raw image"}
 FINE_TUNING = ("ft_last", "decoder", "ft")
-CLASSES = ("Anterior", "Posterior")
 
 
 def decathlon_folder() -> Path:
@@ -127,8 +124,7 @@ def over_folds(results: dict[str, list[Result]]) -> list[dict]:
     for shots in in_order(results):
         for title, group in results.items():
             if some := [r for r in group if r.shots == shots]:
-                by_class = {m: np.mean([mean_over(values(r, m), 0) for r in some], 0) for m in (DICE, SIZE_ERROR)}
-                dice = [fold_mean(r, DICE) for r in some]
+                by_class = class_means(some).groupby("class", sort=False).mean()
                 rows.append(
                     {
                         "shots": shots,
@@ -136,8 +132,8 @@ def over_folds(results: dict[str, list[Result]]) -> list[dict]:
                         "folds": len(some),
                         "trained parameters": f"{round(mean(r.trained_parameters for r in some)):,}",
                         "seconds": round(mean(r.seconds for r in some)),
-                        **{name.lower(): float(by_class[DICE][i]) for i, name in enumerate(CLASSES)},
-                        "mean Dice": spread(dice, min(dice)),
+                        **by_class[DICE].rename(str.lower).to_dict(),
+                        "mean Dice": spread(fold_means(some)[DICE], min),
                         "size error": ", ".join(f"{x:.3f}" for x in by_class[SIZE_ERROR]),
                     }
                 )
@@ -148,11 +144,16 @@ def against(results: dict[str, list[Result]]) -> list[dict]:
     """Dice points by which the adapter with the size prior is ahead of each other row, per fold."""
     rows = []
     for shots in in_order(results):
-        ours = {r.fold: fold_mean(r, DICE) for r in results.get(OURS, []) if r.shots == shots}
-        for title, group in results.items():
-            pairs = [r for r in group if r.shots == shots and r.fold in ours and title != OURS]
-            if ahead := [100 * (ours[r.fold] - fold_mean(r, DICE)) for r in pairs]:
-                rows.append({"shots": shots, "ahead of": title, "smallest": min(ahead), "mean": mean(ahead)})
+        dice = {
+            title: fold_means(some)[DICE].droplevel(ROW)
+            for title, group in results.items()
+            if (some := [r for r in group if r.shots == shots])
+        }
+        ours = dice.pop(OURS, None)
+        for title, theirs in dice.items() if ours is not None else ():
+            ahead = 100 * (ours - theirs).dropna()
+            if len(ahead):
+                rows.append({"shots": shots, "ahead of": title, "smallest": ahead.min(), "mean": ahead.mean()})
     return rows
 
 

@@ -3,7 +3,11 @@
 import csv
 import json
 import shutil
+import signal
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,6 @@ import torch
 from studies import result, study_of
 
 from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint
-from fsefs_nnunet.benchmark import grid as grid_module
 from fsefs_nnunet.benchmark.cells import Cell
 from fsefs_nnunet.benchmark.evaluation import METRICS
 from fsefs_nnunet.benchmark.grid import _left, plan_cells, run_cells
@@ -24,7 +27,6 @@ from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.inference import weights
 from fsefs_nnunet.methods.registry import METHODS, choose
-from fsefs_nnunet.nnunet.experiment import Experiment
 
 # ---- methods ----
 
@@ -288,6 +290,29 @@ def test_a_damaged_checkpoint_fails_its_cell_alone(folders):
     assert "checkpoint_final.pth is damaged or incomplete" in failures[cell]
 
 
+@pytest.fixture
+def nnunet_train(tmp_path, monkeypatch) -> Callable[[str], None]:
+    """Puts a shell script in the place of `nnUNetv2_train`."""
+    program = tmp_path / "bin" / "nnUNetv2_train"
+    program.parent.mkdir()
+    monkeypatch.setattr(sys, "executable", str(program.with_name("python")))  # commands are sought beside it
+
+    def replace_by(script: str) -> None:
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+
+    return replace_by
+
+
+@pytest.fixture
+def trainings(nnunet_train, tmp_path) -> Callable[[], list[list[str]]]:
+    """Lists minutes and final validation of the trainings that were started, which do nothing."""
+    calls = tmp_path / "calls"
+    calls.touch()
+    nnunet_train(f'echo "$fseft_train_minutes,$fseft_final_validation" >> {calls}')
+    return lambda: [line.split(",") for line in calls.read_text().splitlines()]
+
+
 def test_scratch_alone_has_no_time(folders, monkeypatch):
     monkeypatch.setenv("fseft_train_minutes", "3")
     _, cell = plan_cells(study_of(folders), [5], 1, ["scratch"])
@@ -295,17 +320,16 @@ def test_scratch_alone_has_no_time(folders, monkeypatch):
         cell.train()
 
 
-def test_only_trainings_from_scratch_have_a_time(folders, commands_run, monkeypatch):
+def test_only_trainings_from_scratch_have_a_time(folders, trainings, monkeypatch):
     monkeypatch.setenv("fseft_train_minutes", "3")
     study = study_of(folders)
-    assert "fseft_train_minutes" not in study.experiment.environment()
     _, ft, scratch = plan_cells(study, [5], 1, ["ft", "scratch"])
     ft.train()
     trained(ft, 90)
     scratch.train()
     _, cell = plan_cells(replace(study, scratch_minutes=2.5), [5], 1, ["scratch"])
     cell.train()
-    assert [env.get("fseft_train_minutes") for _, env in commands_run] == [None, "1.5000", "2.5000"]
+    assert [minutes for minutes, _ in trainings()] == ["", "1.5000", "2.5000"]
 
 
 @pytest.mark.parametrize(
@@ -337,69 +361,77 @@ def test_training_from_scratch_of_the_same_time(folders):
     plan_cells(replace(study, scratch_minutes=1.51), [5], 1, ["scratch"])
 
 
-def test_a_finished_training_from_scratch_is_refused_once_others_took_longer(folders, monkeypatch, capsys):
+def test_a_finished_training_from_scratch_is_refused_once_others_took_longer(folders, nnunet_train, tmp_path, capsys):
     study = study_of(folders)
     _, ft, scratch = plan_cells(study, [5], 1, ["ft", "scratch"])
     trained(scratch, 95, "the budget of 90 s is used")
-    finished = result("scratch")
-    monkeypatch.setattr(Cell, "finished", lambda cell: finished if cell.name == "scratch" else None)
-    monkeypatch.setattr(Cell, "run", lambda cell, *seconds: trained(cell, 600) and result(cell.name))
-    monkeypatch.setattr(grid_module, "write_report", lambda *args: None)
+    of_cell(result("scratch"), scratch).save(scratch.file)
+    assert scratch.finished()
+    trained(ft, 600)
+    ft.predictions.mkdir()
+    for case in study.target.cases:
+        shutil.copy(study.target.labels / f"{case}.nii.gz", ft.predictions)
+    ft.count_dice()
+    made = ft.folder.parent.rename(tmp_path / "made")
+    nnunet_train(f"cp -Rp {made}/. {ft.folder.parent}")
     with pytest.raises(InputError, match="1 of 2 cells failed: from scratch, equal time, 5 shots, fold 0"):
         run_cells(study, [ft, scratch], ["fseft"])
     assert "was trained for 90 s, now it would get 600 s" in capsys.readouterr().out
     with open(study.experiment.work / "results.csv") as file:
-        assert {row["method"] for row in csv.DictReader(file)} == {"ft"}
+        assert {(row["method"], row["Dice"]) for row in csv.DictReader(file)} == {("ft", "1.0")}
 
 
-def test_command_that_repeats_it(folders, monkeypatch):
-    asked = ["-d", "77", "-device", "cpu", "--scratch_minutes", "2.5", "-o", str(folders[1])]
-    commands = []
-    monkeypatch.setattr(grid_module, "run_cells", lambda study, cells, command: commands.append((study, command)))
-    assert main(["benchmark", *asked, "--methods", "scratch"]) == 0
-    study, command = commands[0]
-    assert study.scratch_minutes == 2.5 and "--scratch_minutes 2.5 -o" in " ".join(command)
+def test_command_that_repeats_it(folders, capsys):
+    study = study_of(folders)
+    zero_shot, scratch = plan_cells(study, [5], 1, ["scratch"])
+    zero_shot.folder.mkdir()
+    trained(scratch, 155, "the budget of 150 s is used")
+    for cell in (zero_shot, scratch):
+        of_cell(result(cell.name, cell.shots), cell).save(cell.file)
+    asked = ["benchmark", "-d", "77", "-device", "cpu", "--folds", "1", "--shots", "5", "--methods", "scratch"]
+    asked += ["-o", str(folders[1]), "--scratch_minutes"]
+    assert main([*asked, "2.5"]) == 0
+    command = "--folds 1 --shots 5 --methods scratch --scratch_minutes 2.5 -o"
+    page = unescape((folders[1] / "report.html").read_text())
+    assert f"fseft benchmark -d 77 -p FSEFTPlans -device cpu {command} {folders[1]}" in page
+    assert main([*asked, "3"]) == 2
+    assert "was trained for 150 s, now it would get 180 s" in capsys.readouterr().err
 
 
-@pytest.fixture
-def commands_run(monkeypatch) -> list[tuple[str, dict]]:
-    """Commands and what they get in their environment, which are not run."""
-    calls = []
-    monkeypatch.setattr(Experiment, "run", lambda self, command, *args, **env: calls.append((command, env)))
-    return calls
-
-
-def test_a_training_is_done_once_it_has_its_final_checkpoint(folders, commands_run):
+def test_a_training_is_done_once_it_has_its_final_checkpoint(folders, trainings):
     cell = Cell(study_of(folders), "probe", 5, 0)
     (cell.folder / "validation").mkdir(parents=True)
     (cell.folder / "validation" / "summary.json").write_text("{}")  # of an earlier training
     cell.train()
     cell.study.experiment.train("FSEFTTrainer_LinearProbe", cell.configuration)
-    assert [command for command, _ in commands_run] == ["nnUNetv2_train"] * 2
+    assert len(trainings()) == 2
     cell.checkpoint.touch()
     cell.train()
     cell.study.experiment.train("FSEFTTrainer_LinearProbe", cell.configuration)
-    assert len(commands_run) == 2
+    assert len(trainings()) == 2
     (cell.folder / "validation" / "summary.json").unlink()
     cell.train()
     cell.study.experiment.train("FSEFTTrainer_LinearProbe", cell.configuration, fseft_final_validation="0")
-    assert len(commands_run) == 2
+    assert len(trainings()) == 2
     cell.study.experiment.train("FSEFTTrainer_LinearProbe", cell.configuration)
-    assert len(commands_run) == 3
+    assert len(trainings()) == 3
 
 
-def test_queries_are_validated_only_where_they_are_evaluated(folders, commands_run, labelled_scans):
-    for test, expected in ((None, [None, "0"]), (labelled_scans, ["0", "0"])):
+def test_queries_are_validated_only_where_they_are_evaluated(folders, trainings, labelled_scans):
+    for test in (None, labelled_scans):
         for name in ("ft", "probe"):
             Cell(study_of(folders, test=test), name, 5, 0).train()
-        assert [env.get("fseft_final_validation") for _, env in commands_run[-2:]] == expected
+    assert [validation for _, validation in trainings()] == ["", "0", "0", "0"]
 
 
-def test_interrupt(folders, monkeypatch, capsys):
-    def interrupt(cell):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Cell, "train", interrupt)
+@pytest.mark.parametrize("method", ["probe", "ft"])
+def test_interrupt(folders, nnunet_train, method):
+    """Ctrl-C while nnU-Net trains."""
+    nnunet_train("kill -INT $PPID; exec sleep 60")
     study = study_of(folders)
-    with pytest.raises(InputError, match="Interrupted. The same command goes on"):
-        run_cells(study, plan_cells(study, [5], 1, ["probe"]), ["fseft"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(InputError, match="Interrupted. The same command goes on"):
+            run_cells(study, plan_cells(study, [5], 1, [method])[1:], ["fseft"])
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -14,7 +14,7 @@ from fsefs_nnunet.backbones.store import user_folder
 from fsefs_nnunet.benchmark.cells import Cell
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.shared_features import _features_of
-from fsefs_nnunet.benchmark.summary import fold_mean
+from fsefs_nnunet.benchmark.summary import fold_means
 from fsefs_nnunet.cases.splits import load_splits
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.inference import prediction
@@ -69,7 +69,7 @@ def test_a_grid(grid):
         own = [float(r["size error"]) for r in rows if (r["method"], r["class"]) == (method, "spleen")]
         assert sorted(own) == pytest.approx(sorted(errors))
         saved = Result.load(fold / f"benchmark_{method}_queries.json")
-        assert fold_mean(saved, "Dice") == pytest.approx(summary["foreground_mean"]["Dice"])
+        assert fold_means([saved])["Dice"].item() == pytest.approx(summary["foreground_mean"]["Dice"])
         assert 0.1 < saved.peak_memory_gb < 100 and saved.seconds > 0 and len(saved.support) == 5
     page = unescape((grid.output / "report.html").read_text())
     for text in (

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import SimpleITK
 from scipy.stats import wilcoxon
@@ -14,7 +15,7 @@ from studies import NAN, result
 
 from fsefs_nnunet.benchmark.outputs import figure, write_results
 from fsefs_nnunet.benchmark.result import Result
-from fsefs_nnunet.benchmark.summary import case_dice, class_table, comparisons, fold_mean, spread, table
+from fsefs_nnunet.benchmark.summary import case_dice, class_table, comparisons, fold_means, spread, table
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.report import size_section
 from fsefs_nnunet.evaluation.tables import duration
@@ -36,8 +37,8 @@ def test_result_file(tmp_path):
 def test_means_are_nnunets():
     """Over cases first, then over classes."""
     one = result()
-    assert fold_mean(one, "Dice") == pytest.approx(((0.5 + 0.9) / 2 + 0.7) / 2)
-    assert case_dice(one) == pytest.approx({"case_0": 0.6, "case_1": 0.9})
+    assert fold_means([one])["Dice"].item() == pytest.approx(((0.5 + 0.9) / 2 + 0.7) / 2)
+    assert case_dice([one]).to_dict() == pytest.approx({(5, "fseft", 0, "case_0"): 0.6, (5, "fseft", 0, "case_1"): 0.9})
 
 
 def test_table_over_folds():
@@ -49,7 +50,7 @@ def test_table_over_folds():
     assert row[0]["HD95 mm"].startswith("4.000 ±") and row[0]["HD95 mm"].endswith("(5.000)")  # the largest is worst
     assert (row[0]["labels spent"], row[0]["folds"], row[0]["seconds"]) == (5, 2, "12")
     assert row[1]["Dice"] == "0.200" and row[1]["trained parameters"] == "1,350"
-    assert spread([0.5], 0.5) == "0.500" and spread([0.5, NAN], NAN) == "-"
+    assert spread(pd.Series([0.5]), min) == "0.500" and spread(pd.Series([0.5, NAN]), min) == "-"
     (adapting,) = table([replace(folds[0], volume_seconds=1.25)])
     assert adapting["seconds"] == "12 + 1.2 a volume"
     classes = class_table(folds)[0]

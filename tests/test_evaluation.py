@@ -2,19 +2,21 @@ import json
 import math
 import re
 from base64 import b64decode
+from dataclasses import astuple
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import SimpleITK
 import torch
 from matplotlib.colors import to_rgb
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 
+from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.evaluation.overlays import _load, save_overlay
 from fsefs_nnunet.evaluation.plots import plot_learning_curves, plot_sizes
 from fsefs_nnunet.evaluation.report import write_report
@@ -27,6 +29,7 @@ from fsefs_nnunet.evaluation.tables import (
     summary_key,
 )
 from fsefs_nnunet.evaluation.training_logs import LearningCurve, learning_curve, logged_priors
+from fsefs_nnunet.inference.trained_model import PRIOR_KEY
 from fsefs_nnunet.priors.size import SizePrior
 
 SPACING = (1.0, 1.5, 3.0)
@@ -231,30 +234,15 @@ def test_logged_priors(fold):
     assert logged_priors(fold.parent) == {}
 
 
-def test_logged_priors_are_those_that_the_trainer_writes(tmp_path):
-    """The trainer's own methods and nnU-Net's log file."""
-    from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
-
-    trainer = SimpleNamespace(
-        support_sizes={"s": np.array([4.0, 50.0, 0.0])},
-        queries=["q_1", "q_2"],
-        classes=[1, 2, 3],
-        class_names=["left <kidney> & co", "kidney", "spleen"],
-        configuration_manager=SimpleNamespace(spacing=(10.0, 10.0, 10.0)),
-        settings={"fseft_gamma": 0.3},
-        wants_prior=True,
-        bank=None,
-        pooled_support={},
-        network=None,
-        device=torch.device("cpu"),
-        local_rank=0,
-        log_file=str(tmp_path / "training_log_2026_01_01_10_00_00.txt"),
-    )
-    trainer.print_to_log_file = lambda *args, **kwargs: FSEFTTrainer.print_to_log_file(trainer, *args, **kwargs)
-    trainer.why_no_prior = lambda: FSEFTTrainer.why_no_prior(trainer)
-    FSEFTTrainer.estimate_priors(trainer)
-    expected = {"left <kidney> & co": SizePrior(4.0, 0.0, 1), "kidney": SizePrior(50.0, 0.0, 1)}
-    assert logged_priors(tmp_path) == expected
+def test_logged_priors_are_those_of_the_training(banked):
+    """The log rounds what the checkpoint holds."""
+    work, _ = banked
+    trained = work.results / "FSEFTTrainer__FSEFTPlans__3d_fullres_5shot" / "fold_0"
+    saved = read_checkpoint(trained / "checkpoint_final.pth")[PRIOR_KEY]
+    logged = logged_priors(trained)
+    assert list(logged) == ["spleen", "stomach", "kidney_left"] and len(saved) == 3
+    for prior, expected in zip(logged.values(), saved):
+        assert astuple(prior) == pytest.approx(expected, abs=0.005)
 
 
 def test_cases_by_dice(fold):
@@ -268,11 +256,10 @@ def test_cases_by_dice(fold):
 
 def test_counted_sizes(fold):
     """A voxel has 1.0 x 1.5 x 3.0 mm = 0.0045 ml."""
-    sizes = counted_sizes(fold / "validation" / "summary.json", ORGANS, NibabelIO(), "n_ref")
-    twice = counted_sizes(fold / "validation" / "summary.json", ORGANS, NibabelIO(), "n_pred")
-    assert twice["b.nii.gz"]["kidney"] == 2 * sizes["b.nii.gz"]["kidney"]
-    assert sizes["a.nii.gz"] == pytest.approx({"left <kidney> & co": 0.9, "kidney": 0.0})
-    assert sizes["b.nii.gz"] == pytest.approx({"left <kidney> & co": 0.45, "kidney": 4.5})
+    predicted, labelled = counted_sizes(fold / "validation" / "summary.json", ORGANS, NibabelIO())
+    assert predicted.equals(2 * labelled)
+    assert dict(labelled.loc["a.nii.gz"]) == pytest.approx({"left <kidney> & co": 0.9, "kidney": 0.0})
+    assert dict(labelled.loc["b.nii.gz"]) == pytest.approx({"left <kidney> & co": 0.45, "kidney": 4.5})
 
 
 # ---- report ----
@@ -383,7 +370,8 @@ def test_learning_curves_show_the_value_asked_for():
 def test_sizes_lie_at_their_multiple_of_the_prior(predicted, labelled):
     from matplotlib.image import imread
 
-    png = plot_sizes({"liver": SizePrior(10, 1, 2)}, {"a": {"liver": predicted}}, {"a": {"liver": labelled}}, 0.3)
+    sizes = [pd.DataFrame({"liver": [ml]}, ["a.nii.gz"]) for ml in (predicted, labelled)]
+    png = plot_sizes({"liver": SizePrior(10, 1, 2)}, *sizes, 0.3)
     pixels = imread(BytesIO(png))[70:, :, :3]  # below the legend
     # the column of each colour's mark
     at = [np.abs(pixels - to_rgb(colour)).max(-1).min(0).argmin() for colour in ("tab:orange", "tab:cyan")]

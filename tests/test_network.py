@@ -78,7 +78,9 @@ def test_stages_share_their_leading_channels(image):
     last, every, skips = (FrozenBackbone("phantom", stages) for stages in ("last", "all", "skips"))
     assert [b.out_channels for b in (last, every, skips)] == [16, 16 + 32 + 64, 2 * (16 + 32 + 64)]
     maps = skips(image)
-    assert [m.shape[1:] for m in maps] == [(m.channels, *(n // s for n, s in zip((32, 24, 16), m.stride))) for m in skips.maps]
+    assert [m.shape[1:] for m in maps] == [
+        (m.channels, *(n // s for n, s in zip((32, 24, 16), m.stride))) for m in skips.maps
+    ]
     assert [m.stride[0] for m in skips.maps] == [1, 2, 4, 2, 4, 1]
     assert all(torch.equal(a, b) for b in (every(image), last(image)) for a, b in zip(maps, b))
     with torch.no_grad():

@@ -26,11 +26,10 @@ from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cases.splits import query_cases, save_splits
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.files import PART
 from fsefs_nnunet.features.disk import BANK_FOLDER
+from fsefs_nnunet.files import PART
 from fsefs_nnunet.nnunet.shims import fseft_trainers
-from fsefs_nnunet.trainers.by_name import FSEFTTrainer_Adapter
-from fsefs_nnunet.trainers.by_name import FSEFTTrainer_Context
+from fsefs_nnunet.trainers.by_name import FSEFTTrainer_Adapter, FSEFTTrainer_Context
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

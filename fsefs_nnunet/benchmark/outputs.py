@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-from io import StringIO
 from pathlib import Path
 
-from fsefs_nnunet.benchmark.evaluation import DICE, METRICS
+from fsefs_nnunet.benchmark.evaluation import DICE
 from fsefs_nnunet.benchmark.result import Result
-from fsefs_nnunet.benchmark.summary import class_table, comparisons, fold_mean, grouped, table
+from fsefs_nnunet.benchmark.summary import ROW, class_table, comparisons, fold_means, metrics_of, table
 from fsefs_nnunet.evaluation.plots import Point, plot_shots_and_parameters
 from fsefs_nnunet.evaluation.tables import markdown_table
 from fsefs_nnunet.files import write_atomically
@@ -25,14 +23,7 @@ NOTES = (
 
 def write_results(results: list[Result], folder: Path, setting: str) -> None:
     """results.csv and table.md below `folder`."""
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "shots", "fold", "case", "class", *METRICS])
-    for result in results:
-        for case, classes in result.cases.items():
-            for name, metrics in classes.items():
-                writer.writerow([result.method, result.shots, result.fold, case, name, *(metrics[m] for m in METRICS)])
-    write_atomically(folder / "results.csv", text.getvalue())
+    write_atomically(folder / "results.csv", metrics_of(results).to_csv(index=False, na_rep="nan", lineterminator="\n"))
     parts = [setting, NOTES, markdown_table(table(results)), "Dice by class:", markdown_table(class_table(results))]
     if pairs := comparisons(results):
         parts += ["Paired over the cases, each averaged over the folds:", markdown_table(pairs)]
@@ -41,9 +32,9 @@ def write_results(results: list[Result], folder: Path, setting: str) -> None:
 
 def figure(results: list[Result]) -> bytes:
     """PNG: Dice against shots, Dice against trained parameters."""
+    first = {(result.shots, result.method): result for result in reversed(results)}
     points = []
-    for (shots, method), group in grouped(results).items():
-        dice = [fold_mean(result, DICE) for result in group]
-        first = group[0]
-        points.append(Point(METHODS[method].title, shots, len(first.support), first.trained_parameters, dice))
+    for (shots, method), dice in fold_means(results)[DICE].groupby(ROW, sort=False):
+        run = first[shots, method]
+        points.append(Point(METHODS[method].title, shots, len(run.support), run.trained_parameters, dice.tolist()))
     return plot_shots_and_parameters(points)

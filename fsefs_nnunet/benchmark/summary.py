@@ -1,93 +1,81 @@
-"""The table of a benchmark, and paired comparisons of its methods."""
+"""The tables of a benchmark, and paired comparisons of its methods."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from statistics import mean, stdev
+from collections.abc import Callable
+from itertools import product
+from statistics import mean
 
-import numpy as np
+import pandas as pd
 
 from fsefs_nnunet.benchmark.evaluation import DICE, LOWER_IS_BETTER, METRICS
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.methods.registry import METHODS
 
-
-def grouped(results: list[Result]) -> dict[tuple[int | str, str], list[Result]]:
-    """Results by number of shots and method, folds in order."""
-    groups: dict[tuple[int | str, str], list[Result]] = {}
-    for result in results:
-        groups.setdefault((result.shots, result.method), []).append(result)
-    return groups
+ROW = ["shots", "method"]  # of the tables; groups keep the order of the results
+FOLD = [*ROW, "fold"]
 
 
-def values(result: Result, metric: str) -> np.ndarray:
-    """(cases, classes)"""
-    return np.array([[metrics[metric] for metrics in case.values()] for case in result.cases.values()], float)
+def metrics_of(results: list[Result]) -> pd.DataFrame:
+    """One row per method, shots, fold, case and class, as in results.csv."""
+    rows = [
+        {"method": result.method, "shots": result.shots, "fold": result.fold, "case": case, "class": name, **metrics}
+        for result in results
+        for case, classes in result.cases.items()
+        for name, metrics in classes.items()
+    ]
+    return pd.DataFrame(rows)
 
 
-def mean_over(array: np.ndarray, axis: int) -> np.ndarray:
-    """Mean of what is not NaN; NaN where nothing is."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return np.nanmean(array, axis)
+def class_means(results: list[Result]) -> pd.DataFrame:
+    """Each metric by fold and class, mean over the cases where it is not NaN."""
+    return metrics_of(results).groupby([*FOLD, "class"], sort=False)[list(METRICS)].mean()
 
 
-def fold_mean(result: Result, metric: str) -> float:
-    """As nnU-Net's foreground mean: over the cases first, then over the classes."""
-    return float(mean_over(mean_over(values(result, metric), 0), 0))
+def fold_means(results: list[Result]) -> pd.DataFrame:
+    """Each metric by fold, as nnU-Net's foreground mean: over the cases first, then over the classes."""
+    return class_means(results).groupby(FOLD, sort=False).mean()
 
 
-def case_dice(result: Result) -> dict[str, float]:
-    """Dice of each case, averaged over the classes that are in the reference or predicted."""
-    return dict(zip(result.cases, mean_over(values(result, DICE), 1).tolist()))
+def case_dice(results: list[Result]) -> pd.Series:
+    """Dice by fold and case, mean over the classes that are in the reference or predicted."""
+    return metrics_of(results).groupby([*FOLD, "case"], sort=False)[DICE].mean()
 
 
-def spread(numbers: list[float], worst: float) -> str:
+def spread(numbers: pd.Series, worst: Callable) -> str:
     """E.g. "0.731 ± 0.012 (0.702)": mean, standard deviation, worst; of one number, itself; "-" of NaN."""
-    if any(map(math.isnan, numbers)):
+    if numbers.isna().any():
         return "-"
-    text = f"{mean(numbers):.3f}"
-    return text if len(numbers) == 1 else f"{text} ± {stdev(numbers):.3f} ({worst:.3f})"
+    text = f"{numbers.mean():.3f}"
+    return text if len(numbers) == 1 else f"{text} ± {numbers.std():.3f} ({worst(numbers):.3f})"
 
 
 def table(results: list[Result]) -> list[dict]:
     """One row per number of shots and method: each metric as mean over the folds, standard deviation and worst fold."""
-    rows = []
-    for (shots, method), group in grouped(results).items():
-        metrics = {}
-        for metric in METRICS:
-            numbers = [fold_mean(result, metric) for result in group]
-            metrics[metric] = spread(numbers, (max if metric in LOWER_IS_BETTER else min)(numbers))
-        rows.append(
-            {
-                "shots": shots,
-                "method": METHODS[method].title,
-                "labels spent": len(group[0].support),
-                "folds": len(group),
-                **metrics,
-                "trained parameters": f"{round(mean(r.trained_parameters for r in group)):,}",
-                "seconds": _seconds(group),
-                "peak memory GB": mean(r.peak_memory_gb for r in group),
-            }
-        )
-    return rows
-
-
-def _seconds(group: list[Result]) -> str:
-    """E.g. "120", "120 + 1.3 a volume"."""
-    of_volume = mean(r.volume_seconds for r in group)
-    return f"{mean(r.seconds for r in group):.0f}" + (f" + {of_volume:.1f} a volume" if of_volume else "")
+    runs = pd.DataFrame([{**vars(r), "labels": len(r.support)} for r in results]).groupby(ROW, sort=False)
+    metrics = fold_means(results).groupby(ROW, sort=False)
+    adapting = runs["volume_seconds"].mean().map(lambda seconds: f" + {seconds:.1f} a volume" if seconds else "")
+    columns = {
+        "labels spent": runs["labels"].first(),
+        "folds": runs.size(),
+        **{name: metrics[name].agg(spread, worst=max if name in LOWER_IS_BETTER else min) for name in METRICS},
+        "trained parameters": runs["trained_parameters"].mean().map(lambda number: f"{round(number):,}"),
+        "seconds": runs["seconds"].mean().map("{:.0f}".format) + adapting,
+        "peak memory GB": runs["peak_memory_gb"].agg(mean),  # NaN if one is, unlike pandas' mean
+    }
+    return _rows(pd.DataFrame(columns))
 
 
 def class_table(results: list[Result]) -> list[dict]:
     """Dice of each class, mean over cases and folds."""
-    rows = []
-    for (shots, method), group in grouped(results).items():
-        classes = list(next(iter(group[0].cases.values())))
-        dice = mean_over(np.stack([mean_over(values(result, DICE), 0) for result in group]), 0)
-        rows.append({"shots": shots, "method": METHODS[method].title, **dict(zip(classes, dice.tolist()))})
-    return rows
+    dice = class_means(results)[DICE].groupby([*ROW, "class"], sort=False).mean()
+    return _rows(dice.unstack(sort=False))
+
+
+def _rows(frame: pd.DataFrame) -> list[dict]:
+    titles = {name: method.title for name, method in METHODS.items()}
+    return frame.rename(index=titles, level="method").reset_index().to_dict("records")
 
 
 def comparisons(results: list[Result]) -> list[dict]:
@@ -96,37 +84,34 @@ def comparisons(results: list[Result]) -> list[dict]:
     The one is the adapter with the size prior where it is among the results, else the first. p is that of Wilcoxon's
     signed-rank test, two-sided.
     """
-    methods = list(dict.fromkeys(r.method for r in results if METHODS[r.method].trainer))
-    if not methods:
+    trained = [r.method for r in results if METHODS[r.method].trainer]
+    if not trained:
         return []
-    one = "fseft" if "fseft" in methods else methods[0]
+    one = "fseft" if "fseft" in trained else trained[0]
+    dice = case_dice(results).reset_index()
+    ours, others = dice[dice["method"] == one], dice[dice["method"] != one]
     rows = []
-    for shots in dict.fromkeys(r.shots for r in results if r.method == one):
-        ours = {r.fold: r for r in results if (r.method, r.shots) == (one, shots)}
-        for method in dict.fromkeys(r.method for r in results):
-            theirs = {r.fold: r for r in results if (r.method, r.shots) == (method, shots)}
-            if METHODS[method].trainer is None:  # the same whatever the shots and folds
-                theirs = dict.fromkeys(ours, next(r for r in results if r.method == method))
-            folds = sorted(ours.keys() & theirs.keys())
-            if method != one and folds:
-                pairs = _pairs([ours[f] for f in folds], [theirs[f] for f in folds])
-                rows.append({"shots": shots, **_compare(METHODS[one].title, METHODS[method].title, *pairs)})
+    for (shots, our), (method, their) in product(
+        ours.groupby("shots", sort=False), others.groupby("method", sort=False)
+    ):
+        # what is not trained is the same whatever the shots and folds
+        key = ["shots", "fold", "case"] if METHODS[method].trainer else ["case"]
+        pairs = our.merge(their, on=key, suffixes=("", " of other"))
+        if len(pairs):
+            title = f"{METHODS[one].title} - {METHODS[method].title}"
+            rows.append({"shots": shots, "comparison": title, **_compare(pairs)})
     return rows
 
 
-def _pairs(ours: list[Result], theirs: list[Result]) -> tuple[np.ndarray, np.ndarray]:
-    pairs = np.array([[list(case_dice(r).values()) for r in group] for group in (ours, theirs)]).mean(1)
-    return tuple(pairs[:, np.isfinite(pairs).all(0)])
-
-
-def _compare(one: str, other: str, ours: np.ndarray, theirs: np.ndarray) -> dict:
+def _compare(pairs: pd.DataFrame) -> dict:
     from scipy.stats import wilcoxon
 
-    difference = ours - theirs
+    # a case counts if it has a Dice in every fold
+    dice = pairs.groupby("case", sort=False)[[DICE, f"{DICE} of other"]].agg(mean).dropna()
+    difference = dice[DICE] - dice[f"{DICE} of other"]
     p = float(wilcoxon(difference).pvalue) if difference.any() else (1.0 if len(difference) else math.nan)
     return {
-        "comparison": f"{one} - {other}",
-        "mean difference of Dice": float(difference.mean()) if len(difference) else math.nan,
+        "mean difference of Dice": difference.mean(),
         "better / worse": f"{(difference > 0).sum()} / {(difference < 0).sum()}",
         "pairs": len(difference),
         "p (Wilcoxon)": p,

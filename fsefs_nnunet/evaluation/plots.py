@@ -7,10 +7,11 @@ from io import BytesIO
 from itertools import accumulate
 
 import numpy as np
+import pandas as pd
 
 
 def plot_learning_curves(curves: dict[str, list[dict]], value: str, title: str) -> bytes:
-    """One line per method over seconds of training; `curves` are the epochs of run files, `value` is a key of theirs."""
+    """One line per method over seconds of training; `curves` are the epochs of run files, `value` a key of theirs."""
 
     def draw(axes):
         for method, epochs in curves.items():
@@ -27,16 +28,16 @@ def plot_learning_curves(curves: dict[str, list[dict]], value: str, title: str) 
 
 def plot_sizes(
     expected: dict[str, dict],
-    predicted: dict[str, dict[str, float]],
-    labelled: dict[str, dict[str, float]],
+    predicted: pd.DataFrame,
+    labelled: pd.DataFrame,
 ) -> bytes:
     """Sizes of the queries as multiples of the prior size S, one row per class.
 
     Args:
         expected: "size" S in ml and relative "tolerance" of each class, as run files have them; the sizes that the
             prior tolerates are shaded.
-        predicted: ml by query and class: filled circles.
-        labelled: ml by query and class: rings, just below.
+        predicted: ml, a row per query and a column per class: filled circles.
+        labelled: as `predicted`: rings, just below.
     """
 
     def draw(axes):
@@ -46,7 +47,7 @@ def plot_sizes(
             band = {"color": "white", "alpha": 0.15, "linewidth": 0, "label": None if row else "tolerated"}
             axes.fill_betweenx([row - 0.5, row + 0.5], 1 - tolerated, 1 + tolerated, **band)
             for offset, sizes, style in ((-0.12, predicted, "predicted"), (0.12, labelled, "label")):
-                ratios = [query[name] / prior["size"] for query in sizes.values() if name in query]
+                ratios = sizes[name] / prior["size"]
                 axes.plot(ratios, np.full(len(ratios), row + offset), label=style if not row else None, **_MARKS[style])
         axes.set_yticks(range(len(expected)), [f"{name}\nS {prior['size']:.0f} ml" for name, prior in expected.items()])
         axes.set_ylim(len(expected) - 0.5, -0.5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from io import BytesIO
 from pathlib import Path
-from statistics import mean
 
 from fsefs_nnunet.evaluation.html import render
 from fsefs_nnunet.evaluation.overlays import save_overlay
@@ -100,18 +99,15 @@ def size_section(fold: Path, predictions: Path) -> dict:
         return {}
     plans = json.loads((fold.parent / "plans.json").read_text("utf-8"))
     reader = PlansManager(plans).image_reader_writer_class()
-    predicted, labelled = (
-        counted_sizes(predictions / "summary.json", organs(dataset_of(fold)), reader, count)
-        for count in ("n_pred", "n_ref")
-    )
+    predicted, labelled = counted_sizes(predictions / "summary.json", organs(dataset_of(fold)), reader)
     rows = [
         {
             "sizes in ml": name,
             "prior S": f"{of_class['size']:.1f}",
             "spread": f"{of_class['spread']:.1f}",
             "support cases": of_class["num_cases"],
-            "predicted": f"{mean(sizes[name] for sizes in predicted.values()):.1f}",
-            "labelled": f"{mean(sizes[name] for sizes in labelled.values()):.1f}",
+            "predicted": f"{predicted[name].mean():.1f}",
+            "labelled": f"{labelled[name].mean():.1f}",
         }
         for name, of_class in expected.items()
     ]

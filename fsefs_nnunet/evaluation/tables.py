@@ -7,6 +7,8 @@ from math import isnan, prod
 from numbers import Integral, Real
 from pathlib import Path
 
+import pandas as pd
+
 from fsefs_nnunet.labels import summary_key
 
 
@@ -52,18 +54,19 @@ def mean_dice(summary_json_file: str | Path) -> dict[str, float]:
     return {**dice, "mean": float(summary["foreground_mean"]["Dice"])}
 
 
+def metric_by_case(summary_json_file: str | Path, metric: str) -> pd.DataFrame:
+    """A metric of nnU-Net's summary.json: one row per case, named as its file, and one column per class."""
+    cases = json.loads(Path(summary_json_file).read_text("utf-8"))["metric_per_case"]
+    values = {Path(c["prediction_file"]).name: {name: m[metric] for name, m in c["metrics"].items()} for c in cases}
+    return pd.DataFrame(values).T
+
+
 def case_dice(summary_json_file: str | Path) -> dict[str, float]:
     """Dice of each case by the name of its file, averaged over the classes that are in the reference or predicted.
 
     A case without any is left out.
     """
-    cases = json.loads(Path(summary_json_file).read_text("utf-8"))["metric_per_case"]
-    dice = {}
-    for case in cases:
-        values = [m["Dice"] for m in case["metrics"].values() if not isnan(m["Dice"])]
-        if values:
-            dice[Path(case["prediction_file"]).name] = sum(values) / len(values)
-    return dice
+    return metric_by_case(summary_json_file, "Dice").mean(axis=1).dropna().to_dict()
 
 
 def best_median_worst(dice: dict[str, float]) -> dict[str, str]:
@@ -75,22 +78,20 @@ def best_median_worst(dice: dict[str, float]) -> dict[str, str]:
 
 
 def counted_sizes(
-    summary_json_file: str | Path, labels: dict[str, int | list[int]], reader, count: str
-) -> dict[str, dict[str, float]]:
-    """Size in ml of each label by case, from the voxels that nnU-Net counted.
+    summary_json_file: str | Path, labels: dict[str, int | list[int]], reader
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Predicted and reference size in ml of each label by case, from the voxels that nnU-Net counted.
 
     Args:
         summary_json_file: with the predictions beside it, whose headers say how large a voxel is.
         labels: names and values as in dataset.json.
         reader: nnU-Net's reader of these files.
-        count: "n_ref", of the reference segmentations, or "n_pred", of the predictions.
     """
-    summary_json_file = Path(summary_json_file)
-    sizes = {}
-    for case in json.loads(summary_json_file.read_text("utf-8"))["metric_per_case"]:
-        prediction = Path(case["prediction_file"]).name
-        _, properties = reader.read_seg(str(summary_json_file.with_name(prediction)))
-        voxel_ml = prod(map(float, properties["spacing"])) / 1000
-        voxels = {name: case["metrics"][summary_key(value)][count] for name, value in labels.items()}
-        sizes[prediction] = {name: count * voxel_ml for name, count in voxels.items()}
-    return sizes
+    file = Path(summary_json_file)
+    predicted, reference = (
+        pd.DataFrame({name: voxels[summary_key(value)] for name, value in labels.items()})
+        for voxels in (metric_by_case(file, "n_pred"), metric_by_case(file, "n_ref"))
+    )
+    spacing = {case: reader.read_seg(str(file.with_name(case)))[1]["spacing"] for case in predicted.index}
+    voxel_ml = pd.Series({case: prod(map(float, mm)) / 1000 for case, mm in spacing.items()})
+    return predicted.mul(voxel_ml, axis=0), reference.mul(voxel_ml, axis=0)
