@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics, recursive_fix_for_json_export, save_summary_json
 
 from fsefs_nnunet.benchmark.result import CaseMetrics
 from fsefs_nnunet.benchmark.target import Target
@@ -30,11 +31,6 @@ def write_summary(predictions: Path, target: Target, label_manager, reader) -> N
     By nnU-Net's own functions, but here: its command starts processes that import torch, which takes a minute for a
     grid's cell on a busy machine, the counting a second.
     """
-    from nnunetv2.evaluation.evaluate_predictions import (
-        compute_metrics,
-        recursive_fix_for_json_export,
-        save_summary_json,
-    )
 
     manager, ending = label_manager, target.dataset_json["file_ending"]
     classes = manager.foreground_regions if manager.has_regions else manager.foreground_labels

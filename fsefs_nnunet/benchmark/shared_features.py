@@ -8,6 +8,7 @@ from collections import defaultdict
 from statistics import mean
 from time import time
 
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
 from fsefs_nnunet.benchmark.cells import Cell, Spent
@@ -59,7 +60,6 @@ def share_features(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, Spent
 
 def _features_of(cell: Cell) -> tuple:
     """What the backbone's features of a volume depend on; the plans' configurations may differ in it."""
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     configuration = PlansManager(cell.study.plans).get_configuration(cell.configuration).configuration
     network = configuration["architecture"]["arch_kwargs"]

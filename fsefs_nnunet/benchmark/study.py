@@ -7,6 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from fsefs_nnunet.backbones.store import find_backbone
 from fsefs_nnunet.benchmark.target import Target, queries, test_set
 from fsefs_nnunet.cases.folders import dataset_folders
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits
@@ -52,19 +55,16 @@ class Study:
 
     def reader(self):
         """nnU-Net's reader of the dataset's segmentations."""
-        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
         return PlansManager(self.plans).image_reader_writer_class()
 
     def label_manager(self):
         """nnU-Net's, of the dataset."""
-        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
         return PlansManager(self.plans).get_label_manager(self.target.dataset_json)
 
     def known_labels(self) -> dict[str, str]:
         """The dataset's labels that the backbone's own head knows, with its names for them."""
-        from fsefs_nnunet.backbones.store import find_backbone
 
         labels = self.target.dataset_json["labels"]
         return match_labels(foreground_names(labels, True), find_backbone(self.backbone["backbone"]).head_classes)

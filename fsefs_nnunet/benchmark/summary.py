@@ -8,6 +8,7 @@ from itertools import product
 from statistics import mean
 
 import pandas as pd
+from scipy.stats import wilcoxon
 
 from fsefs_nnunet.benchmark.evaluation import DICE, LOWER_IS_BETTER, METRICS
 from fsefs_nnunet.benchmark.result import Result
@@ -104,8 +105,6 @@ def comparisons(results: list[Result]) -> list[dict]:
 
 
 def _compare(pairs: pd.DataFrame) -> dict:
-    from scipy.stats import wilcoxon
-
     # a case counts if it has a Dice in every fold
     dice = pairs.groupby("case", sort=False)[[DICE, f"{DICE} of other"]].agg(mean).dropna()
     difference = dice[DICE] - dice[f"{DICE} of other"]

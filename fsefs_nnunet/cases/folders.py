@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
 from fsefs_nnunet.errors import InputError
 
 
 def dataset_folders(dataset_id: int | str) -> tuple[str, Path, Path]:
     """Name, raw and preprocessed folder. Raises InputError where nnU-Net's environment variables are missing."""
-    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 
     for name, variable in (("nnUNet_raw", nnUNet_raw), ("nnUNet_preprocessed", nnUNet_preprocessed)):
         _require(name, variable)
@@ -23,7 +26,6 @@ def dataset_folders(dataset_id: int | str) -> tuple[str, Path, Path]:
 
 def model_folder(dataset_id: int | str, trainer: str, plans: str, configuration: str) -> Path:
     """Of a trained model in nnUNet_results. Raises InputError without that variable, and for an unknown dataset."""
-    from nnunetv2.paths import nnUNet_results
 
     _require("nnUNet_results", nnUNet_results)
     return (
@@ -37,8 +39,6 @@ def _require(name: str, variable) -> None:
 
 
 def _dataset_name(dataset_id: int | str, folder) -> str:
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
     try:
         return maybe_convert_to_dataset_name(int(dataset_id) if str(dataset_id).isdigit() else dataset_id)
     except (RuntimeError, ValueError) as error:
@@ -56,7 +56,6 @@ def training_files(raw: Path, dataset_json: dict) -> dict[str, dict]:
     Raises:
         InputError: if there is none.
     """
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     files = {}
     if "dataset" in dataset_json or (raw / "imagesTr").is_dir():

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from fsefs_nnunet.errors import InputError
 
 
 def require_cases(cases: Iterable[str], folder: str | Path) -> None:
     """Raises InputError if nnU-Net's preprocessed `folder` lacks one of `cases`, which the K-shot folds name."""
-    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
     folder = str(folder)
     there = os.path.isdir(folder) and os.listdir(folder)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from fsefs_nnunet.cases.images import read_image
 
@@ -35,7 +36,6 @@ class UnlabelledQueries:
         Raises:
             InputError: if an image cannot be read or holds NaN or infinite values; the earlier queries stay then.
         """
-        from tqdm import tqdm
 
         made = self.folder.with_name(f"{self.folder.name}.part")
         shutil.rmtree(made, ignore_errors=True)  # of a call that was interrupted

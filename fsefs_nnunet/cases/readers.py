@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
+import SimpleITK as sitk
+from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
 from fsefs_nnunet.errors import InputError
 
@@ -18,7 +21,6 @@ def find_reader(wanted: str, file_ending: str) -> type:
     Raises:
         InputError: if none does, or this SimpleITK turns images to another orientation than nibabel.
     """
-    from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
     readers = [recursive_find_reader_writer_by_name(name) for name in (REORIENTING if reorients(wanted) else [wanted])]
     readers.sort(key=lambda reader: reader.__name__ != wanted)
@@ -43,7 +45,6 @@ def reorients(reader_name: str) -> bool:
 
 def _simpleitk_means_ras() -> bool:
     """ITK has named orientations by where axes come from as well as by where they lead: RAS leads right, front, up."""
-    import SimpleITK as sitk
 
     turned = sitk.DICOMOrient(sitk.Image([1, 1, 1], sitk.sitkUInt8), "RAS")
     return np.allclose(turned.GetDirection(), np.diag([-1, -1, 1]).ravel())  # ITK's world is left, back, up
@@ -51,7 +52,6 @@ def _simpleitk_means_ras() -> bool:
 
 def reoriented_axes(image_file: str | Path) -> list[int]:
     """For each axis z, y, x that a reorienting reader gives, the axis of the file as stored; reads the header alone."""
-    import nibabel as nib
 
     affine, _, _ = _header(image_file)
     stored = np.argsort(nib.io_orientation(affine)[:, 0])  # of x, y, z, counted in i, j, k
@@ -71,8 +71,6 @@ def image_geometry(image_file: str | Path, reader_name: str) -> tuple[list[int],
 
 def _header(image_file: str | Path) -> tuple[np.ndarray, list[int], list[float]]:
     """Affine (where nibabel cannot read the file, its directions); shape and spacing as stored, in order k, j, i."""
-    import nibabel as nib
-    import SimpleITK as sitk
 
     if str(image_file).lower().endswith((".nii", ".nii.gz")):
         image = nib.load(image_file)

@@ -36,7 +36,7 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
 
 def backbones(args: argparse.Namespace) -> None:
     from fsefs_nnunet.backbones import store
-    from fsefs_nnunet.backbones.published.layouts import shelf
+    from fsefs_nnunet.backbones.published import shelf
 
     if args.action == "list":
         shelf.show_list()
@@ -48,7 +48,7 @@ def backbones(args: argparse.Namespace) -> None:
         for file in store.remove_backbone(args.id):
             print(f"{file} is deleted.")
     else:
-        from fsefs_nnunet.backbones.published.layouts import obtaining
+        from fsefs_nnunet.backbones.published import obtaining
 
         target = Path(args.o) if args.o else store.user_folder()
         if args.action == "download":

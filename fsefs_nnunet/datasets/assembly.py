@@ -11,8 +11,10 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
+from fsefs_nnunet.cases.folders import dataset_folders
 from fsefs_nnunet.datasets.building import RECORDS, UnfinishedDataset, new_dataset
 from fsefs_nnunet.datasets.common_labels import CommonLabels, common_labels
 from fsefs_nnunet.datasets.jobs import run_jobs
@@ -37,9 +39,6 @@ class Member:
 
 def read_member(dataset_id: int | str) -> Member:
     """Raises InputError where the dataset cannot take part."""
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
-    from fsefs_nnunet.cases.folders import dataset_folders
 
     name, raw, _ = dataset_folders(dataset_id)
     content = read_dataset_json(raw / "dataset.json")

@@ -8,6 +8,10 @@ import re
 import shutil
 from pathlib import Path
 
+from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
 from fsefs_nnunet.datasets.jobs import full_disk_reported
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json, write_atomically
@@ -18,8 +22,6 @@ READER = "NibabelIOWithReorient"  # the public datasets mix orientations
 
 def new_dataset(dataset_id: int, name: str) -> Path:
     """Folder of a raw dataset to be. Raises InputError for an id that is taken, in any of nnU-Net's folders."""
-    from nnunetv2.paths import nnUNet_raw
-    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
     if not nnUNet_raw.is_set():
         raise InputError(
@@ -58,7 +60,6 @@ class UnfinishedDataset:
 
     def finish(self, summary: dict, **dataset_json) -> None:
         """Write dataset.json with nnU-Net's function and the summary, and take the final name."""
-        from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 
         with full_disk_reported():
             generate_dataset_json(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.processing import resample_from_to
 
 from fsefs_nnunet.errors import InputError
 
@@ -77,7 +78,6 @@ def on_grid(label: nib.Nifti1Image, image: nib.Nifti1Image, file: Path, resample
         return label
     if not resample:
         raise InputError(f"{file} lies on another grid than its image: --resample_labels brings it there (nearest).")
-    from nibabel.processing import resample_from_to
 
     return resample_from_to(label, (image.shape[:3], image.affine), order=0)
 

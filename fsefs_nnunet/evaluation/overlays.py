@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import BinaryIO
 
+import matplotlib
+import nibabel as nib
 import numpy as np
+import SimpleITK
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 # Title, the axis that is cut (of an (X, Y, Z) volume), and the letter on the viewer's left.
 _PANELS = (("axial", 2, "R"), ("coronal", 1, "R"), ("sagittal", 0, "A"))
@@ -54,11 +60,8 @@ def save_overlay(
 def _load(file: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Volume (X, Y, Z) whose axes go from right to left, front to back and head to foot, and its spacing in mm."""
     if not str(file).endswith((".nii", ".nii.gz")):
-        import SimpleITK
-
         volume = SimpleITK.DICOMOrient(SimpleITK.ReadImage(file), "LPI")
         return SimpleITK.GetArrayFromImage(volume).T, np.array(volume.GetSpacing())
-    import nibabel as nib
 
     volume = nib.as_closest_canonical(nib.load(file))
     array = np.asanyarray(volume.dataobj)
@@ -76,10 +79,6 @@ def _organs(masks: dict[str, np.ndarray], labels: dict[str, int] | None) -> dict
 
 def _draw(image, spacing, masks, organs, foreground, title):
     # a figure of our own instead of pyplot's: no display, no state shared with the caller
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
     palette = matplotlib.colormaps["tab10" if len(organs) <= 10 else "tab20"]
     colours = {name: palette(i % palette.N) for i, name in enumerate(organs)}

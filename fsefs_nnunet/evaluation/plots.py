@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import accumulate
 
+import matplotlib.style
 import numpy as np
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 
 def plot_learning_curves(curves: dict[str, list[dict]], value: str, title: str) -> bytes:
@@ -116,10 +119,6 @@ def plot_shots_and_parameters(points: list[Point]) -> bytes:
 
 
 def _png(draw, height: float, columns: int = 1) -> bytes:
-    import matplotlib.style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     png = BytesIO()
     with matplotlib.style.context("dark_background"):
         figure = Figure(figsize=(5.2 * columns, height), layout="constrained")  # not pyplot's, as in overlays.py

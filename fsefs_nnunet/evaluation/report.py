@@ -6,6 +6,8 @@ import json
 from io import BytesIO
 from pathlib import Path
 
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
 from fsefs_nnunet.evaluation.html import render
 from fsefs_nnunet.evaluation.overlays import save_overlay
 from fsefs_nnunet.evaluation.plots import plot_learning_curves, plot_sizes
@@ -90,7 +92,6 @@ def size_section(fold: Path, predictions: Path) -> dict:
 
     predictions: a folder with nnU-Net's summary.json.
     """
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     expected = {
         name: of_class for name, of_class in RunFile.load(fold).prior.items() if of_class and "size" in of_class

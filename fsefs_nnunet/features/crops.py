@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
 
 from fsefs_nnunet.features.bank import FeatureBank
 from fsefs_nnunet.features.layout import annotated_voxels, flat_indices, foreground_of
@@ -93,7 +94,6 @@ class CropLoader:
 
 def region_transform(label_manager) -> Callable | None:
     """What makes one channel per region of a label map, and one of ignored voxels; None for plain labels."""
-    from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
 
     if not label_manager.has_regions:
         return None

@@ -12,6 +12,8 @@ from time import monotonic
 
 import numpy as np
 import torch
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
+from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 from tqdm import tqdm
 
 from fsefs_nnunet.cases.dataset_json import channel_names
@@ -176,8 +178,6 @@ class QueryPredictor:
         return adapted, Prediction(before, after, steps, monotonic() - start)
 
     def _export(self, logits: torch.Tensor, properties: dict, output: Path, keep_largest: bool) -> None:
-        from nnunetv2.inference.export_prediction import export_prediction_from_logits
-
         model, ending = self.model, self.model.dataset_json["file_ending"]
         stem = output.name[: -len(ending)]
         folder = output.parent / f"{PART_FOLDER}_{stem}"  # its own: other parts of the folder are predicted beside
@@ -235,9 +235,6 @@ def mean_report(reports: Sequence[dict[str, dict | None]]) -> dict[str, dict | N
 
 def keep_largest_components(file: Path, model: TrainedModel) -> None:
     """nnU-Net's postprocessing: of each class, the largest component alone; in place."""
-    from nnunetv2.postprocessing.remove_connected_components import (
-        remove_all_but_largest_component_from_segmentation,
-    )
 
     reader = model.plans_manager.image_reader_writer_class()
     segmentation, properties = reader.read_seg(str(file))

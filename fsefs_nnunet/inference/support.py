@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import numpy as np
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint
 from fsefs_nnunet.cases.preprocessed import require_cases
@@ -44,8 +46,6 @@ def stored_memory(model: TrainedModel, index: int) -> SupportMemory | None:
 
 def memory_from_bank(model: TrainedModel, index: int) -> SupportMemory:
     """Crops of the support cases that the fold was trained on; entries that the bank lacks are computed."""
-    from nnunetv2.paths import nnUNet_preprocessed
-    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
     base = Path(str(nnUNet_preprocessed)) / model.plans_manager.dataset_name if nnUNet_preprocessed.is_set() else None
     folder = base / model.configuration.data_identifier if base else None

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
@@ -27,7 +29,6 @@ def require_backbone_of(file: str | Path, checkpoint: dict, configuration: dict)
 
     configuration: of the present plans; a baseline's names no backbone.
     """
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     if not is_k_shot(configuration):
         return
@@ -50,8 +51,6 @@ class TrainedModel:
 
     def __init__(self, folder: Path, configuration: str, folds: Sequence[str], checkpoint: str, device: torch.device):
         """folder: `TRAINER__PLANS__CONFIGURATION` in nnUNet_results. Raises InputError naming what is missing."""
-        from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
         self.folder, self.device, self.folds = Path(folder), device, list(folds)
         if not (self.folder / "plans.json").exists():

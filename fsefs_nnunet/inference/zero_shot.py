@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
+from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 from tqdm import tqdm
 
@@ -97,7 +100,6 @@ def zero_shot_plans(
         reader: name of nnU-Net's.
         geometries: shape and spacing of each image as it gives them.
     """
-    from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
     names = list(dataset_json["channel_names"].values())
     shapes, spacings = (np.array(values)[:, contract.transpose_forward] for values in zip(*geometries))
@@ -151,7 +153,6 @@ def predict_zero_shot(
         InputError: for an unknown dataset or backbone, a head that knows none of the labels, a dataset whose channels
             the backbone does not take, images of which none can be read, and an output folder that cannot be written.
     """
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     target = device_named(device)
     name, raw, _ = dataset_folders(dataset_id)
@@ -222,7 +223,6 @@ class ZeroShotPredictor:
         Raises:
             InputError: if the image cannot be read, or holds NaN or infinite values.
         """
-        from nnunetv2.inference.export_prediction import export_prediction_from_logits
 
         image, properties = read_image(self.reader, files)
         context = (self.plans_manager, self.configuration, self.dataset_json)

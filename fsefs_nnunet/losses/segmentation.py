@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import nn
 
 from fsefs_nnunet.losses.soft_dice import SoftDiceLoss
@@ -19,8 +21,6 @@ def segmentation_loss(name: str, label_manager: LabelManager, batch_dice: bool) 
         name: "soft_dice", the published loss, or "nnunet", what nnU-Net's trainer builds for such labels.
         batch_dice: of the configuration.
     """
-    from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
-    from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
     ignore_label = label_manager.ignore_label
     if name == "soft_dice":

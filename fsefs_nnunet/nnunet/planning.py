@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints
+from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess as nnunet_preprocess
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tqdm import tqdm
+
+from fsefs_nnunet.backbones.store import find_backbone
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
 from fsefs_nnunet.cases.folders import dataset_folders, labelled_cases, made_folder, training_files
+from fsefs_nnunet.cases.images import check_label, read_image
+from fsefs_nnunet.cases.queries import UnlabelledQueries
+from fsefs_nnunet.cases.readers import find_reader
 from fsefs_nnunet.cases.splits import fitting_shots
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json
 from fsefs_nnunet.labels import label_values
+from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 
 
 def plan(
@@ -25,10 +36,6 @@ def plan(
     check_integrity: bool = False,
 ) -> str:
     """Fingerprint and plans. Returns the plans' name."""
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints
-
-    from fsefs_nnunet.backbones.store import find_backbone
-    from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 
     contract = find_backbone(backbone)
     name, raw, preprocessed = dataset_folders(dataset_id)
@@ -81,10 +88,6 @@ def preprocess(
     Raises:
         InputError: for a query that cannot be read, or holds NaN or infinite values.
     """
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess as nnunet_preprocess
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    from fsefs_nnunet.cases.queries import UnlabelledQueries
 
     name, raw, preprocessed = dataset_folders(dataset_id)
     manager = PlansManager(str(preprocessed / f"{plans_name}.json"))
@@ -105,12 +108,6 @@ def _require_sound_cases(raw: Path, contract, num_threads: int) -> None:
     """nnU-Net preprocesses NaN and unknown labels without a word, and what it cannot read ends in a traceback of its
     workers'.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
-    from tqdm import tqdm
-
-    from fsefs_nnunet.cases.images import check_label, read_image
-    from fsefs_nnunet.cases.readers import find_reader
 
     dataset_json = read_dataset_json(raw / "dataset.json")
     reader, channels = (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 
 from fsefs_nnunet.datasets.jobs import run_jobs
 from fsefs_nnunet.synthetic.phantom import LABELS, PhantomConfig, make_phantom, pretraining_config
@@ -53,7 +54,6 @@ def write_case(
 
 def write_dataset(folder: Path, jobs: list[tuple], labels: dict, num_processes: int, **dataset_json) -> None:
     """Write the cases `jobs` = (case, seed, config, label numbers, spacing or None) and the dataset.json."""
-    from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 
     folder = Path(folder)
     for name in ("imagesTr", "labelsTr"):

@@ -8,11 +8,16 @@ import shlex
 from pathlib import Path
 from time import time
 
+from fsefs_nnunet.device import device_named
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.evaluation.overlays import save_overlay
+from fsefs_nnunet.evaluation.report import write_report
+from fsefs_nnunet.evaluation.tables import markdown_table, mean_dice
 from fsefs_nnunet.files import read_json
 from fsefs_nnunet.methods.registry import METHODS
 from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.nnunet.experiment import Experiment
+from fsefs_nnunet.synthetic.datasets import DEMO_DRIFT, write_demo_dataset
 
 DATASET = "Dataset901_FSEFTDemo"
 CONFIGURATION = "3d_fullres_5shot"
@@ -25,7 +30,6 @@ SHORT = {"fseft_steps_per_epoch": 2, "fseft_views": 20, "fseft_crop_size": [24, 
 
 def prepare(experiment: Experiment, num_queries: int, pool: int, shots: tuple[str, ...] = ("5",)) -> None:
     """Dataset, plans, splits, preprocessing; `pool` cases to draw the support from, short trainings."""
-    from fsefs_nnunet.synthetic.datasets import write_demo_dataset
 
     if not (experiment.raw / "dataset.json").exists():
         write_demo_dataset(experiment.raw, num_queries + pool)
@@ -46,11 +50,6 @@ def run_demo(folder: Path, seconds: float | None = None, device: str | None = No
 
     seconds: training time of the from-scratch baseline; default: as long as the adapter with the prior took.
     """
-    from fsefs_nnunet.device import device_named
-    from fsefs_nnunet.evaluation.overlays import save_overlay
-    from fsefs_nnunet.evaluation.report import write_report
-    from fsefs_nnunet.evaluation.tables import markdown_table, mean_dice
-    from fsefs_nnunet.synthetic.datasets import DEMO_DRIFT
 
     folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():

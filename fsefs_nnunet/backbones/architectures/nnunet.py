@@ -6,6 +6,7 @@ import pydoc
 
 import numpy as np
 import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 from fsefs_nnunet.backbones.contract import BackboneContract
@@ -104,8 +105,6 @@ def plans_architecture(contract: BackboneContract) -> dict:
 
 
 def _build_unet(contract: BackboneContract) -> nn.Module:
-    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-
     architecture = plans_architecture(contract)
     try:
         return get_network_from_plans(

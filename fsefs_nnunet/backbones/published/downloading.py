@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from fsefs_nnunet.backbones.checkpoints import refuse_web_page
@@ -35,7 +36,6 @@ def only_download(entry: PublishedBackbone, folder: Path) -> Iterator[None]:
     Raises:
         InputError: if another one does, or the folder cannot be written.
     """
-    from filelock import FileLock, Timeout
 
     lock = FileLock(folder / f"{entry.id}.download.lock", timeout=0)
     try:

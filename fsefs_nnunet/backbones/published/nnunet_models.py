@@ -6,8 +6,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import nnunetv2
 import numpy as np
 import torch
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from fsefs_nnunet.backbones.architectures.nnunet import ARCHITECTURES, NNUNetBackbone
 from fsefs_nnunet.backbones.contract import CT_PROPERTIES, BackboneContract
@@ -60,8 +63,6 @@ def import_nnunet_model(
 
 
 def _contract(backbone_id: str, files: ModelFiles, contract_fields: dict) -> BackboneContract:
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
     try:
         manager = PlansManager(files.plans)
         name = files.checkpoint["init_args"]["configuration"]
@@ -142,9 +143,6 @@ def _refuse_unsupported(name: str, settings, manager) -> None:
 
 
 def _in_nnunet(package: str, name: str) -> bool:
-    import nnunetv2
-    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
-
     folder = Path(nnunetv2.__path__[0], *package.split("."))
     return recursive_find_python_class(str(folder), name, f"nnunetv2.{package}") is not None
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import SimpleITK as sitk
 
 from fsefs_nnunet.datasets.source import Case, Labels, Source, natural
 from fsefs_nnunet.errors import InputError
@@ -38,8 +39,6 @@ class CHAOS(Source):
         return [Case(f"CHAOS_CT_{p.name}", p / "DICOM_anon", None) for p in patients]
 
     def image_files(self, image: Path, scratch: Path) -> list[Path]:
-        import SimpleITK as sitk
-
         files, order = _slices(image)
         reader = sitk.ImageSeriesReader()
         reader.SetFileNames([str(files[i]) for i in order])
@@ -51,8 +50,6 @@ class CHAOS(Source):
         return [target]
 
     def label(self, case: Case, image: nib.Nifti1Image, wanted: dict[str, int], resample: bool) -> Labels:
-        import SimpleITK as sitk
-
         files, order = _slices(case.image)
         masks = sorted(case.label.glob("[!.]*.png"), key=lambda file: natural(file.name))
         if len(masks) != len(files):
@@ -77,7 +74,6 @@ def _slices(folder: Path) -> tuple[list[Path], np.ndarray]:
     Raises:
         InputError: for files that cannot be read, and for gaps between slices.
     """
-    import SimpleITK as sitk
 
     files = sorted(folder.glob("[!.]*.dcm"), key=lambda file: natural(file.name))
     reader, positions = sitk.ImageFileReader(), []

@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+from nnunetv2.dataset_conversion.convert_MSD_dataset import split_4d_nifti
+
 from fsefs_nnunet.datasets.source import Case, Source, numbered, paired
 from fsefs_nnunet.datasets.volumes import read_header
 from fsefs_nnunet.errors import InputError
@@ -54,8 +56,6 @@ class MSD(Source):
         return numbered(folder.glob("*.nii.gz"), r"(.+)\.nii\.gz")
 
     def image_files(self, image: Path, scratch: Path) -> list[Path]:
-        from nnunetv2.dataset_conversion.convert_MSD_dataset import split_4d_nifti
-
         if len(read_header(image).shape) == 3:
             return [image]
         try:
