@@ -17,7 +17,7 @@ def result(method="fseft", shots=5, fold=0, dice=((0.5, 0.7), (0.9, NAN)), param
         for i, row in enumerate(dice)
     }
     support = [f"s{i}" for i in range(shots)] if METHODS[method].trainer else []
-    return Result(method, shots, fold, support, "abc", "def", "ghi", parameters, 12.4, 0.0, 0.0, 1.5, 20.0, cases)
+    return Result(method, shots, fold, support, "abc", "def", "ghi", parameters, 12.4, 0.0, 0.0, 1.5, 20.0, 30, cases)
 
 
 def study_of(folders, plans="FSEFTPlans", test=None, device="cpu"):

@@ -15,7 +15,7 @@ import torch
 from studies import result, study_of
 
 from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint
-from fsefs_nnunet.benchmark.cells import Cell
+from fsefs_nnunet.benchmark.cells import Cell, Spent
 from fsefs_nnunet.benchmark.evaluation import METRICS
 from fsefs_nnunet.benchmark.grid import _left, plan_cells, run_cells
 from fsefs_nnunet.benchmark.report import shown
@@ -27,6 +27,7 @@ from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.inference import weights
 from fsefs_nnunet.methods.registry import METHODS, choose
+from fsefs_nnunet.methods.run_file import RunFile
 
 # ---- methods ----
 
@@ -77,7 +78,7 @@ def test_estimate_of_the_time_left(folders):
     assert _left(cells, {}, {}, {}) == ""
     assert _left(cells, done, {}, {}) == "; about 60 s left"
     assert _left(cells, done, {cells[1]: "failed"}, {}) == "; about 40 s left"
-    spent = {cells[1]: 15.0, cells[2]: 30.0}  # trained and predicted already
+    spent = {cells[1]: Spent(15.0), cells[2]: Spent(30.0)}  # trained and predicted already
     assert _left(cells, done, {}, spent) == "; about 25 s left"
 
 
@@ -180,11 +181,9 @@ def test_results_of_other_plans(folders):
 def test_results_of_other_splits(folders):
     study = study_of(folders)
     cell = trained_earlier(study)
-    log = cell.folder / "training_log_2026_1_1_10_00_00.txt"
-    line = "2026-01-01 10:00:00.1: 5 labelled support cases (all the labels that this training uses): {}; 3 queries\n"
-    log.write_text(line.format(cell.support))
+    RunFile(support=cell.support).save(cell.folder)
     cell.check()
-    log.write_text(line.format(["other", *cell.support[1:]]))
+    RunFile(support=["other", *cell.support[1:]]).save(cell.folder)
     with pytest.raises(InputError, match=r"was trained on \['other', .* the splits now say \['case_"):
         cell.check()
 
@@ -245,16 +244,11 @@ def test_result_of_an_earlier_version_is_evaluated_anew(folders):
     assert cell.finished() is None
 
 
-def trained(cell: Cell, seconds: int, reason: str = "") -> Cell:
+def trained(cell: Cell, seconds: int, budget: int | None = None) -> Cell:
     """As if nnUNetv2_train had been through."""
     cell.folder.mkdir(parents=True)
     (cell.folder.parent / "plans.json").write_text(json.dumps(cell.study.plans))
-    lines = (
-        "2026-01-01 10:00:00.0: start",
-        reason,
-        f"2026-01-01 10:{seconds // 60:02d}:{seconds % 60:02d}.0: Training done.",
-    )
-    (cell.folder / "training_log_2026_1_1_10_00_00.txt").write_text("\n".join(lines))
+    RunFile(support=cell.support, seconds={"training": seconds}, budget_seconds=budget).save(cell.folder)
     torch.save({"network_weights": {"head": torch.zeros(3)}}, cell.checkpoint)
     return cell
 
@@ -332,13 +326,11 @@ def test_only_trainings_from_scratch_have_a_time(folders, trainings, monkeypatch
     assert [minutes for minutes, _ in trainings()] == ["", "1.5000", "2.5000"]
 
 
-@pytest.mark.parametrize(
-    "reason, before", [("the budget of 90 s is used", "for 90 s"), ("", "without a limit of time")]
-)
-def test_training_from_scratch_of_another_time(folders, reason, before):
+@pytest.mark.parametrize("budget, before", [(90, "for 90 s"), (None, "without a limit of time")])
+def test_training_from_scratch_of_another_time(folders, budget, before):
     study = study_of(folders)
     _, probe, ft, scratch = plan_cells(study, [5], 1, ["probe", "ft", "scratch"])
-    trained(scratch, 95, reason)
+    trained(scratch, 95, budget)
     refused = f"{scratch.folder} was trained {before}, now it would get 600 s: move it away"
     with pytest.raises(InputError, match=refused):
         plan_cells(replace(study, scratch_minutes=10), [5], 1, ["probe", "scratch"])
@@ -355,7 +347,7 @@ def test_training_from_scratch_of_the_same_time(folders):
     study = study_of(folders)
     _, probe, scratch = plan_cells(study, [5], 1, ["probe", "scratch"])
     trained(probe, 90)
-    trained(scratch, 95, "Training ends after epoch 7: the budget of 90 s is used")
+    trained(scratch, 95, 90)
     plan_cells(study, [5], 1, ["probe", "scratch"])
     plan_cells(study, [5], 1, ["scratch"])
     plan_cells(replace(study, scratch_minutes=1.51), [5], 1, ["scratch"])
@@ -364,7 +356,7 @@ def test_training_from_scratch_of_the_same_time(folders):
 def test_a_finished_training_from_scratch_is_refused_once_others_took_longer(folders, nnunet_train, tmp_path, capsys):
     study = study_of(folders)
     _, ft, scratch = plan_cells(study, [5], 1, ["ft", "scratch"])
-    trained(scratch, 95, "the budget of 90 s is used")
+    trained(scratch, 95, 90)
     of_cell(result("scratch"), scratch).save(scratch.file)
     assert scratch.finished()
     trained(ft, 600)
@@ -385,7 +377,7 @@ def test_command_that_repeats_it(folders, capsys):
     study = study_of(folders)
     zero_shot, scratch = plan_cells(study, [5], 1, ["scratch"])
     zero_shot.folder.mkdir()
-    trained(scratch, 155, "the budget of 150 s is used")
+    trained(scratch, 155, 150)
     for cell in (zero_shot, scratch):
         of_cell(result(cell.name, cell.shots), cell).save(cell.file)
     asked = ["benchmark", "-d", "77", "-device", "cpu", "--folds", "1", "--shots", "5", "--methods", "scratch"]

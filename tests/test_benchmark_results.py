@@ -19,6 +19,7 @@ from fsefs_nnunet.benchmark.summary import case_dice, class_table, comparisons, 
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.report import size_section
 from fsefs_nnunet.evaluation.tables import duration
+from fsefs_nnunet.methods.run_file import RunFile
 
 
 def test_result_file(tmp_path):
@@ -105,7 +106,7 @@ def test_size_section_of_any_file_that_nnunet_reads(tmp_path, ending):
     """A voxel has 10 x 10 x 5 mm = 0.5 ml."""
     fold = tmp_path / "FSEFTTrainer__FSEFTPlans__3d_fullres_5shot" / "fold_0"
     (fold / "validation").mkdir(parents=True)
-    plans = {"image_reader_writer": "SimpleITKIO", "configurations": {"3d_fullres_5shot": {"fseft_gamma": 0.1}}}
+    plans = {"image_reader_writer": "SimpleITKIO", "configurations": {}}
     metrics = {"1": {"Dice": 0.9, "n_ref": 24, "n_pred": 20}}
     for file, content in (
         (fold.parent / "plans.json", plans),
@@ -119,7 +120,7 @@ def test_size_section_of_any_file_that_nnunet_reads(tmp_path, ending):
     segmentation = SimpleITK.GetImageFromArray(np.ones((2, 3, 4), np.uint8))
     segmentation.SetSpacing((10.0, 10.0, 5.0))
     SimpleITK.WriteImage(segmentation, fold / "validation" / f"a{ending}")
-    (fold / "training_log_2026_1_1_10_00_00.txt").write_text("Size prior of liver: 11.00 ml, spread 1.00 ml, 5 cases\n")
+    RunFile(prior={"liver": {"size": 11.0, "spread": 1.0, "num_cases": 5, "tolerance": 0.2}}).save(fold)
     (row,) = size_section(fold, fold / "validation")["rows"]
     assert (row["prior S"], row["predicted"], row["labelled"]) == ("11.0", "10.0", "12.0")
 

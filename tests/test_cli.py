@@ -1,4 +1,5 @@
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -112,17 +113,17 @@ def test_env_names_missing_variables(monkeypatch, capsys):
 def test_shims_are_the_installed_classes(monkeypatch):
     import importlib
 
-    from fsefs_nnunet.trainers import fseft_trainer
+    from fsefs_nnunet.methods.registry import METHODS
+    from fsefs_nnunet.trainers import by_name, fseft_trainer
 
     monkeypatch.syspath_prepend(str(SHIMS))
     shim = importlib.import_module("fseft_trainers")
     assert shim.FSEFTTrainer is fseft_trainer.FSEFTTrainer
-    assert {"FSEFTTrainer_Adapter", "FSEFTTrainer_LinearProbe", "FSEFTTrainer_Scratch", "FSEFTPretrainer"} <= set(
-        dir(shim)
-    )
-
-
-# ---- bad input ----
+    for name in {method.trainer for method in METHODS.values() if method.trainer} | {"FSEFTPretrainer"}:
+        assert getattr(shim, name) is getattr(by_name, name) and getattr(shim, name).__name__ == name
+    # a trainer that is a row and no more is found again by pickle, as a spawned process does
+    assert pickle.loads(pickle.dumps(shim.FSEFTTrainer_Context)) is by_name.FSEFTTrainer_Context
+    assert not hasattr(shim, "nnUNetTrainer") and not hasattr(shim, "FSEFTTrainer_Unknown")
 
 
 def refused(capsys, *argv: str) -> str:
