@@ -28,8 +28,6 @@ from fsefs_nnunet.trainers.fine_tuning import FSEFTTrainer_FTLast
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("cls, configuration", [(FSEFTTrainer, FIVE), (FSEFTTrainer_Scratch, f"{FIVE}_scratch")])
 def test_fold_beyond_the_file(work, cls, configuration):
