@@ -5,19 +5,16 @@
 The demo's phantoms (scanner drift 1.6, pretraining saw 0 to 1; the backbone has never seen a stomach) and its short
 training, but 20 cases to draw the support from and 12 queries. What is done is not done again; the table, figure and
 report are in WORK/benchmark. The methods on the frozen backbone come first, from an empty bank, so that their passes of
-the backbone can be counted in the logs: those of the largest cell alone, and of all cells.
+the backbone can be counted: those of the largest cell alone, and of all cells.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
-from fsefs_nnunet.features.bank import WINDOWS
-from fsefs_nnunet.files import write_atomically
+from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.methods.registry import METHODS, choose
 from fsefs_nnunet.nnunet.experiment import Experiment
 from fsefs_nnunet.synthetic.demo import prepare
@@ -35,21 +32,13 @@ def benchmark(experiment: Experiment, shots: list[str], folds: int, methods: lis
 
 
 def windows_of(experiment: Experiment, shots: list[str], folds: int, methods: list[str]) -> int:
-    """Windows that go through the backbone for these cells, from an empty bank; counted once and kept."""
-    kept = experiment.work / f"{experiment.results}_windows.json"
-    if not kept.exists():
-        before = logged_windows(experiment)
+    """Windows that go through the backbone for these cells, from an empty bank."""
+    results = experiment.folders["nnUNet_results"]
+    if not any(results.rglob("benchmark_*.json")):
         experiment.run("fseft", "bank", "-d", DATASET, "--clear")
         benchmark(experiment, shots, folds, methods)
-        write_atomically(kept, json.dumps(logged_windows(experiment) - before))
-    return json.loads(kept.read_text("utf-8"))
-
-
-def logged_windows(experiment: Experiment) -> int:
-    """What trainings and predictions in `experiment` have logged."""
-    logs = [*experiment.folders["nnUNet_results"].rglob("training_log_*.txt"), experiment.work / "log.txt"]
-    counts = re.compile(re.escape(WINDOWS).replace(r"\{\}", r"(\d+)"))
-    return sum(int(match[1]) for log in logs for match in counts.finditer(log.read_text("utf-8", errors="replace")))
+    found = (Result.load(file) for file in results.rglob("benchmark_*.json"))
+    return sum(result.windows for result in found if result.method in methods and str(result.shots) in shots)
 
 
 def main() -> None:

@@ -32,8 +32,9 @@ from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_j
 from pretrain_phantom import FEATURES
 from scipy.ndimage import gaussian_filter, zoom
 
+from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.evaluation.tables import markdown_table
-from fsefs_nnunet.nnunet.experiment import Experiment, training_seconds
+from fsefs_nnunet.nnunet.experiment import Experiment
 
 PRETRAINING_CASES, SEED = 60, 0
 SOURCES = {11: ("anterior", 1), 12: ("posterior", 2)}  # id of the converted dataset -> what it annotates
@@ -221,8 +222,10 @@ def main() -> None:
             dataset, trainer = PRETRAINED[backbone]
             experiment = masked if dataset == MASKED else unmasked
             once(work / f"pretrained_{backbone}", pretrain, experiment, backbone, args.minutes)
-            seconds = training_seconds(experiment.model(trainer, "3d_fullres") / "fold_all")
-            print(f"{backbone}: pretrained for {seconds:.0f} s")
+            final = experiment.model(trainer, "3d_fullres") / "fold_all" / "checkpoint_final.pth"
+            log = read_checkpoint(final)["logging"]
+            seconds = sum(log["epoch_end_timestamps"]) - sum(log["epoch_start_timestamps"])
+            print(f"{backbone}: {seconds:.0f} s of epochs")
         plans = "FSEFTPlans" if backbone == "phantom" else f"FSEFTPlans_{backbone}"
         experiment = Experiment(work, DRIFTED, plans, args.device)
         once(work / f"planned_{backbone}", plan, experiment, backbone)

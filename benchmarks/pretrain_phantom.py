@@ -160,7 +160,7 @@ def add_drifted_dice(contract, args: argparse.Namespace) -> None:
         phantom = make_phantom(seed, config)
         image = torch.from_numpy((np.clip(phantom.image, low, high) - low) / (high - low))[None, None]
         with torch.no_grad():
-            predicted = (backbone.head(backbone(image))[0] > 0).numpy()
+            predicted = (backbone.head(backbone(image)[0])[0] > 0).numpy()
         organs = [np.isin(phantom.labels, values) for values in TEMPLATE.values()]
         dice.append([2 * (p & t).sum() / (p.sum() + t.sum()) if t.any() else np.nan for p, t in zip(predicted, organs)])
     means = {name: round(float(mean), 3) for name, mean in zip(TEMPLATE, np.nanmean(dice, 0))}

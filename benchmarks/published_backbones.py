@@ -66,7 +66,7 @@ def time_window(backbone_id: str, size: int, fused: bool) -> dict:
     wall, cpu, before = [], [], peak_gb()
     for _ in range(3):
         start = perf_counter(), process_time()
-        features = backbone(window)
+        (features,) = backbone(window)
         wall.append(perf_counter() - start[0]), cpu.append(process_time() - start[1])
     return {
         "seconds": min(wall),

@@ -21,6 +21,7 @@ import torch
 from hippocampus import DATASET, decathlon_folder, prepare
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.backbones.maps import at_full_resolution
 from fsefs_nnunet.evaluation.tables import markdown_table
 from fsefs_nnunet.features.bank import Entry
 from fsefs_nnunet.features.crops import CropLoader
@@ -50,7 +51,7 @@ class RecomputedEntry(Entry):
         inside = (slice(None), *(slice(a, a + n) for a, n in zip(first, window)))
         offset = np.array(start) + before - first
         wanted = (slice(None), *(slice(a, a + n) for a, n in zip(offset, size)))
-        return backbone(padded[inside][None])[0][wanted].numpy()
+        return at_full_resolution(backbone(padded[inside][None]), window)[0][wanted].numpy()
 
 
 def trainer(work: Path) -> FSEFTTrainer:
@@ -69,7 +70,8 @@ def measure(work: Path, way: str, steps: int) -> dict:
     loader: CropLoader = made.dataloader_train
     if way == "backbone":
         for case in loader.cases:
-            image = torch.from_numpy(np.array(made.load_image(case), np.float32))
+            load = made.make_view if case in made.views.names else made.load_image
+            image = torch.from_numpy(np.array(load(case), np.float32))
             window = made.configuration_manager.patch_size
             loader.bank._entries[case] = RecomputedEntry(loader.bank[case], image, made.network.backbone, window)
     made.on_train_epoch_start()

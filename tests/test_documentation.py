@@ -29,6 +29,13 @@ def commands(page: Path) -> list[str]:
 CASES = [pytest.param(c, id=f"{page.stem}-{c[:60]}") for page in PAGES for c in commands(page)]
 
 
+@pytest.mark.parametrize("page", ["methods.md", "plan_keys.md"])
+def test_tables_are_those_of_the_code(page, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "documentation")
+    tables = importlib.import_module("tables")
+    assert (ROOT / "documentation" / page).read_text("utf-8") == tables.with_table(page), "run documentation/tables.py"
+
+
 def help_of(script: Path, patch: pytest.MonkeyPatch) -> str:
     """Help page of a benchmark, whose parser is built in its main(); nothing else of it runs."""
     patch.syspath_prepend(script.parent)  # as Python does for a script

@@ -2,7 +2,6 @@ import json
 import math
 import re
 from base64 import b64decode
-from dataclasses import astuple
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -12,11 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK
-import torch
 from matplotlib.colors import to_rgb
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 
-from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.evaluation.overlays import _load, save_overlay
 from fsefs_nnunet.evaluation.plots import plot_learning_curves, plot_sizes
 from fsefs_nnunet.evaluation.report import write_report
@@ -28,9 +25,7 @@ from fsefs_nnunet.evaluation.tables import (
     mean_dice,
     summary_key,
 )
-from fsefs_nnunet.evaluation.training_logs import LearningCurve, learning_curve, logged_priors
-from fsefs_nnunet.inference.trained_model import PRIOR_KEY
-from fsefs_nnunet.priors.size import SizePrior
+from fsefs_nnunet.methods.run_file import RunFile
 
 SPACING = (1.0, 1.5, 3.0)
 LPS = np.diag([-1, -1, 1, 1])
@@ -165,7 +160,6 @@ def test_summary_key_is_nnunets():
 
 LABELS = {"background": 0, "left <kidney> & co": 1, "kidney": 2}
 ORGANS = {name: value for name, value in LABELS.items() if value}
-PRIORS = {"left <kidney> & co": SizePrior(1.5, 0.25, 4), "kidney": SizePrior(20.0, 0.0, 1)}
 
 
 def counts(dice: float, voxels: int) -> dict:
@@ -186,13 +180,14 @@ SUMMARY = {
         }.items()
     ],
 }
-LOG = """
-2026-01-01 10:00:04.446321: Size prior of left <kidney> & co: 1.50 ml, spread 0.25 ml, 4 cases
-2026-01-01 10:00:04.446400: Size prior of kidney: 20.00 ml, spread 0.00 ml, 1 cases
-2026-01-01 10:00:04.446500: Size prior of spleen: none
-2026-01-01 10:00:05.379841: train_loss 0.4693
-2026-01-01 10:01:01.545958: Training done.
-"""
+RUN = RunFile(
+    prior={
+        "left <kidney> & co": {"size": 1.5, "spread": 0.25, "num_cases": 4, "tolerance": 0.3},
+        "kidney": {"size": 20.0, "spread": 0.0, "num_cases": 1, "tolerance": 0.3},
+        "spleen": None,
+    },
+    epochs=[{"loss": 0.5, "pseudo_dice": 0.125, "seconds": 3.0}, {"loss": -0.25, "pseudo_dice": 0.75, "seconds": 4.0}],
+)
 
 
 def write_model(results: Path, name: str, case: dict) -> Path:
@@ -200,49 +195,17 @@ def write_model(results: Path, name: str, case: dict) -> Path:
     fold = results / name / "fold_0"
     (fold / "validation").mkdir(parents=True)
     (fold.parent / "dataset.json").write_text(json.dumps({"labels": LABELS, "file_ending": ".nii.gz"}))
-    plans = {"image_reader_writer": "NibabelIO", "configurations": {"3d_fullres_5shot": {"fseft_gamma": 0.3}}}
-    (fold.parent / "plans.json").write_text(json.dumps(plans))
+    (fold.parent / "plans.json").write_text(json.dumps({"image_reader_writer": "NibabelIO", "configurations": {}}))
     (fold / "validation" / "summary.json").write_text(json.dumps(SUMMARY))
     for query in "abcd":
         save_ras(fold / "validation" / f"{query}.nii.gz", case["segmentation"])
-    log = {
-        "train_losses": [np.float32(0.5), np.float32(-0.25)],
-        "mean_fg_dice": [np.float32(0.125), np.float32(0.75)],
-        "epoch_start_timestamps": [1000.0, 2000.0],  # the training was interrupted between the two epochs
-        "epoch_end_timestamps": [1003.0, 2004.0],
-    }
-    torch.save({"logging": log, "network_weights": {}}, fold / "checkpoint_final.pth")
-    (fold / "training_log_2026_01_01_10_00_00.txt").write_text(LOG)
+    RUN.save(fold)
     return fold
 
 
 @pytest.fixture
 def fold(tmp_path, case):
     return write_model(tmp_path, "FSEFTTrainer__FSEFTPlans__3d_fullres_5shot", case)
-
-
-def test_learning_curve_counts_the_time_of_the_epochs(fold):
-    curve = learning_curve(fold / "checkpoint_final.pth")
-    assert curve == LearningCurve(seconds=[3.0, 7.0], loss=[0.5, -0.25], pseudo_dice=[0.125, 0.75])
-
-
-def test_logged_priors(fold):
-    assert logged_priors(fold) == PRIORS
-    later = LOG.replace("20.00 ml, spread", "19.00 ml, spread")
-    (fold / "training_log_2026_01_01_11_00_00.txt").write_text(later)  # the training was continued
-    assert logged_priors(fold)["kidney"].size == 19.0
-    assert logged_priors(fold.parent) == {}
-
-
-def test_logged_priors_are_those_of_the_training(banked):
-    """The log rounds what the checkpoint holds."""
-    work, _ = banked
-    trained = work.results / "FSEFTTrainer__FSEFTPlans__3d_fullres_5shot" / "fold_0"
-    saved = read_checkpoint(trained / "checkpoint_final.pth")[PRIOR_KEY]
-    logged = logged_priors(trained)
-    assert list(logged) == ["spleen", "stomach", "kidney_left"] and len(saved) == 3
-    for prior, expected in zip(logged.values(), saved):
-        assert astuple(prior) == pytest.approx(expected, abs=0.005)
 
 
 def test_cases_by_dice(fold):
@@ -341,7 +304,7 @@ def test_report_names_cases_and_commands(report):
 
 
 def test_report_without_a_prior(tmp_path, case, fold):
-    (fold / "training_log_2026_01_01_10_00_00.txt").write_text("The size prior has no effect: it is switched off.\n")
+    RunFile(epochs=RUN.epochs).save(fold)
     report = report_of(fold, case, tmp_path)
     assert "The size prior had no effect in this training." in report.text
     assert len(report.pictures) == 5 and "sizes in ml" not in report.cells
@@ -362,7 +325,7 @@ def test_next_steps_of_the_demo():
 
 
 def test_learning_curves_show_the_value_asked_for():
-    curves = {"probe": LearningCurve([1.0, 2.0], [0.5, 0.1], [0.2, 0.9])}
+    curves = {"probe": RUN.epochs}
     assert plot_learning_curves(curves, "loss", "t") != plot_learning_curves(curves, "pseudo_dice", "t")
 
 
@@ -371,7 +334,7 @@ def test_sizes_lie_at_their_multiple_of_the_prior(predicted, labelled):
     from matplotlib.image import imread
 
     sizes = [pd.DataFrame({"liver": [ml]}, ["a.nii.gz"]) for ml in (predicted, labelled)]
-    png = plot_sizes({"liver": SizePrior(10, 1, 2)}, *sizes, 0.3)
+    png = plot_sizes({"liver": {"size": 10.0, "tolerance": 0.3}}, *sizes)
     pixels = imread(BytesIO(png))[70:, :, :3]  # below the legend
     # the column of each colour's mark
     at = [np.abs(pixels - to_rgb(colour)).max(-1).min(0).argmin() for colour in ("tab:orange", "tab:cyan")]

@@ -15,7 +15,7 @@ from fsefs_nnunet.backbones.zoo import ZOO
 from fsefs_nnunet.cases.readers import image_geometry
 from fsefs_nnunet.inference.zero_shot import zero_shot_plans
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
-from fsefs_nnunet.trainers.fine_tuning import FSEFTTrainer_Decoder, FSEFTTrainer_FTLast
+from fsefs_nnunet.trainers.by_name import FSEFTTrainer_Decoder, FSEFTTrainer_FTLast
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 
 ORGANS = ("liver", "spleen", "kidney_left", "kidney_right")  # labels 1 to 4

@@ -23,8 +23,7 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.inference.support import memory_from_bank
 from fsefs_nnunet.inference.trained_model import TrainedModel
 from fsefs_nnunet.nnunet.shims import fseft_trainers
-from fsefs_nnunet.trainers.by_name import FSEFTTrainer_Adapter, FSEFTTrainer_LinearProbe
-from fsefs_nnunet.trainers.fine_tuning import FSEFTTrainer_FTLast
+from fsefs_nnunet.trainers.by_name import FSEFTTrainer_Adapter, FSEFTTrainer_FTLast, FSEFTTrainer_LinearProbe
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
 

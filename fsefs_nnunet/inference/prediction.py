@@ -146,14 +146,14 @@ class QueryPredictor:
         total, folds = None, []
         features = cast_for_reduction(self.model.network, volume.features)
         for fold in range(len(self.model.weights)):
-            logits, prediction = self._predict_fold(fold, volume.features, features)
+            logits, prediction = self.predict_fold(fold, volume.features, features)
             total = logits if total is None else total.add_(logits)
             folds.append(prediction)
         # as nnU-Net does: the mean of the logits
         self._export(total.div_(len(folds)), volume.properties, output, keep_largest)
         return self._report(folds)
 
-    def _predict_fold(self, fold: int, features: torch.Tensor, cast: torch.Tensor) -> tuple[torch.Tensor, Prediction]:
+    def predict_fold(self, fold: int, features: torch.Tensor, cast: torch.Tensor) -> tuple[torch.Tensor, Prediction]:
         """Logits (outputs, X, Y, Z) of one fold for features (C, X, Y, Z); `cast` are the same in the folds' type."""
         network = self.model.network
         network.load_state_dict(self.model.weights[fold])  # what the volume before left is overwritten
