@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from banks import make_bank
+from in_process import threads_for_workers
 from nnunet_models import FOLDER, Model, write_model
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from trainings import make_trainer, text_of
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
@@ -24,21 +26,64 @@ NUM_LABELLED, NUM_UNLABELLED = 8, 2
 VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("device")
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        metafunc.parametrize("device", kinds, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def device(request) -> torch.device:
+    """The CPU and, where there is one, the GPU."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_process():
+    """nnU-Net's workers are threads; tests of what processes do start programs."""
+    with threads_for_workers():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Volumes this small are no faster with more, which wait at full load; sums depend on their number, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        torch.set_num_threads(1)
+        patch.setattr(torch, "set_num_threads", lambda number: None)  # commands on a CPU ask for all cores
+        patch.setenv("OMP_THREAD_LIMIT", "1")  # of programs that tests start
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves():
+    """Drawing progress.png takes longer than a training of a few steps; programs that tests start do draw it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalLogger, "plot_progress_png", lambda self, output_folder: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder of golden numbers that are too large for the repository."""
+    """Folder of real data and of the public checkpoints' manifests, which are not in the repository."""
     if not os.environ.get("FSEFT_SHARED"):
-        pytest.skip("Set FSEFT_SHARED to the folder with golden/*.npz to compare with the published code's numbers.")
+        pytest.skip("FSEFT_SHARED is not set: it names the folder with data/ and manifests/ that this test reads.")
     return Path(os.environ["FSEFT_SHARED"])
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Sums depend on the number of threads in their last bits, and volumes this small are no faster with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="session")
+def real_ct(shared) -> Path:
+    """A CT with 104 masks in TotalSegmentator's layout."""
+    folder = shared / "data" / "TotalSegmentator_example"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing: this test reads a real CT in TotalSegmentator's layout.")
+    return folder
 
 
 @dataclass(frozen=True)

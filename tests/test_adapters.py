@@ -1,16 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from published_numbers import SPREAD, check_close, check_drawn, drawn, published, weight_shapes
 from torch import nn
 
 from fsefs_nnunet.losses.soft_dice import soft_dice
 from fsefs_nnunet.methods.adapters import ADAPTERS, build_adapter
 from fsefs_nnunet.methods.adapters.spatial import SpatialAdapter
 from fsefs_nnunet.methods.adapters.spatial_in import SpatialINAdapter
-
-WORKSHOP = [f"state/{name}" for name in ("adapter.conv1.conv.weight", "adapter.conv2.conv.weight")]
-WORKSHOP += ["state/head.linear.weight", "state/head.linear.bias"]
-GOLDEN_NAMES = {"conv1.weight": "adapter.0.weight", "conv2.weight": "adapter.2.weight"}
 
 
 def trained(kind: str, channels: int) -> nn.Module:
@@ -79,66 +76,70 @@ def test_unknown_kind_lists_the_kinds():
         build_adapter("lora", 48)
 
 
-def load(adapter: SpatialAdapter, head: nn.Conv3d, **arrays) -> None:
+def computed_by_published_code(adapter: nn.Module, group: str) -> None:
+    """Forward pass, loss and gradients on the published weights and input."""
+    golden = published("published_adapters.npz", f"{group}/")
+    channels = adapter.conv1.in_channels
+    *weights, x, generator = drawn(golden["seed"], *weight_shapes(channels), golden["shape"].tolist())
+    check_drawn(x, golden["x"])
+    y = (torch.rand((len(x), 1, *x.shape[2:]), generator=generator) < 0.2).float()
+    head = nn.Conv3d(channels, 1, 1)
+    load(adapter, head, weights)
+    adapted = adapter(x)
+    logits = head(adapted)
+    loss = soft_dice(torch.sigmoid(logits), y).mean()
+    loss.backward()
+    np.testing.assert_allclose(adapted.detach()[:, ::8, ::3, ::3, ::3], golden["adapted"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits.detach(), golden["logits"], rtol=1e-5, atol=1e-5)
+    assert loss.item() == pytest.approx(float(golden["loss"]), rel=1e-5)
+    for name, parameter in adapter.named_parameters():
+        check_close(parameter.grad, golden[f"gradient/{name}"], golden[f"norms/{name}"], name)
+    for name, parameter in head.named_parameters():
+        expected = golden[f"gradient/head.{name}"]
+        np.testing.assert_allclose(
+            parameter.grad, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max(), err_msg=name
+        )
+
+
+def load(adapter: nn.Module, head: nn.Conv3d, weights: list[torch.Tensor]) -> None:
     with torch.no_grad():
-        for parameter, array in zip([*adapter.parameters(), *head.parameters()], arrays.values()):
-            parameter.copy_(torch.from_numpy(array))
+        for parameter, values in zip([*adapter.parameters(), *head.parameters()], weights):
+            parameter.copy_(SPREAD * values)
 
 
-@pytest.mark.parametrize("group", ["C48_k3", "C64_k3"])
-def test_spatial_adapter_matches_the_published_code(shared, group):
-    with np.load(shared / "golden" / "spatial_adapter_journal.npz") as file:
-        golden = {key.removeprefix(f"{group}/"): file[key] for key in file.files if key.startswith(f"{group}/")}
-    channels = golden["x"].shape[1]
-    adapter, head = SpatialAdapter(channels), nn.Conv3d(channels, 1, 1)
-    load(adapter, head, **{key: golden[key] for key in ("w1", "w2", "head_w", "head_b")})
-    adapted = adapter(torch.from_numpy(golden["x"]))
-    logits = head(adapted)
-    loss = soft_dice(torch.sigmoid(logits), torch.from_numpy(golden["y"])).mean()
-    loss.backward()
-    np.testing.assert_allclose(adapted.detach(), golden["adapter_out"], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(logits.detach(), golden["logits"], rtol=1e-5, atol=1e-5)
-    assert loss.item() == pytest.approx(float(golden["loss"]), rel=1e-5)
-    gradients = {GOLDEN_NAMES[name]: p.grad for name, p in adapter.named_parameters()}
-    gradients |= {f"linear.{name}": p.grad for name, p in head.named_parameters()}
-    for name, gradient in gradients.items():
-        expected = golden[f"grad/{name}"]
-        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max(), err_msg=name)
+@pytest.mark.parametrize("channels", [48, 64])
+def test_spatial_adapter_matches_the_published_code(channels):
+    computed_by_published_code(SpatialAdapter(channels), f"spatial_{channels}")
 
 
-def test_adapter_with_instance_norm_matches_the_published_code(shared):
-    golden = dict(np.load(shared / "golden" / "spatial_adapter_workshop.npz"))
-    adapter, head = SpatialINAdapter(48), nn.Conv3d(48, 1, 1)
-    load(adapter, head, **{key: golden[key] for key in WORKSHOP})
-    adapted = adapter(torch.from_numpy(golden["x"]))
-    logits = head(adapted)
-    loss = soft_dice(torch.sigmoid(logits), torch.from_numpy(golden["y"])).mean()
-    loss.backward()
-    np.testing.assert_allclose(adapted.detach(), golden["adapter_out"], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(logits.detach(), golden["logits"], rtol=1e-5, atol=1e-5)
-    assert loss.item() == pytest.approx(float(golden["loss"]), rel=1e-5)
-    for key, parameter in zip(WORKSHOP, [*adapter.parameters(), *head.parameters()]):
-        expected = golden[key.replace("state/", "grad/")]
-        np.testing.assert_allclose(parameter.grad, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max(), err_msg=key)
+def test_adapter_with_instance_norm_matches_the_published_code():
+    computed_by_published_code(SpatialINAdapter(48), "spatial_in_48")
 
 
-def test_training_matches_the_published_code(shared):
+def test_training_matches_the_published_code():
     """Six AdamW steps on given features: losses and final weights."""
-    with np.load(shared / "golden" / "training_trace_journal_bb3d.npz") as file:
-        golden = dict(file)
-    names = ["0.adapter.0.weight", "0.adapter.2.weight", "1.linear.weight", "1.linear.bias"]
+    golden = published("published_training.npz")
+    inputs, *weights, _ = drawn(golden["seed"], golden["shape"].tolist(), *weight_shapes(48))
+    check_drawn(inputs, golden["x"])
+    targets = (inputs[:, :, :3].sum(2, keepdim=True) > 2.5).float()
+    weights[1].zero_()
     adapter, head = SpatialAdapter(48), nn.Conv3d(48, 1, 1)
-    load(adapter, head, **{name: golden[f"init/{name}"] for name in names})
+    load(adapter, head, weights)
     model = nn.Sequential(adapter, head)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0)
     losses = []
-    for x, y in zip(torch.from_numpy(golden["X"]), torch.from_numpy(golden["Y"])):
+    for x, y in zip(inputs, targets):
         loss = soft_dice(torch.sigmoid(model(x)), y).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     np.testing.assert_allclose(losses, golden["losses"], rtol=1e-4)
-    for name, parameter in zip(names, model.parameters()):
-        moved = np.abs(golden[f"final/{name}"] - golden[f"init/{name}"]).max()
-        np.testing.assert_allclose(parameter.detach(), golden[f"final/{name}"], atol=0.01 * moved, err_msg=name)
+    for i, (name, parameter) in enumerate(adapter.named_parameters()):
+        moved = (parameter.detach() - SPREAD * weights[i]).flatten(1)
+        expected, norms = golden[f"final/adapter.{name}"], golden[f"moved/adapter.{name}"]
+        limit = 0.01 * norms.max() / moved.shape[1] ** 0.5  # a hundredth of a weight's way
+        np.testing.assert_allclose(parameter.detach()[::8, ::8], expected, atol=limit, err_msg=name)
+        np.testing.assert_allclose(moved.norm(dim=1), norms, rtol=0.01, err_msg=name)
+    for name, parameter in head.named_parameters():
+        np.testing.assert_allclose(parameter.detach(), golden[f"final/head.{name}"], atol=1e-5, err_msg=name)

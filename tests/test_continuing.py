@@ -13,8 +13,6 @@ from fsefs_nnunet.nnunet import drawing
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Interruption(Exception):
     pass

@@ -190,15 +190,14 @@ def test_overlapping_masks(raw, tmp_path, capsys):
         assert "voxels in several masks (the later class has them): s0000 4" in capsys.readouterr().out
 
 
-def test_real_ct(raw, shared):
+def test_real_ct(raw, real_ct):
     """Of the 104 masks, 59 are not empty: names and voxel counts stay."""
-    folder = shared / "data" / "TotalSegmentator_example"
-    out = convert("TotalSegmentator", folder, 11, [], num_processes=1)
+    out = convert("TotalSegmentator", real_ct, 11, [], num_processes=1)
     labels = json.loads((out / "dataset.json").read_text())["labels"]
-    masks = {file.name[:-7]: file for file in (folder / "s0000" / "segmentations").iterdir()}
+    masks = {file.name[:-7]: file for file in (real_ct / "s0000" / "segmentations").iterdir()}
     assert set(labels) - {"background"} == set(masks)
     label = nib.load(out / "labelsTr" / "s0000.nii.gz")
-    np.testing.assert_array_equal(label.affine, nib.load(folder / "s0000" / "ct.nii.gz").affine)
+    np.testing.assert_array_equal(label.affine, nib.load(real_ct / "s0000" / "ct.nii.gz").affine)
     counts = np.bincount(np.asanyarray(label.dataobj).ravel(), minlength=105)
     expected = {name: int(np.count_nonzero(nib.load(file).dataobj)) for name, file in masks.items()}
     assert {name: int(counts[labels[name]]) for name in masks} == expected

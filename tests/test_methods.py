@@ -22,8 +22,6 @@ from fsefs_nnunet.evaluation.training_logs import logged_support, peak_memory
 from fsefs_nnunet.methods.inside.tuned_backbone import TunedBackbone
 from fsefs_nnunet.nnunet.shims import fseft_trainers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CROP = 16
 # short trainings; a window of one fine-tuning step costs most
 SHORT = {
@@ -97,7 +95,6 @@ def make_trainer(work, method, epochs=3, cls=None):
     trainer.num_epochs = epochs
     trainer.num_iterations_per_epoch = 1
     trainer.save_every = 1
-    trainer.logger.plot_progress_png = lambda output_folder: None
     return trainer
 
 

@@ -30,8 +30,6 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.nnunet import planning
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_adapter_on_a_stock_nnunet_model_of_the_same_plans(work, tmp_path, monkeypatch):
     """nnUNetTrainer trains 3d_fullres of our plans; imported, its model is planned with and adapted."""

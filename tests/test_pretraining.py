@@ -18,8 +18,6 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.trainers.pretrainer import FSEFTPretrainer
 from fsefs_nnunet.trainers.source_validation import first_cases
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LABELS = {"background": 0, "organs": [1, 2, 3], "spleen": 1, "stomach": 2, "kidney_left": 3}
 SOURCES = {
     "A": {"classes": ["spleen"], "cases": ["case_0", "case_1", "case_6"]},
@@ -57,7 +55,6 @@ class Short(FSEFTPretrainer):
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 2, 1
-        self.logger.plot_progress_png = lambda output_folder: None
 
 
 @pytest.fixture

@@ -31,9 +31,9 @@ STORED = {"LPS-stored": "LPS", "mirrored": "LAS", "upside down": "RAI", "transpo
 
 
 @pytest.fixture(scope="module")
-def ct(shared) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
+def ct(real_ct) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
     """Image and label map of a real CT, of which slices with the organs are kept."""
-    folder = shared / "data" / "TotalSegmentator_example" / "s0000"
+    folder = real_ct / "s0000"
     image = nib.load(folder / "ct.nii.gz")
     labels = np.zeros(image.shape, np.uint8)
     for number, name in enumerate(ORGANS, 1):

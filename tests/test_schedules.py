@@ -1,7 +1,6 @@
-import json
-
 import pytest
 import torch
+from published_numbers import published
 
 from fsefs_nnunet.methods.schedules import WarmupCosineScheduler, at_plateau, warmup_cosine
 
@@ -38,9 +37,9 @@ def test_scheduler_sets_the_rate_of_the_epoch():
         ("workshop_lp_lr1e-1_max50", 1e-1, 50),
     ],
 )
-def test_matches_the_published_code(shared, name, rate, num_epochs):
+def test_matches_the_published_code(name, rate, num_epochs):
     """The published code runs epochs 1 to max - 1 and counts the warm-up epoch twice, ours runs all of them."""
-    golden = json.loads((shared / "golden" / "lr_schedules.json").read_text())[name]
+    golden = published("lr_schedules.json")[name]
     ours = [rate * warmup_cosine(epoch, num_epochs) for epoch in range(num_epochs)]
     assert ours[: len(golden)] == pytest.approx(golden, rel=0, abs=1e-3 * rate)
     assert len(golden) == num_epochs - 1

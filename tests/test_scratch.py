@@ -1,14 +1,11 @@
 """The baseline with the backbone's architecture and random weights."""
 
-import pytest
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from trainings import FIVE, make_trainer, splits_of
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_scratch_baseline_takes_our_support(work):

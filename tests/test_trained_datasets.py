@@ -24,9 +24,6 @@ from fsefs_nnunet.nnunet import drawing
 from fsefs_nnunet.priors.size import size_penalty
 from fsefs_nnunet.trainers.by_name import FSEFTTrainer_Adapter, FSEFTTrainer_LinearProbe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- variants ----
 
 

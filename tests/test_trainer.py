@@ -31,9 +31,6 @@ from fsefs_nnunet.files import PART
 from fsefs_nnunet.nnunet.shims import fseft_trainers
 from fsefs_nnunet.trainers.by_name import FSEFTTrainer_Adapter, FSEFTTrainer_Context
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- what a training reads ----
 
 
@@ -139,7 +136,7 @@ def test_final_checkpoint_of_the_default_plans(work):
     fresh.load_checkpoint(str(file))
     assert identical(weights(fresh), weights(trainer))
     names = {path.name for path in file.parent.iterdir()}
-    assert {"checkpoint_final.pth", "checkpoint_best.pth", "progress.png"} <= names
+    assert {"checkpoint_final.pth", "checkpoint_best.pth"} <= names
     assert "checkpoint_latest.pth" not in names
 
 

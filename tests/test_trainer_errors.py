@@ -27,8 +27,6 @@ from fsefs_nnunet.trainers.by_name import FSEFTTrainer_Adapter, FSEFTTrainer_FTL
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("cls, configuration", [(FSEFTTrainer, FIVE), (FSEFTTrainer_Scratch, f"{FIVE}_scratch")])
 def test_fold_beyond_the_file(work, cls, configuration):

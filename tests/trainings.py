@@ -14,7 +14,13 @@ from fsefs_nnunet.nnunet.shims import fseft_trainers
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 
 FIVE = "3d_fullres_5shot"
-TINY = {"fseft_crop_size": [12, 12, 12], "fseft_steps_per_epoch": 2, "fseft_prior_from_epoch": 1, "fseft_views": 1}
+TINY = {
+    "fseft_crop_size": [12, 12, 12],
+    "fseft_steps_per_epoch": 2,
+    "fseft_prior_from_epoch": 1,
+    "fseft_views": 1,
+    "patch_size": [32, 32, 32],  # one window holds a volume
+}
 
 
 def make_trainer(
