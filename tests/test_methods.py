@@ -3,7 +3,7 @@
 import copy
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +18,12 @@ from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.store import find_backbone, save_backbone
 from fsefs_nnunet.cases.splits import load_splits
-from fsefs_nnunet.evaluation.training_logs import logged_support, peak_memory
+from fsefs_nnunet.methods.inside.decoder_parts import Decoder, Everything, LastBlock
 from fsefs_nnunet.methods.inside.tuned_backbone import TunedBackbone
+from fsefs_nnunet.methods.registry import METHODS, PATCHES, Method
+from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.nnunet.shims import fseft_trainers
+from fsefs_nnunet.trainers import by_name
 
 CROP = 16
 # short trainings; a window of one fine-tuning step costs most
@@ -34,46 +37,53 @@ SHORT = {
 }
 
 
-@dataclass(frozen=True)
-class Method:
-    """What is promised of one.
-
-    parameters: trained ones for a single organ of its own (one sigmoid) on 48 features, 2 stages.
-    identity: whether step 0 is the universal head's prediction.
-    """
-
-    trainer: str
-    parameters: int
-    identity: bool = True
-    tuned: str | None = None
-    configuration: str = "3d_fullres_5shot"
-
-    @property
-    def cls(self):
-        return getattr(fseft_trainers, self.trainer)
-
-
 HEAD = 48 + 1
 ADAPTER = 54 * 48**2  # 124,416
 # transposed convolution 8 -> 48 of 2^3 with bias, convolutions 96 -> 48 and 48 -> 48 of 3^3 with bias and norm
 BLOCK = 8 * 48 * 8 + 48 + (96 * 48 * 27 + 3 * 48) + (48 * 48 * 27 + 3 * 48)
 ENCODER = (1 * 48 * 27 + 3 * 48) + (48 * 48 * 27 + 3 * 48) + (48 * 8 * 27 + 3 * 8) + (8 * 8 * 27 + 3 * 8)
-LAST_BLOCK = Method("FSEFTTrainer_FTLast", BLOCK + HEAD, tuned="last_block")
-METHODS = [
-    Method("FSEFTTrainer_LinearProbe", HEAD),
-    Method("FSEFTTrainer_Adapter", ADAPTER + HEAD),
-    Method("FSEFTTrainer_AdapterIN", ADAPTER + HEAD, identity=False),
-    Method("FSEFTTrainer", ADAPTER + HEAD),
-    Method("FSEFTTrainer_Context", 2 * ADAPTER + HEAD),
-    LAST_BLOCK,
-    Method("FSEFTTrainer_Decoder", BLOCK + HEAD, tuned="decoder"),
-    Method("FSEFTTrainer_FT", ENCODER + BLOCK + HEAD, tuned="all"),
-]
-SCRATCH = Method("FSEFTTrainer_Scratch", 0, identity=False, configuration="3d_fullres_5shot_scratch")
+# trained parameters for a single organ of its own (one sigmoid) on 48 features, 2 stages
+PARAMETERS = {
+    "probe": HEAD,
+    "adapter": ADAPTER + HEAD,
+    "adapter_in": ADAPTER + HEAD,
+    "fseft": ADAPTER + HEAD,
+    "context": 2 * ADAPTER + HEAD,
+    "ft_last": BLOCK + HEAD,
+    "decoder": BLOCK + HEAD,
+    "ft": ENCODER + BLOCK + HEAD,
+}
+TUNED = {"ft_last": "last_block", "decoder": "decoder", "ft": "all"}
+NO_IDENTITY = ["adapter_in"]  # its first step is not the universal head's prediction
+# the published rates, but for those of spatial and context adapter
+RECIPES = {
+    "probe": (1e-2, 0.0, 100),
+    "adapter": (2e-3, 0.0, 100),
+    "adapter_in": (1e-2, 1e-5, 100),
+    "fseft": (2e-3, 0.0, 100),
+    "context": (2e-3, 0.0, 100),
+    "ft_last": (1e-2, 1e-5, 100),
+    "decoder": (1e-4, 0.0, 200),
+    "ft": (1e-4, 1e-5, 150),
+}
+ADAPTED = [row for row in METHODS.values() if row.uses_backbone and not row.transductive]
+LAST_BLOCK, SCRATCH = METHODS["ft_last"], METHODS["scratch"]
+
+
+def test_every_method_has_its_promises():
+    assert [row.name for row in ADAPTED] == list(PARAMETERS) == list(RECIPES)
 
 
 def of(methods):
-    return pytest.mark.parametrize("method", methods, ids=lambda method: method.trainer)
+    return pytest.mark.parametrize("method", methods, ids=lambda method: method.name)
+
+
+def trainer_of(method: Method) -> type:
+    return getattr(by_name, method.trainer)
+
+
+def configuration_of(method: Method) -> str:
+    return f"3d_fullres_5shot{method.suffix}"
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +101,7 @@ def work(tiny, tmp_path_factory):
 def make_trainer(work, method, epochs=3, cls=None):
     plans = work.plans(**SHORT)
     plans["continue_training"] = False
-    trainer = (cls or method.cls)(plans, method.configuration, 0, work.dataset_json(), torch.device("cpu"))
+    trainer = (cls or trainer_of(method))(plans, configuration_of(method), 0, work.dataset_json(), torch.device("cpu"))
     trainer.num_epochs = epochs
     trainer.num_iterations_per_epoch = 1
     trainer.save_every = 1
@@ -146,18 +156,18 @@ def wide(tmp_path_factory):
 def network_of(method, contract, num_classes=1):
     kwargs = dict(backbone=contract.id, sha256=contract.sha256, adapter="spatial", stages="last", channels=48, seed=1)
     configuration = SimpleNamespace(network_arch_init_kwargs=kwargs)
-    return method.cls.build_network_architecture(None, configuration, 1, num_classes, False)
+    return trainer_of(method).build_network_architecture(None, configuration, 1, num_classes, False)
 
 
-@of(METHODS)
+@of(ADAPTED)
 def test_number_of_parameters(method, wide):
     network = network_of(method, wide)
-    assert sum(p.numel() for p in network.parameters()) == method.parameters
+    assert sum(p.numel() for p in network.parameters()) == PARAMETERS[method.name]
     buffers = {"feature_mean", "feature_std", "is_fitted"}
     assert set(network.state_dict()) == {name for name, _ in network.named_parameters()} | buffers
 
 
-@of(METHODS)
+@of(ADAPTED)
 def test_step_0(method, wide, image):
     network = network_of(method, wide)
     features = FrozenBackbone("wide", "last")
@@ -167,15 +177,15 @@ def test_step_0(method, wide, image):
     with torch.no_grad():
         universal = features.head(features(image)[0])[:, name]
         same = torch.allclose(network(image)[:, 0], universal, rtol=0, atol=1e-4)
-    assert same == method.identity
+    assert same == (method.name not in NO_IDENTITY)
 
 
-@of(METHODS)
+@of(ADAPTED)
 def test_only_the_methods_parameters_get_gradients(method, wide, image):
     network = network_of(method, wide).train()
     backbone = network.backbone.module
     named = dict(backbone.named_parameters())
-    tuned = set(backbone.tuned_parameters(method.tuned)) if method.tuned else set()
+    tuned = set(backbone.tuned_parameters(TUNED[method.name])) if method.name in TUNED else set()
     before = {name: p.clone() for name, p in named.items()}
     optimizer = torch.optim.AdamW(network.parameters(), 1e-2)
     for _ in range(2):  # what lies before a layer that starts at zero gets its first gradient in the second step
@@ -200,19 +210,19 @@ def test_parts_lie_in_each_other(wide):
 def test_nothing_is_kept_of_the_frozen_layers(image):
     """What autograd stores for a step grows with what is trained."""
 
-    def stored(part: str) -> int:
+    def stored(part: type) -> int:
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-            TunedBackbone("phantom", "last", None, part)(image)
+            TunedBackbone("phantom", "last", None, part())(image)
         return sum(kept)
 
-    last, decoder, everything = map(stored, ("last_block", "decoder", "all"))
+    last, decoder, everything = map(stored, (LastBlock, Decoder, Everything))
     assert 0 < last < decoder < everything
     assert last < 0.5 * everything
 
 
 def test_tuned_backbone_follows_to(image):
-    backbone = TunedBackbone("phantom", "last", None, "decoder").to(torch.float64)
+    backbone = TunedBackbone("phantom", "last", None, Decoder()).to(torch.float64)
     module = dict(backbone.module.named_parameters())
     assert {p.dtype for p in module.values()} == {torch.float64}
     assert all(module[name.removeprefix("tuned.")] is p for name, p in backbone.named_parameters())
@@ -221,23 +231,18 @@ def test_tuned_backbone_follows_to(image):
     assert all(module[name.removeprefix("tuned.")] is p for name, p in copied.named_parameters())
 
 
-def test_parts_that_are_none():
-    with pytest.raises(ValueError, match=r"'head' is no part .* one of \['last_block', 'decoder', 'all'\]"):
-        TunedBackbone("phantom", "last", None, "head")
-
-
 def test_backbone_without_weights(contract, tmp_path, monkeypatch):
     monkeypatch.setenv("fseft_backbones", str(tmp_path))
     raw = replace(contract, id="raw", architecture={"kind": "raw_image"}, classes=())
     save_backbone(raw, {"none": torch.zeros(1)}, tmp_path)
     with pytest.raises(ValueError, match="'raw' has no weights to fine-tune: choose another backbone"):
-        TunedBackbone("raw", "last", None, "all")
+        TunedBackbone("raw", "last", None, Everything())
 
 
 # ---- trainings ----
 
 
-@of(METHODS)
+@of(ADAPTED)
 def test_checkpoint_holds_the_trained_weights_alone(method, whole, work):
     trainer, folder = whole(method)
     content = read_checkpoint(folder / "fold_0" / "checkpoint_final.pth")
@@ -255,9 +260,9 @@ class Interruption(Exception):
     pass
 
 
-@of([*METHODS, SCRATCH])
+@of([METHODS["fseft"], LAST_BLOCK, SCRATCH])  # one of each family: stored features, patches of a backbone, from scratch
 def test_continued_training_is_exact(method, whole, work):
-    class Interrupted(method.cls):
+    class Interrupted(trainer_of(method)):
         def on_epoch_end(self):
             super().on_epoch_end()
             if self.current_epoch == 2:
@@ -282,7 +287,7 @@ def test_continued_training_is_exact(method, whole, work):
     np.testing.assert_array_equal(*losses)
 
 
-@of([*METHODS, SCRATCH])
+@of([*ADAPTED, SCRATCH])
 def test_nnunet_predicts(method, whole, work):
     """nnU-Net's predictor, as nnUNetv2_predict calls it, gives the trained network's segmentation of a query."""
     trainer, folder = whole(method)
@@ -300,7 +305,7 @@ def test_nnunet_predicts(method, whole, work):
     manual.manual_initialization(
         trainer.network.eval(),
         manager,
-        manager.get_configuration(method.configuration),
+        manager.get_configuration(configuration_of(method)),
         None,
         work.dataset_json(),
         method.trainer,
@@ -310,17 +315,20 @@ def test_nnunet_predicts(method, whole, work):
     assert torch.equal(logits, expected.cpu()) and logits.std() > 0
 
 
-@of([*METHODS, SCRATCH])
-def test_the_log_names_what_was_used(method, whole):
+@of([*ADAPTED, SCRATCH])
+def test_the_run_file_says_what_was_used(method, whole):
     trainer, _ = whole(method)
     support = load_splits(Path(trainer.preprocessed_dataset_folder_base) / "splits_fseft.json")["folds"][0]
-    assert logged_support(trainer.output_folder)[0] == support
-    assert 0.1 < peak_memory(trainer.output_folder) < 100
-    if method.tuned or method is SCRATCH:
+    run = RunFile.load(trainer.output_folder)
+    assert run.support == support and len(run.epochs) == 3 and run.configuration == configuration_of(method)
+    assert 0.1 < run.peak_memory < 100 and {"start", "training"} <= run.seconds.keys()
+    assert run.trained_parameters == sum(p.numel() for p in trainer.network.parameters())
+    assert bool(run.prior) == method.trains_with_prior == any("penalty" in epoch for epoch in run.epochs)
+    if method.learns_from == PATCHES:
         assert all(set(dataset.identifiers) == set(support) for dataset in trainer.get_tr_and_val_datasets())
 
 
-@of([m for m in METHODS if m.tuned])
+@of([row for row in ADAPTED if row.inside])
 def test_the_log_of_a_fine_tuning(method, whole):
     trainer, _ = whole(method)
     log = Path(trainer.log_file).read_text()
@@ -328,29 +336,17 @@ def test_the_log_of_a_fine_tuning(method, whole):
     assert "{'spleen': 'spleen', 'kidney_left': 'kidney_left'}" in log
 
 
-RECIPES = {  # the published ones, but for the rate of spatial and context adapter
-    "FSEFTTrainer": (2e-3, 0.0, 100),
-    "FSEFTTrainer_Context": (2e-3, 0.0, 100),
-    "FSEFTTrainer_Adapter": (2e-3, 0.0, 100),
-    "FSEFTTrainer_LinearProbe": (1e-2, 0.0, 100),
-    "FSEFTTrainer_AdapterIN": (1e-2, 1e-5, 100),
-    "FSEFTTrainer_FTLast": (1e-2, 1e-5, 100),
-    "FSEFTTrainer_Decoder": (1e-4, 0.0, 200),
-    "FSEFTTrainer_FT": (1e-4, 1e-5, 150),
-}
-
-
-@of(METHODS)
+@of(ADAPTED)
 def test_recipes(method, work):
     plans = work.plans()
     plans["continue_training"] = False
-    trainer = method.cls(plans, method.configuration, 0, work.dataset_json(), torch.device("cpu"))
+    trainer = trainer_of(method)(plans, configuration_of(method), 0, work.dataset_json(), torch.device("cpu"))
     trainer.initialize()
     group = trainer.optimizer.param_groups[0]
     assert isinstance(trainer.optimizer, torch.optim.AdamW)
-    assert (group["lr"], group["weight_decay"], trainer.num_epochs) == RECIPES[method.trainer]
+    assert (group["lr"], group["weight_decay"], trainer.num_epochs) == RECIPES[method.name]
     trainer.lr_scheduler.step(trainer.num_epochs // 2 + 0.5)
-    assert group["lr"] == pytest.approx(RECIPES[method.trainer][0] / 2)
+    assert group["lr"] == pytest.approx(RECIPES[method.name][0] / 2)
 
 
 def test_fine_tuning_for_a_time(work, monkeypatch):
