@@ -1,5 +1,6 @@
 """Trainings that were interrupted, stopped early, or started twice."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from trainings import FIVE, identical, make_trainer, text_of, trained, weights
 
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.nnunet import drawing
+from fsefs_nnunet.priors.size import SizePrior
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
 
@@ -47,7 +49,7 @@ def test_checkpoint_of_another_support_is_refused(work, cls, configuration):
     """Or a continued training would go on with other labels, and validate on cases that it was trained on."""
     trainer = make_trainer(work, cls, epochs=1, configuration=configuration)
     trainer.initialize()
-    trainer.priors = []
+    trainer.prior = SizePrior(())
     Path(trainer.output_folder).mkdir(parents=True, exist_ok=True)
     file = f"{trainer.output_folder}/checkpoint_latest.pth"
     trainer.save_checkpoint(file)
@@ -62,7 +64,7 @@ def test_plateau_stop_holds_when_continued(work):
     settings = dict(fseft_stop_at_plateau=True, fseft_steps_per_epoch=1, fseft_crop_size=[4, 4, 4], fseft_lambda=0.0)
 
     class Still(FSEFTTrainer):
-        initial_lr_of_method = 0.0
+        method = replace(FSEFTTrainer.method, rate=0.0)
 
         def on_train_epoch_start(self):
             super().on_train_epoch_start()

@@ -167,10 +167,10 @@ def test_case_of_the_splits_without_preprocessed_data(work, kind):
 
 def test_model_whose_support_is_no_longer_preprocessed(work):
     trainer = trained(work, epochs=1)
-    for file in Path(trainer.preprocessed_dataset_folder).glob(f"{trainer.support[0]}*"):
+    for file in Path(trainer.preprocessed_dataset_folder).glob(f"{trainer.run.support[0]}*"):
         file.unlink()
     model = TrainedModel(Path(trainer.output_folder_base), FIVE, ["0"], "checkpoint_final.pth", torch.device("cpu"))
-    with pytest.raises(InputError, match=f"e.g. {trainer.support[0]}: preprocess them with"):
+    with pytest.raises(InputError, match=f"e.g. {trainer.run.support[0]}: preprocess them with"):
         memory_from_bank(model, 0)
 
 
@@ -188,7 +188,7 @@ def test_model_whose_support_is_no_longer_preprocessed(work):
         ({"fseft_stop_at_plateau": "no"}, "fseft_stop_at_plateau .*: make it true or false"),
         ({"fseft_seed": None}, "fseft_seed .* is None: make it a whole number"),
         ({"fseft_lamda": 0.5}, "'fseft_lamda' of .* is no key of ours: did you mean 'fseft_lambda'"),
-        ({"fseft_quux_thing_xyz": 1}, "'fseft_quux_thing_xyz' of .* is no key of ours: known are fseft_crop_size, "),
+        ({"fseft_quux_thing_xyz": 1}, "'fseft_quux_thing_xyz' of .* is no key of ours: known are fseft_backbone, "),
     ],
 )
 def test_impossible_values_in_the_plans(work, settings, sentence):

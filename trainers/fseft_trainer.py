@@ -318,16 +318,16 @@ class FSEFTTrainer(AdaptedTrainer):
             return
         self.calibrate()
         self.print_to_log_file(f"Predicted sizes of the queries in ml {when} this training:")
-        sizes_ml = self.run.sizes_ml[when] = {}
+        sizes_ml, remarks = self.run.sizes_ml.setdefault(when, {}), []
         for query in self.run.queries:
             sizes = self.query_volumes.predict(self.network, query, self.label_manager.has_regions).sizes
             sizes_ml[query] = self.by_class(sizes.soft)
             line = ", ".join(f"{name} {size:.2f}" for name, size in sizes_ml[query].items())
             self.print_to_log_file(f"  {query}: {line}", add_timestamp=False)
-            if self.current_epoch:  # what an untrained network misses says nothing of the query
-                for name, reasons in self.prior.remarks(sizes, self.class_names).items():
-                    why = " and ".join(reasons)
-                    self.print_to_log_file(f"  {name} of {query} {why}: the prior does not enlarge it.")
+            for name, reasons in self.prior.remarks(sizes, self.class_names).items():
+                remarks.append(f"{name} of {query} {' and '.join(reasons)}: the prior does not enlarge it.")
+        for remark in remarks if self.current_epoch else []:  # what an untrained network misses says nothing of a query
+            self.print_to_log_file(remark)
 
     def added_to_checkpoint(self) -> dict:
         """What `fseft predict` needs of a model that travels alone."""
