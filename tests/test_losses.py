@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from published_numbers import published
 
+from fsefs_nnunet.losses.segmentation import segmentation_loss
 from fsefs_nnunet.losses.soft_dice import SoftDiceLoss, soft_dice
 
 BIG = 50.0  # a logit whose sigmoid is 1 in float32
@@ -86,3 +90,34 @@ def test_half_precision_does_not_overflow():
     logits = torch.full((1, 1, 64, 64, 64), BIG, dtype=torch.float16)
     loss = SoftDiceLoss(has_regions=True)(logits, torch.ones(1, 1, 64, 64, 64))
     assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
+# ---- the loss of the plans ----
+
+
+LABELS = {
+    "labels": ({"background": 0, "a": 1, "b": 2}, None),
+    "ignore": ({"background": 0, "a": 1, "b": 2, "ignore": 3}, None),
+    "regions": ({"background": 0, "ab": [1, 2], "b": 2}, [1, 2]),
+    "regions and ignore": ({"background": 0, "ab": [1, 2], "b": 2, "ignore": 3}, [1, 2]),
+}
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("kind", LABELS)
+def test_the_plans_loss_is_what_nnunets_trainer_builds(kind, batch_dice):
+    manager = LabelManager(*LABELS[kind])
+    trainer = nnUNetTrainer.__new__(nnUNetTrainer)  # without a dataset
+    trainer.label_manager, trainer.is_ddp, trainer.enable_deep_supervision = manager, False, False
+    trainer.configuration_manager = ConfigurationManager({"batch_dice": batch_dice, "architecture": {}})
+    trainer.device = torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    values = 4 if manager.has_ignore_label else 3
+    target = torch.randint(0, values, (2, 1, 6, 5, 4), generator=generator)
+    if manager.has_regions:
+        regions = [[1, 2], [2], *([[3]] if manager.has_ignore_label else [])]
+        target = torch.cat([torch.isin(target, torch.tensor(labels)) for labels in regions], 1).float()
+    logits = torch.randn((2, manager.num_segmentation_heads, 6, 5, 4), generator=generator)
+    ours = segmentation_loss("nnunet", manager, batch_dice)(logits, target)
+    assert ours.isfinite() and torch.equal(ours, trainer._build_loss()(logits, target))
+    assert isinstance(segmentation_loss("soft_dice", manager, batch_dice), SoftDiceLoss)
