@@ -95,7 +95,7 @@ def open_study(
         raise InputError(f"{file} is missing: `fseft plan_and_preprocess -d ID` makes it, -p chooses other plans.")
     splits = load_splits(preprocessed / SPLITS_FILE)
     target = test_set(*test, raw) if test else queries(splits, raw, preprocessed)
-    # what is not there, images, labels or a GPU, is told before the first training
+    # images, labels or a GPU that are missing are reported before the first training
     target.images_sha256, target.labels_sha256  # noqa: B018
     kind = device_named(device).type
     work = _writable(output or Path("fseft_benchmark") / f"{name}_{plans_name}")

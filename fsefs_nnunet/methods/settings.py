@@ -92,7 +92,7 @@ class Settings:
         2,
         shown="from the data",
     )
-    predict_lambda: float = _key(_WEIGHT, "weight of the prior in `fseft predict`, averaged over the classes", 1.0)
+    predict_lambda: float = _key(_WEIGHT, "`fseft_lambda` in `fseft predict`", 0.3)
     predict_gamma: float = _key(
         _DEVIATION, "`fseft_gamma` in `fseft predict`, see [transductive inference](transductive_inference.md)", 0.15
     )
