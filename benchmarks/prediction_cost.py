@@ -30,7 +30,8 @@ WAYS = {  # folds, and whether to adapt to each volume
 def predict(experiment: Experiment, folds: tuple[str, ...], transductive: bool, images: Path, output: Path) -> float:
     """Seconds for all of `images`."""
     from fsefs_nnunet.device import device_named
-    from fsefs_nnunet.inference.prediction import QueryPredictor, predict_folder
+    from fsefs_nnunet.inference.folder import predict_folder
+    from fsefs_nnunet.inference.prediction import QueryPredictor
     from fsefs_nnunet.inference.support import memories_of
     from fsefs_nnunet.inference.trained_model import TrainedModel
 

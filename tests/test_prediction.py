@@ -405,10 +405,11 @@ def test_support_of_other_draws_is_refused(work):
     """The prior that was trained with is not that of the labels that lie there now."""
     model = load(work)
     memory_from_bank(model, 0)
-    prior = model.priors[0][1]
-    model.priors[0][1] = replace(prior, size=prior.size * (1 + 1e-15))  # the cases were added up in another order
+    first, second, third = model.priors[0].expected
+    # the cases were added up in another order
+    model.priors[0] = SizePrior((first, replace(second, size=second.size * (1 + 1e-15)), third))
     memory_from_bank(model, 0)
-    model.priors[0][1] = replace(prior, size=prior.size * 1.01)
+    model.priors[0] = SizePrior((first, replace(second, size=second.size * 1.01), third))
     with pytest.raises(ValueError, match="fold 0 are not those that .* was trained on"):
         memory_from_bank(model, 0)
 

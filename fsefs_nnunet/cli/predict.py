@@ -52,7 +52,8 @@ def _model(args: argparse.Namespace):
 
 
 def predict(args: argparse.Namespace) -> None:
-    from fsefs_nnunet.inference.prediction import QueryPredictor, predict_folder
+    from fsefs_nnunet.inference.folder import predict_folder
+    from fsefs_nnunet.inference.prediction import QueryPredictor
     from fsefs_nnunet.inference.support import memories_of
 
     if not 0 <= args.part_id < args.num_parts:

@@ -1,0 +1,79 @@
+"""Prediction of a folder of images: what `fseft predict` runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fsefs_nnunet.cases.images import images_in
+from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.files import read_json, write_atomically
+from fsefs_nnunet.inference.prediction import QueryPredictor
+from fsefs_nnunet.inference.weights import sha256_of_weights
+
+MADE_OF = "made_of"  # in a volume's report: with what it was predicted, so that only the same goes on from there
+OF_ADAPTATION = ("loss", "predict_lambda", "predict_gamma", "predict_lr", "predict_steps")  # settings that it heeds
+
+
+def _made_of(sizes: Path) -> dict | None:
+    """What `predict_folder` wrote of the weights and options of a report; None without one that can be read."""
+    try:
+        return read_json(sizes).get(MADE_OF)
+    except (FileNotFoundError, InputError):
+        return None
+
+
+def predict_folder(
+    predictor: QueryPredictor,
+    images: Path,
+    output: Path,
+    continue_prediction: bool = False,
+    keep_largest: bool = False,
+    num_parts: int = 1,
+    part_id: int = 0,
+) -> list[str]:
+    """Segment every image of a folder in nnU-Net's naming; a volume that fails does not stop the others.
+
+    Beside each segmentation lies `<case>_sizes.json`; it is written last.
+
+    Returns:
+        Why cases failed, one sentence each.
+
+    Raises:
+        InputError: for a folder without such images, or an output folder that cannot be written.
+    """
+    model = predictor.model
+    cases = images_in(images, model.dataset_json)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name in ("plans.json", "dataset.json"):
+            shutil.copy(model.folder / name, output / name)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error.strerror}): choose another output folder.") from error
+    weights = [sha256_of_weights(file) for file in model.files]
+    transductive = predictor.memories is not None
+    made_of = {
+        "weights": weights,
+        "transductive": transductive,
+        "settings": {name: getattr(model.settings, name) for name in OF_ADAPTATION},
+        "largest_component": keep_largest,
+    }
+    failures = []
+    for case in tqdm(sorted(cases)[part_id::num_parts], desc="predicting"):
+        segmentation = output / f"{case}{model.dataset_json['file_ending']}"
+        sizes = output / f"{case}_sizes.json"
+        try:
+            wanted = [segmentation] + [output / f"{case}.npz"] * predictor.save_probabilities
+            if continue_prediction and all(file.exists() for file in wanted) and _made_of(sizes) == made_of:
+                continue
+            report = predictor.predict(cases[case], segmentation, keep_largest)
+            write_atomically(sizes, json.dumps({**report, MADE_OF: made_of}, indent=1))
+            if any(report["diverged"]):
+                tqdm.write(f"{cases[case][0]}: its adaptation diverged, the trained adapter segments it as it is.")
+        except Exception as error:  # readers of broken files raise whatever they like
+            failures.append(f"{cases[case][0]} was not segmented: {error}")
+            tqdm.write(failures[-1])
+    return failures

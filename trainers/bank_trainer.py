@@ -1,0 +1,189 @@
+"""Training on stored features: crops of the feature bank instead of nnU-Net's patches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fsefs_nnunet.cases.splits import fold_seed
+from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.features.bank import FeatureBank, Request
+from fsefs_nnunet.features.crops import CropLoader, region_transform
+from fsefs_nnunet.features.disk import cap_in_gb
+from fsefs_nnunet.features.layout import Layout, support_layout
+from fsefs_nnunet.features.views import SupportViews
+from fsefs_nnunet.priors.objective import objective
+from fsefs_nnunet.trainers.adapted_trainer import AdaptedTrainer
+
+
+class BankTrainer(AdaptedTrainer):
+    """Trains reduction, adapter and head on crops of the support and its augmented views.
+
+    Needs a K-shot configuration of plans made by FSEFTPlanner, whose keys say what it does, as does its method's row.
+    """
+
+    # ---- cases ----
+
+    def get_tr_and_val_datasets(self):
+        raise NotImplementedError(f"{type(self).__name__} reads the feature bank, see get_dataloaders.")
+
+    def load_case(self, case: str) -> tuple:
+        """Image, label map and more of a preprocessed training case, as nnU-Net's dataset gives them."""
+        return self.dataset_class(self.preprocessed_dataset_folder, [case]).load_case(case)
+
+    def load_image(self, case: str) -> np.ndarray:
+        """Preprocessed image (channels, X, Y, Z) of a training case."""
+        return self.load_case(case)[0][:]
+
+    def make_view(self, view: str) -> np.ndarray:
+        """Image (channels, X, Y, Z) of a view of a support case; keeps its label map."""
+        image, self.segmentations[view] = self.views.make(view)
+        return image
+
+    def get_dataloaders(self):
+        settings, ignored = self.settings, self.label_manager.ignore_label
+        regions = region_transform(self.label_manager)
+
+        def loader(stream: int, cases: Iterable[str]) -> CropLoader:
+            seed = (settings.seed, fold_seed(self.fold), stream)
+            segmentations = {case: self.segmentations[case] for case in cases}
+            return CropLoader(
+                self.bank, segmentations, settings.crop_size, settings.crops_per_step, seed, regions, ignored
+            )
+
+        return loader(0, [*self.run.support, *self.views.names]), loader(1, self.run.support)
+
+    # ---- before training ----
+
+    def prepare_training(self) -> None:
+        if self.method.channel_dropout:
+            self.print_to_log_file(
+                f"Each channel of a crop is left out with a probability of {self.method.channel_dropout}."
+            )
+        self.segmentations = {case: self.load_case(case)[1][:] for case in self.run.support}
+        self.views = self.support_views()
+        self.fill_bank()
+        super().prepare_training()
+
+    def fill_bank(self) -> None:
+        """Run the frozen backbone once over what the training needs, unless an earlier one did."""
+        preprocessed = Path(self.preprocessed_dataset_folder_base)
+        self.bank = FeatureBank.of_configuration(
+            preprocessed, self.network.backbone, self.configuration_manager, self.device
+        )
+        self.clock.lap(self.run, "start")
+        self.bank.fill(self.requests(), cap_in_gb(self.settings.bank_gb), self.print_to_log_file)
+        self.clock.lap(self.run, "feature bank")
+        self.run.windows += self.bank.windows
+
+    def requests(self) -> list[Request]:
+        """The volumes whose features are needed."""
+        return [
+            *(Request(case, partial(self.load_image, case), partial(self.kept_of, case)) for case in self.run.support),
+            *(Request(view, partial(self.make_view, view), partial(self.kept_of, view)) for view in self.views.names),
+        ]
+
+    def kept_of(self, case: str, shape: tuple[int, ...]) -> Layout:
+        """What the bank keeps of a support case or view of `shape`."""
+        labels, ignored = self.segmentations[case][0], self.label_manager.ignore_label
+        return support_layout(case, labels, self.settings.crop_size, self.configuration_manager.patch_size, ignored)
+
+    def support_views(self) -> SupportViews:
+        """The support cases under nnU-Net's augmentation.
+
+        Raises:
+            InputError: if crops are larger than the views.
+        """
+        views, crop, window = self.settings.views, self.settings.crop_size, self.configuration_manager.patch_size
+        if views and any(n > w for n, w in zip(crop, window)):
+            where = f"{self.configuration_name!r} in {self.plans_manager.plans_name}.json"
+            raise InputError(
+                f"fseft_crop_size of {where} is {list(crop)}: no axis may be longer than a view, the window of "
+                f"{list(window)} voxels; or set fseft_views to 0."
+            )
+        rotation, dummy_2d, initial_patch, _ = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        foreground = self.label_manager.foreground_labels
+
+        def transforms_of(window: np.ndarray) -> Callable:
+            masks = self.configuration_manager.use_mask_for_norm
+            return self.get_training_transforms(
+                window, rotation, None, None, dummy_2d, use_mask_for_norm=masks, foreground_labels=foreground
+            )
+
+        return SupportViews(
+            self.run.support,
+            views,
+            load_case=self.load_case,
+            transforms_of=transforms_of,
+            labels=foreground,
+            ignore_label=self.label_manager.ignore_label,
+            window=window,
+            initial_patch=initial_patch,
+            seed=self.settings.seed,
+        )
+
+    def start_network(self) -> None:
+        if not self.network.is_fitted:
+            self.fit_network(*self.bank.statistics(self.run.support))
+
+    # ---- training ----
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        self.dataloader_train.start_epoch(self.current_epoch)
+        self.dataloader_val.start_epoch(0)  # the same crops each time, so that epochs can be compared
+
+    def penalty(self) -> torch.Tensor | None:
+        """L_TI of the step; None where the step heeds no prior."""
+        return None
+
+    @property
+    def training_step(self) -> int:
+        """Of the whole training, while it runs."""
+        return self.current_epoch * self.num_iterations_per_epoch + self.dataloader_train.step - 1
+
+    def kept_channels(self, features: torch.Tensor) -> torch.Tensor | None:
+        """Which channels of features (B, C, X, Y, Z) the step sees, (B, C); a function of the step, for `--c`."""
+        if not self.method.channel_dropout:
+            return None
+        rng = np.random.default_rng((self.settings.seed, fold_seed(self.fold), self.training_step))
+        return torch.from_numpy(rng.random(features.shape[:2]) >= self.method.channel_dropout).to(features.device)
+
+    def train_step(self, batch: dict) -> dict:
+        features = batch["data"].to(self.device, non_blocking=True)
+        target = batch["target"].to(self.device, non_blocking=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, segmentation_loss = objective(
+            self.network,
+            features,
+            target,
+            self.loss,
+            self.settings.lambda_,
+            self.penalty,
+            self.kept_channels(features),
+        )
+        if self.grad_scaler is not None:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+        else:
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        if self.grad_scaler is not None:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            self.optimizer.step()
+        # without the penalty, which sets in late: a training must not seem to end, or to get worse, where it does
+        return {"loss": segmentation_loss.detach().cpu().numpy()}
+
+    def validation_step(self, batch: dict) -> dict:
+        # nnU-Net's step, fed with stored features; the crops are the support's, query labels choose no checkpoint
+        network, self.network = self.network, self.network.adapt
+        try:
+            return super().validation_step(batch)
+        finally:
+            self.network = network
