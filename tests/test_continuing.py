@@ -10,6 +10,7 @@ from filelock import FileLock
 from trainings import FIVE, identical, make_trainer, text_of, trained, weights
 
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.nnunet import drawing
 from fsefs_nnunet.priors.size import SizePrior
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
@@ -42,6 +43,10 @@ def test_continued_training_is_bit_identical(work):
     assert identical(weights(continued), weights(expected))
     losses = [t.logger.get_value("train_losses", step=None) for t in (continued, expected)]
     np.testing.assert_array_equal(losses[0], losses[1])
+    run = RunFile.load(continued.output_folder)
+    assert [epoch["epoch"] for epoch in run.epochs] == [0, 1, 2, 3]
+    assert [epoch["loss"] for epoch in run.epochs] == pytest.approx(losses[1])
+    assert set(run.sizes_ml) == {"before", "after"} and run.head_rows == expected.run.head_rows != {}
 
 
 @pytest.mark.parametrize("cls, configuration", [(FSEFTTrainer, FIVE), (FSEFTTrainer_Scratch, f"{FIVE}_scratch")])

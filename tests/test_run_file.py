@@ -12,7 +12,7 @@ from fsefs_nnunet.methods.run_file import RUN_FILE, RunFile, StageClock
 
 def test_a_run_reads_as_it_was_written(tmp_path):
     run = RunFile("FSEFTTrainer", "3d_fullres_5shot", "all", ["O'Neil_1", 'c "d"'], ["q"], ["q"], windows=3)
-    run.epochs.append({"loss": 0.5, "sizes_ml": {"q": {"liver": 1.5}}})
+    run.epochs.append({"epoch": 0, "loss": 0.5, "pseudo_dice": None, "sizes_ml": {"q": {"liver": 1.5}}})
     run.save(tmp_path)
     assert RunFile.load(tmp_path) == run
     assert json.loads((tmp_path / RUN_FILE).read_text()) == asdict(run)

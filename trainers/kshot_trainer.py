@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from math import isnan
 from os.path import join
 from pathlib import Path
 
@@ -115,8 +116,8 @@ class KShotTrainer(WithoutMirroring):
         if self.current_epoch and Path(self.output_folder, RUN_FILE).exists():
             before = RunFile.load(self.output_folder)
             run.windows, run.seconds, run.peak_memory_gb = before.windows, before.seconds, before.peak_memory_gb
-            run.epochs, run.head_rows = before.epochs[: self.current_epoch], before.head_rows
-            run.sizes_ml = before.sizes_ml
+            run.epochs = [epoch for epoch in before.epochs if epoch["epoch"] < self.current_epoch]
+            run.head_rows, run.sizes_ml = before.head_rows, before.sizes_ml
         return run
 
     def save_run(self, stage: str) -> None:
@@ -151,7 +152,8 @@ class KShotTrainer(WithoutMirroring):
             float(self.logger.get_value(key, step=epoch))
             for key in ("train_losses", "mean_fg_dice", "epoch_start_timestamps", "epoch_end_timestamps")
         )
-        return {"loss": loss, "pseudo_dice": dice, "seconds": end - start}
+        # JSON knows no NaN, which the Dice of crops that show nothing is
+        return {"epoch": epoch, "loss": loss, "pseudo_dice": None if isnan(dice) else dice, "seconds": end - start}
 
     def on_train_end(self):
         super().on_train_end()

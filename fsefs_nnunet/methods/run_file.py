@@ -28,8 +28,8 @@ class RunFile:
     seconds: wall time by stage: "start" until the training begins, "feature bank", "training", "validation".
     budget_seconds: that the training was limited to, None without a limit.
     peak_memory_gb: "host" and "device", of the largest process of the runs.
-    epochs: of each "loss", "pseudo_dice" and "seconds"; while the prior counts, "penalty" and, by query and class,
-        "sizes_ml" that its steps saw.
+    epochs: of each "epoch", its number, "loss", "pseudo_dice" (None of crops that show nothing) and "seconds"; while
+        the prior counts, "penalty" and, by query and class, "sizes_ml" that its steps saw.
     sizes_ml: "before" and "after" the training, by query and class.
     """
 
