@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fsefs_nnunet.cli.arguments import add_dataset, add_device, positive_float, shots_argument
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.methods.registry import METHODS
 
 if TYPE_CHECKING:
     from fsefs_nnunet.benchmark.study import Study
@@ -25,7 +26,7 @@ def register(verb) -> None:
     )
     parser.add_argument("--folds", type=int, default=3, metavar="N", help="the first N of the splits; default: 3")
     parser.add_argument(
-        "--methods", nargs="+", default=[], metavar="METHOD", help="default: all; a wrong name lists them"
+        "--methods", nargs="+", default=[], metavar="METHOD", help=f"default: all; of {', '.join(METHODS)}"
     )
     parser.add_argument("-p", default="FSEFTPlans", metavar="PLANS", help="default: FSEFTPlans")
     parser.add_argument("-i", metavar="IMAGES", help="test set, in nnU-Net's naming; default: the labelled queries")
