@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from fsefs_nnunet.methods.registry import BANK, method_of_trainer
+from fsefs_nnunet.methods.registry import BANK, PATCHES, method_of_trainer
 
 _BASES = {
     BANK: "fsefs_nnunet.trainers.fseft_trainer.FSEFTTrainer",
-    "patches": "fsefs_nnunet.trainers.fine_tuning.FineTuningTrainer",
+    PATCHES: "fsefs_nnunet.trainers.fine_tuning.FineTuningTrainer",
 }
 _OTHERS = {"FSEFTPretrainer": "fsefs_nnunet.trainers.pretrainer.FSEFTPretrainer"}  # no method of the table
 

@@ -31,7 +31,6 @@ def write_summary(predictions: Path, target: Target, label_manager, reader) -> N
     By nnU-Net's own functions, but here: its command starts processes that import torch, which takes a minute for a
     grid's cell on a busy machine, the counting a second.
     """
-
     manager, ending = label_manager, target.dataset_json["file_ending"]
     classes = manager.foreground_regions if manager.has_regions else manager.foreground_labels
     cases = [

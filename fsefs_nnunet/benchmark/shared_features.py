@@ -60,7 +60,6 @@ def share_features(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, Spent
 
 def _features_of(cell: Cell) -> tuple:
     """What the backbone's features of a volume depend on; the plans' configurations may differ in it."""
-
     configuration = PlansManager(cell.study.plans).get_configuration(cell.configuration).configuration
     network = configuration["architecture"]["arch_kwargs"]
     return network["sha256"], network["stages"], tuple(configuration["patch_size"])

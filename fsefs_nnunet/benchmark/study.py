@@ -55,17 +55,14 @@ class Study:
 
     def reader(self):
         """nnU-Net's reader of the dataset's segmentations."""
-
         return PlansManager(self.plans).image_reader_writer_class()
 
     def label_manager(self):
         """nnU-Net's, of the dataset."""
-
         return PlansManager(self.plans).get_label_manager(self.target.dataset_json)
 
     def known_labels(self) -> dict[str, str]:
         """The dataset's labels that the backbone's own head knows, with its names for them."""
-
         labels = self.target.dataset_json["labels"]
         return match_labels(foreground_names(labels, True), find_backbone(self.backbone["backbone"]).head_classes)
 

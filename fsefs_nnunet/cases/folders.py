@@ -14,7 +14,6 @@ from fsefs_nnunet.errors import InputError
 
 def dataset_folders(dataset_id: int | str) -> tuple[str, Path, Path]:
     """Name, raw and preprocessed folder. Raises InputError where nnU-Net's environment variables are missing."""
-
     for name, variable in (("nnUNet_raw", nnUNet_raw), ("nnUNet_preprocessed", nnUNet_preprocessed)):
         _require(name, variable)
     name = _dataset_name(dataset_id, nnUNet_raw)
@@ -26,7 +25,6 @@ def dataset_folders(dataset_id: int | str) -> tuple[str, Path, Path]:
 
 def model_folder(dataset_id: int | str, trainer: str, plans: str, configuration: str) -> Path:
     """Of a trained model in nnUNet_results. Raises InputError without that variable, and for an unknown dataset."""
-
     _require("nnUNet_results", nnUNet_results)
     return (
         Path(str(nnUNet_results)) / _dataset_name(dataset_id, nnUNet_results) / f"{trainer}__{plans}__{configuration}"
@@ -56,7 +54,6 @@ def training_files(raw: Path, dataset_json: dict) -> dict[str, dict]:
     Raises:
         InputError: if there is none.
     """
-
     files = {}
     if "dataset" in dataset_json or (raw / "imagesTr").is_dir():
         files = get_filenames_of_train_images_and_targets(str(raw), dataset_json)

@@ -14,7 +14,6 @@ from fsefs_nnunet.errors import InputError
 
 def require_cases(cases: Iterable[str], folder: str | Path) -> None:
     """Raises InputError if nnU-Net's preprocessed `folder` lacks one of `cases`, which the K-shot folds name."""
-
     folder = str(folder)
     there = os.path.isdir(folder) and os.listdir(folder)
     refuse_missing(set(cases) - set(infer_dataset_class(folder).get_identifiers(folder) if there else ()), folder)

@@ -36,7 +36,6 @@ class UnlabelledQueries:
         Raises:
             InputError: if an image cannot be read or holds NaN or infinite values; the earlier queries stay then.
         """
-
         made = self.folder.with_name(f"{self.folder.name}.part")
         shutil.rmtree(made, ignore_errors=True)  # of a call that was interrupted
         made.mkdir(parents=True)

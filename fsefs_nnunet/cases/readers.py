@@ -21,7 +21,6 @@ def find_reader(wanted: str, file_ending: str) -> type:
     Raises:
         InputError: if none does, or this SimpleITK turns images to another orientation than nibabel.
     """
-
     readers = [recursive_find_reader_writer_by_name(name) for name in (REORIENTING if reorients(wanted) else [wanted])]
     readers.sort(key=lambda reader: reader.__name__ != wanted)
     fitting = [reader for reader in readers if file_ending.lower() in reader.supported_file_endings]
@@ -45,14 +44,12 @@ def reorients(reader_name: str) -> bool:
 
 def _simpleitk_means_ras() -> bool:
     """ITK has named orientations by where axes come from as well as by where they lead: RAS leads right, front, up."""
-
     turned = sitk.DICOMOrient(sitk.Image([1, 1, 1], sitk.sitkUInt8), "RAS")
     return np.allclose(turned.GetDirection(), np.diag([-1, -1, 1]).ravel())  # ITK's world is left, back, up
 
 
 def reoriented_axes(image_file: str | Path) -> list[int]:
     """For each axis z, y, x that a reorienting reader gives, the axis of the file as stored; reads the header alone."""
-
     affine, _, _ = _header(image_file)
     stored = np.argsort(nib.io_orientation(affine)[:, 0])  # of x, y, z, counted in i, j, k
     return [2 - int(axis) for axis in stored[::-1]]
@@ -71,7 +68,6 @@ def image_geometry(image_file: str | Path, reader_name: str) -> tuple[list[int],
 
 def _header(image_file: str | Path) -> tuple[np.ndarray, list[int], list[float]]:
     """Affine (where nibabel cannot read the file, its directions); shape and spacing as stored, in order k, j, i."""
-
     if str(image_file).lower().endswith((".nii", ".nii.gz")):
         image = nib.load(image_file)
         _require_volume(image_file, image.ndim)

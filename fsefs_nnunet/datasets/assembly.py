@@ -39,7 +39,6 @@ class Member:
 
 def read_member(dataset_id: int | str) -> Member:
     """Raises InputError where the dataset cannot take part."""
-
     name, raw, _ = dataset_folders(dataset_id)
     content = read_dataset_json(raw / "dataset.json")
     if any(isinstance(value, list) for value in content["labels"].values()) or "ignore" in content["labels"]:

@@ -22,7 +22,6 @@ READER = "NibabelIOWithReorient"  # the public datasets mix orientations
 
 def new_dataset(dataset_id: int, name: str) -> Path:
     """Folder of a raw dataset to be. Raises InputError for an id that is taken, in any of nnU-Net's folders."""
-
     if not nnUNet_raw.is_set():
         raise InputError(
             "The environment variable nnUNet_raw is not set: export nnUNet_raw=FOLDER, as nnU-Net needs it."
@@ -60,7 +59,6 @@ class UnfinishedDataset:
 
     def finish(self, summary: dict, **dataset_json) -> None:
         """Write dataset.json with nnU-Net's function and the summary, and take the final name."""
-
         with full_disk_reported():
             generate_dataset_json(
                 str(self.folder),

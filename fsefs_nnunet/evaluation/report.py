@@ -92,7 +92,6 @@ def size_section(fold: Path, predictions: Path) -> dict:
 
     predictions: a folder with nnU-Net's summary.json.
     """
-
     expected = {
         name: of_class for name, of_class in RunFile.load(fold).prior.items() if of_class and "size" in of_class
     }

@@ -94,7 +94,6 @@ class CropLoader:
 
 def region_transform(label_manager) -> Callable | None:
     """What makes one channel per region of a label map, and one of ignored voxels; None for plain labels."""
-
     if not label_manager.has_regions:
         return None
     ignored = [label_manager.ignore_label] if label_manager.has_ignore_label else []

@@ -229,7 +229,6 @@ def mean_report(reports: Sequence[dict[str, dict | None]]) -> dict[str, dict | N
 
 def keep_largest_components(file: Path, model: TrainedModel) -> None:
     """nnU-Net's postprocessing: of each class, the largest component alone; in place."""
-
     reader = model.plans_manager.image_reader_writer_class()
     segmentation, properties = reader.read_seg(str(file))
     for label_or_region in model.classes:

@@ -46,7 +46,6 @@ def stored_memory(model: TrainedModel, index: int) -> SupportMemory | None:
 
 def memory_from_bank(model: TrainedModel, index: int) -> SupportMemory:
     """Crops of the support cases that the fold was trained on; entries that the bank lacks are computed."""
-
     base = Path(str(nnUNet_preprocessed)) / model.plans_manager.dataset_name if nnUNet_preprocessed.is_set() else None
     folder = base / model.configuration.data_identifier if base else None
     if folder is None or not folder.exists():

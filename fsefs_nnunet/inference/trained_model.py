@@ -29,7 +29,6 @@ def require_backbone_of(file: str | Path, checkpoint: dict, configuration: dict)
 
     configuration: of the present plans; a baseline's names no backbone.
     """
-
     if not is_k_shot(configuration):
         return
     init = checkpoint["init_args"]  # with the plans of its training, whatever became of the file of plans
@@ -51,7 +50,6 @@ class TrainedModel:
 
     def __init__(self, folder: Path, configuration: str, folds: Sequence[str], checkpoint: str, device: torch.device):
         """folder: `TRAINER__PLANS__CONFIGURATION` in nnUNet_results. Raises InputError naming what is missing."""
-
         self.folder, self.device, self.folds = Path(folder), device, list(folds)
         if not (self.folder / "plans.json").exists():
             raise InputError(f"{self.folder} is no trained model: train it, or check -d, -tr, -p and -c.")

@@ -100,7 +100,6 @@ def zero_shot_plans(
         reader: name of nnU-Net's.
         geometries: shape and spacing of each image as it gives them.
     """
-
     names = list(dataset_json["channel_names"].values())
     shapes, spacings = (np.array(values)[:, contract.transpose_forward] for values in zip(*geometries))
     spacing = np.array(contract.spacing or np.median(spacings, 0))
@@ -153,7 +152,6 @@ def predict_zero_shot(
         InputError: for an unknown dataset or backbone, a head that knows none of the labels, a dataset whose channels
             the backbone does not take, images of which none can be read, and an output folder that cannot be written.
     """
-
     target = device_named(device)
     name, raw, _ = dataset_folders(dataset_id)
     dataset_json = read_dataset_json(raw / "dataset.json")
@@ -223,7 +221,6 @@ class ZeroShotPredictor:
         Raises:
             InputError: if the image cannot be read, or holds NaN or infinite values.
         """
-
         image, properties = read_image(self.reader, files)
         context = (self.plans_manager, self.configuration, self.dataset_json)
         image, _, properties = self.preprocessor.run_case_npy(image, None, properties, *context)

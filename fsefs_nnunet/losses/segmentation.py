@@ -21,7 +21,6 @@ def segmentation_loss(name: str, label_manager: LabelManager, batch_dice: bool) 
         name: "soft_dice", the published loss, or "nnunet", what nnU-Net's trainer builds for such labels.
         batch_dice: of the configuration.
     """
-
     ignore_label = label_manager.ignore_label
     if name == "soft_dice":
         return SoftDiceLoss(label_manager.has_regions, ignore_label)

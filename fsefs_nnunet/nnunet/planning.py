@@ -36,7 +36,6 @@ def plan(
     check_integrity: bool = False,
 ) -> str:
     """Fingerprint and plans. Returns the plans' name."""
-
     contract = find_backbone(backbone)
     name, raw, preprocessed = dataset_folders(dataset_id)
     fitting_shots(shots, len(labelled_cases(raw)))
@@ -88,7 +87,6 @@ def preprocess(
     Raises:
         InputError: for a query that cannot be read, or holds NaN or infinite values.
     """
-
     name, raw, preprocessed = dataset_folders(dataset_id)
     manager = PlansManager(str(preprocessed / f"{plans_name}.json"))
     configuration = manager.get_configuration("3d_fullres")
@@ -108,12 +106,9 @@ def _require_sound_cases(raw: Path, contract, num_threads: int) -> None:
     """nnU-Net preprocesses NaN and unknown labels without a word, and what it cannot read ends in a traceback of its
     workers'.
     """
-
     dataset_json = read_dataset_json(raw / "dataset.json")
-    reader, channels = (
-        find_reader(contract.image_reader_writer, dataset_json["file_ending"]),
-        len(dataset_json["channel_names"]),
-    )
+    reader = find_reader(contract.image_reader_writer, dataset_json["file_ending"])
+    channels = len(dataset_json["channel_names"])
     cases = training_files(raw, dataset_json)
     labels = label_values(dataset_json["labels"])
 

@@ -54,7 +54,6 @@ def write_case(
 
 def write_dataset(folder: Path, jobs: list[tuple], labels: dict, num_processes: int, **dataset_json) -> None:
     """Write the cases `jobs` = (case, seed, config, label numbers, spacing or None) and the dataset.json."""
-
     folder = Path(folder)
     for name in ("imagesTr", "labelsTr"):
         (folder / name).mkdir(parents=True, exist_ok=True)

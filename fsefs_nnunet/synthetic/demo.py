@@ -30,7 +30,6 @@ SHORT = {"fseft_steps_per_epoch": 2, "fseft_views": 20, "fseft_crop_size": [24, 
 
 def prepare(experiment: Experiment, num_queries: int, pool: int, shots: tuple[str, ...] = ("5",)) -> None:
     """Dataset, plans, splits, preprocessing; `pool` cases to draw the support from, short trainings."""
-
     if not (experiment.raw / "dataset.json").exists():
         write_demo_dataset(experiment.raw, num_queries + pool)
     done = experiment.preprocessed / "demo_is_prepared"
@@ -50,7 +49,6 @@ def run_demo(folder: Path, seconds: float | None = None, device: str | None = No
 
     seconds: training time of the from-scratch baseline; default: as long as the adapter with the prior took.
     """
-
     folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: choose an empty or a new folder with -o.")

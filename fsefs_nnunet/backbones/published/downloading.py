@@ -36,7 +36,6 @@ def only_download(entry: PublishedBackbone, folder: Path) -> Iterator[None]:
     Raises:
         InputError: if another one does, or the folder cannot be written.
     """
-
     lock = FileLock(folder / f"{entry.id}.download.lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)

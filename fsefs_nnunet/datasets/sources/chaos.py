@@ -74,7 +74,6 @@ def _slices(folder: Path) -> tuple[list[Path], np.ndarray]:
     Raises:
         InputError: for files that cannot be read, and for gaps between slices.
     """
-
     files = sorted(folder.glob("[!.]*.dcm"), key=lambda file: natural(file.name))
     reader, positions = sitk.ImageFileReader(), []
     for file in files:
