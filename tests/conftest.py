@@ -57,7 +57,7 @@ def one_thread():
     with pytest.MonkeyPatch.context() as patch:
         torch.set_num_threads(1)
         patch.setattr(torch, "set_num_threads", lambda number: None)  # commands on a CPU ask for all cores
-        patch.setenv("OMP_THREAD_LIMIT", "1")  # of programs that tests start
+        patch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # of programs that tests start
         yield
 
 

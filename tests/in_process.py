@@ -5,12 +5,13 @@ import multiprocessing
 import os
 import queue
 import shlex
-import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from subprocess import STDOUT, CalledProcessError, CompletedProcess
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ THREADS = SimpleNamespace(Pool=ThreadPool, Process=threading.Thread, Queue=queue
 def threads_for_workers():
     """nnU-Net's workers are threads of this process, which do the same and see the same folders."""
     from nnunetv2.inference import data_iterators
+    from nnunetv2.utilities import utils
 
     original = multiprocessing.get_context
 
@@ -32,6 +34,7 @@ def threads_for_workers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multiprocessing, "get_context", get_context)
         patch.setattr(data_iterators, "Manager", lambda: THREADS)
+        patch.setattr(utils, "Pool", ThreadPool)
         yield
 
 
@@ -54,8 +57,8 @@ def call(program: str, *arguments: object) -> int:
     return code or 0
 
 
-def run(command, env=None, stdout=None, stderr=None, check=False) -> subprocess.CompletedProcess:
-    """As subprocess.run; output goes to a file, if one is given."""
+def run(command: Sequence, env=None, stdout=None, stderr=None, check=False) -> CompletedProcess:
+    """As subprocess.run: a test puts this module in the place of that one. Output goes to a file, if one is given."""
     program, *arguments = command
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         if env is not None:
@@ -66,11 +69,11 @@ def run(command, env=None, stdout=None, stderr=None, check=False) -> subprocess.
         if stdout is not None:
             stack.enter_context(contextlib.redirect_stdout(stdout))
         if stderr is not None:
-            stack.enter_context(contextlib.redirect_stderr(stdout if stderr == subprocess.STDOUT else stderr))
+            stack.enter_context(contextlib.redirect_stderr(stdout if stderr == STDOUT else stderr))
         code = call(Path(program).name, *arguments)
     if check and code:
-        raise subprocess.CalledProcessError(code, command)
-    return subprocess.CompletedProcess(command, code)
+        raise CalledProcessError(code, command)
+    return CompletedProcess(command, code)
 
 
 def shell(line: str) -> int:
