@@ -7,12 +7,12 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import in_process
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from banks import make_bank
-from in_process import threads_for_workers
 from nnunet_models import FOLDER, Model, write_model
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from trainings import make_trainer, text_of
@@ -47,16 +47,14 @@ def device(request) -> torch.device:
 @pytest.fixture(scope="session", autouse=True)
 def one_process():
     """nnU-Net's workers are threads; tests of what processes do start programs."""
-    with threads_for_workers():
+    with in_process.threads_for_workers():
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Volumes this small are no faster with more, which wait at full load; sums depend on their number, too."""
     with pytest.MonkeyPatch.context() as patch:
-        torch.set_num_threads(1)
-        patch.setattr(torch, "set_num_threads", lambda number: None)  # commands on a CPU ask for all cores
+        in_process.one_thread(patch)
         patch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # of programs that tests start
         yield
 
@@ -64,8 +62,12 @@ def one_thread():
 @pytest.fixture(scope="session", autouse=True)
 def no_curves():
     """Drawing progress.png takes longer than a training of a few steps; programs that tests start do draw it."""
+
+    def leave_file(logger: LocalLogger, output_folder: str) -> None:
+        (Path(output_folder) / "progress.png").touch()
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalLogger, "plot_progress_png", lambda self, output_folder: None)
+        patch.setattr(LocalLogger, "plot_progress_png", leave_file)
         yield
 
 

@@ -6,6 +6,7 @@ import shutil
 from html import unescape
 from pathlib import Path
 
+import in_process
 import pytest
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder2
 from studies import study_of
@@ -18,6 +19,7 @@ from fsefs_nnunet.benchmark.summary import fold_means
 from fsefs_nnunet.cases.splits import load_splits
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.inference import prediction
+from fsefs_nnunet.nnunet import experiment
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def grid(tiny, tmp_path_factory):
     """Runs `fseft benchmark` in one workspace, with plans of short trainings; two cells to begin with."""
     work = type(tiny)(tmp_path_factory.mktemp("grid") / "work")
     shutil.copytree(tiny.root, work.root)
-    short = dict(fseft_steps_per_epoch=1, fseft_views=1, fseft_crop_size=[8, 8, 8], patch_size=[16, 16, 16])
+    short = dict(fseft_epochs=2, fseft_steps_per_epoch=1, fseft_views=1, fseft_crop_size=[8] * 3, patch_size=[16] * 3)
     (work.preprocessed / "FSEFTPlans.json").write_text(json.dumps(work.plans(**short)))
     output = work.root / "output"
 
@@ -37,7 +39,7 @@ def grid(tiny, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, folder in work.environment().items():
             patch.setenv(name, folder)
-        patch.setenv("nnUNet_def_n_proc", "1")
+        patch.setattr(experiment, "subprocess", in_process)
         run.work, run.output = work, output
         assert run("--methods", "probe", "ft_last") == 0
         yield run

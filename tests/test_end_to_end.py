@@ -175,7 +175,9 @@ def test_demo(tmp_path, monkeypatch):
     """`fseft demo` with fewer phantoms, methods and steps; called again, it does nothing again."""
     monkeypatch.setattr(experiment, "subprocess", in_process)
     monkeypatch.setattr(demo, "NUM_QUERIES", 2)
-    monkeypatch.setattr(demo, "SHORT", {"fseft_steps_per_epoch": 1, "fseft_views": 0, "fseft_crop_size": [16] * 3})
+    monkeypatch.setattr(
+        demo, "SHORT", {"fseft_epochs": 2, "fseft_steps_per_epoch": 1, "fseft_views": 0, "fseft_crop_size": [16] * 3}
+    )
     shown = [METHODS[name] for name in ("fseft", "scratch")]
     monkeypatch.setattr(demo, "SHOWN", shown)
     for _ in range(2):

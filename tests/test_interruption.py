@@ -10,45 +10,52 @@ import sys
 import time
 from pathlib import Path
 
+import in_process
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.nnunet.shims import fseft_trainers
 
 pytestmark = pytest.mark.slow
 
 FIVE = "3d_fullres_5shot"
-PROGRAMS = Path(sys.executable).parent
-COMMAND = [PROGRAMS / "nnUNetv2_train", "77", FIVE, "0", "-tr", "FSEFTTrainer", "-p", "FSEFTPlans"]
+EPOCHS = 40
+TRAIN = ["nnUNetv2_train", "77", FIVE, "0", "-tr", "FSEFTTrainer", "-p", "FSEFTPlans", "-device", "cpu"]
 
 
 def environment(work) -> dict[str, str]:
-    import fsefs_nnunet
-
-    shims = str(Path(fsefs_nnunet.__file__).parent / "nnunet" / "shims")
-    processes = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **work.environment(), **processes, "nnUNet_extTrainer": shims}
+    shims = str(Path(fseft_trainers.__file__).parent)
+    processes = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_extTrainer": shims}
+    return {**os.environ, **work.environment(), **processes}
 
 
 def copy_of(tiny, root: Path):
     """The tiny dataset with plans for a short training; no bank, no results."""
     shutil.copytree(tiny.root, root)
     work = type(tiny)(root)
-    settings = dict(fseft_steps_per_epoch=1, fseft_views=1, fseft_crop_size=[8, 8, 8], fseft_pool=4)
+    settings = dict(
+        fseft_epochs=EPOCHS,
+        fseft_steps_per_epoch=1,
+        fseft_views=1,
+        fseft_crop_size=[8, 8, 8],
+        fseft_pool=4,
+        patch_size=[32, 32, 32],
+    )
     (work.preprocessed / "FSEFTPlans.json").write_text(json.dumps(work.plans(**settings)))
     return work
 
 
-def train(work, *arguments: str) -> None:
-    subprocess.run(
-        [*COMMAND, "-device", "cpu", *arguments], env=environment(work), check=True, stdout=subprocess.DEVNULL
-    )
+def run(work, *command) -> None:
+    """To its end, in this process."""
+    in_process.run(command, env=environment(work), check=True)
 
 
-def kill_when(work, happened, command=(*COMMAND, "-device", "cpu")) -> None:
+def kill_when(work, happened, *command) -> None:
     """Start the command and kill it and its children with SIGKILL as soon as `happened()`."""
+    command = [sys.executable, in_process.__file__, *command]
     process = subprocess.Popen(command, env=environment(work), stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 300
     try:
@@ -74,8 +81,12 @@ def adapter(work) -> dict[str, torch.Tensor]:
 def uninterrupted(tiny, tmp_path_factory):
     """A workspace with a finished training; do not write into it."""
     work = copy_of(tiny, tmp_path_factory.mktemp("whole") / "work")
-    train(work)
+    run(work, *TRAIN)
     return work
+
+
+def log_of(work) -> str:
+    return "".join(file.read_text() for file in fold(work).glob("training_log_*.txt"))
 
 
 def same_adapter(work, other) -> bool:
@@ -83,21 +94,13 @@ def same_adapter(work, other) -> bool:
     return all(torch.equal(tensor, expected[name]) for name, tensor in adapter(work).items())
 
 
-@pytest.mark.parametrize("when", ["the bank is filled", "it trains"])
-def test_killed_and_continued(tiny, tmp_path, uninterrupted, when):
+def test_killed_and_continued(tiny, tmp_path, uninterrupted):
     work = copy_of(tiny, tmp_path / "work")
-
-    def happened() -> bool:
-        if when == "it trains":
-            return any("Epoch 33" in log.read_text() for log in fold(work).glob("training_log_*.txt"))
-        return any(work.preprocessed.glob("fseft_features/*/*"))
-
-    kill_when(work, happened)
+    kill_when(work, lambda: "Epoch 10" in log_of(work), *TRAIN)
     assert not (fold(work) / "checkpoint_final.pth").exists()
-    train(work, "--c")
+    run(work, *TRAIN, "--c")
     assert same_adapter(work, uninterrupted)
     assert (fold(work) / "validation" / "summary.json").exists()
-    assert not list(fold(work).glob("*.part"))
 
 
 def test_a_killed_prediction_goes_on(uninterrupted, tmp_path):
@@ -107,34 +110,17 @@ def test_a_killed_prediction_goes_on(uninterrupted, tmp_path):
     images.mkdir()
     for i in range(6):
         shutil.copy(work.raw / "imagesTr" / f"case_{i}_0000.nii.gz", images)
-    command = [PROGRAMS / "fseft", "predict", "-d", "77", "-c", FIVE, "-f", "0", "-device", "cpu", "-i", images, "-o"]
-    subprocess.run([*command, whole], env=environment(work), check=True)
-    kill_when(work, lambda: (killed / "case_1_sizes.json").exists(), [*command, killed])
+    command = ["fseft", "predict", "-d", "77", "-c", FIVE, "-f", "0", "-device", "cpu", "-i", images, "-o"]
+    run(work, *command, whole)
+    kill_when(work, lambda: (killed / "case_1_sizes.json").exists(), *command, killed)
     made = {file: file.stat().st_mtime_ns for case in (0, 1) for file in killed.glob(f"case_{case}*")}
     assert len(made) == 4 and not (killed / "case_5.nii.gz").exists()
-    subprocess.run([*command, killed, "--continue_prediction"], env=environment(work), check=True)
+    run(work, *command, killed, "--continue_prediction")
     assert {file: file.stat().st_mtime_ns for file in made} == made
     for i in range(6):
         arrays = [np.asarray(nib.load(folder / f"case_{i}.nii.gz").dataobj) for folder in (whole, killed)]
         assert np.array_equal(*arrays)
     assert sorted(f.name for f in killed.iterdir()) == sorted(f.name for f in whole.iterdir())
-
-
-def benchmark_of(output: Path) -> list:
-    """`fseft benchmark` of one cell, the adapter with the size prior."""
-    methods = ["--shots", "5", "--folds", "1", "--methods", "fseft"]
-    return [PROGRAMS / "fseft", "benchmark", "-d", "77", "-device", "cpu", "-o", output, *methods]
-
-
-def test_a_benchmark_killed_in_training_goes_on(tiny, tmp_path, uninterrupted):
-    """As a cluster kills a job, at its time limit for example: no cell is lost, none differs."""
-    work, output = copy_of(tiny, tmp_path / "work"), tmp_path / "output"
-    logs = lambda: fold(work).glob("training_log_*.txt")  # noqa: E731
-    kill_when(work, lambda: any("Epoch 33" in log.read_text() for log in logs()), benchmark_of(output))
-    assert not (output / "report.html").exists()
-    subprocess.run(benchmark_of(output), env=environment(work), check=True)
-    assert same_adapter(work, uninterrupted)
-    assert "fseft,5,0," in (output / "results.csv").read_text() and (output / "report.html").exists()
 
 
 def test_a_benchmark_killed_while_it_predicts_goes_on(tmp_path, uninterrupted):
@@ -143,11 +129,13 @@ def test_a_benchmark_killed_while_it_predicts_goes_on(tmp_path, uninterrupted):
     predictions = fold(work) / "validation"
     shutil.move(predictions, tmp_path / "whole")  # nnU-Net's own would be taken
     segmented = lambda: sorted(predictions.glob("*.nii.gz"))  # noqa: E731
-    kill_when(work, lambda: len(segmented()) > 0, benchmark_of(output))
+    benchmark = ["fseft", "benchmark", "-d", "77", "-device", "cpu", "-o", output]
+    benchmark += ["--shots", "5", "--folds", "1", "--methods", "fseft"]
+    kill_when(work, lambda: len(segmented()) > 0, *benchmark)
     made = {file: file.stat().st_mtime_ns for file in segmented()}
     whole = sorted((tmp_path / "whole").glob("*.nii.gz"))
     assert 0 < len(made) < len(whole) and not (output / "report.html").exists()
-    subprocess.run(benchmark_of(output), env=environment(work), check=True)
+    run(work, *benchmark)
     assert {file: file.stat().st_mtime_ns for file in made} == made
     assert [file.name for file in segmented()] == [file.name for file in whole]
     for file, expected in zip(segmented(), whole):

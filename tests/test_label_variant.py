@@ -2,22 +2,22 @@
 
 import filecmp
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from in_process import shell
+
+from fsefs_nnunet.nnunet.shims import fseft_trainers
 
 pytestmark = pytest.mark.slow
 
 LABELS = {"background": 0, "organs": [1, 2, 3], "kidney_left": 3, "ignore": 4}
 MODEL = "-c 3d_fullres_5shot -tr FSEFTTrainer -p FSEFTPlans"
 PREDICT = f"nnUNetv2_predict -d 78 {MODEL} -f 0 -device cpu -npp 1 -nps 1"
-BIN = Path(sys.executable).parent
+SHIMS = str(Path(fseft_trainers.__file__).parent)
 
 
 @pytest.fixture(scope="module")
@@ -45,32 +45,31 @@ def work(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(work):
-    """Runs a shell line in the workspace, after `eval "$(fseft env)"`."""
+    """Calls the commands of a shell line in the workspace."""
 
-    def run(line: str, **changes: str) -> str:
-        variables = {**work.environment(), "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", **changes}
-        env = {
-            **os.environ,
-            **variables,
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        }
-        command = ["bash", "-c", f'eval "$(fseft env)"; cd {work.root}; {line}']
-        result = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
-        assert result.returncode == 0, f"{line}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
-        return result.stdout
+    def run(line: str, **changes: str) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(work.root)
+            for name, value in {
+                **work.environment(),
+                "nnUNet_n_proc_DA": "0",
+                "nnUNet_extTrainer": SHIMS,
+                **changes,
+            }.items():
+                patch.setenv(name, value)
+            assert shell(line) == 0
 
     return run
 
 
 @pytest.fixture(scope="module")
 def predicted(work, run) -> Path:
-    """Planned, trained for a hundred short epochs, and predicted."""
-    stdout = run("fseft plan_and_preprocess -d 78 --shots 5 -np 1 --num_queries 2")
-    assert "SimpleITKIOWithReorient" in stdout
+    """Planned, trained for a few short epochs, and predicted."""
+    run("fseft plan_and_preprocess -d 78 --shots 5 -np 1 --num_queries 2")
+    assert work.plans()["image_reader_writer"] == "SimpleITKIOWithReorient"
     file = work.preprocessed / "FSEFTPlans.json"
-    short = dict(fseft_steps_per_epoch=1, fseft_views=1, fseft_crop_size=[8, 8, 8], fseft_pool=4)
-    file.write_text(json.dumps(work.plans(**short)))
+    short = dict(fseft_steps_per_epoch=8, fseft_views=1, fseft_crop_size=[8] * 3, fseft_pool=4, patch_size=[32] * 3)
+    file.write_text(json.dumps(work.plans(fseft_epochs=5, **short)))
     run("nnUNetv2_train 78 3d_fullres_5shot 0 -tr FSEFTTrainer -p FSEFTPlans -device cpu")
     run(f"{PREDICT} -i images -o predicted")
     return work.root / "predicted"
