@@ -47,6 +47,7 @@ def trained(tiny, tmp_path_factory):
     work = type(tiny)(tmp_path_factory.mktemp("predict") / "work")
     shutil.copytree(tiny.root, work.root)
     settings = {"fseft_crop_size": [16] * 3, "fseft_steps_per_epoch": 10, "fseft_views": 0, "fseft_lambda": 0.0}
+    settings |= {"fseft_predict_lambda": 1.0, "fseft_predict_lr": 1e-4}  # a pull that thirty steps show
     (work.preprocessed / "FSEFTPlans.json").write_text(json.dumps(work.plans(**settings)))
     with pytest.MonkeyPatch.context() as patch:
         for name, folder in work.environment().items():

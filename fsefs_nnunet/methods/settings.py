@@ -96,7 +96,7 @@ class Settings:
     predict_gamma: float = _key(
         _DEVIATION, "`fseft_gamma` in `fseft predict`, see [transductive inference](transductive_inference.md)", 0.15
     )
-    predict_lr: float = _key(_RATE, "learning rate of `fseft predict`", 1e-4)
+    predict_lr: float = _key(_RATE, "learning rate of `fseft predict`", 3e-5)
     predict_steps: int = _key(_FROM_ZERO, "steps of `fseft predict` on a volume at most", 30)
     bank_gb: float | None = _key(
         _GIGABYTES,
