@@ -40,9 +40,11 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(scope="session")
-def device(request) -> torch.device:
-    """The CPU and, where there is one, the GPU."""
-    return torch.device(request.param)
+def device(request):
+    """The CPU and, where there is one, the GPU, which computes in full float32 for tests that compare."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        yield torch.device(request.param)
 
 
 @pytest.fixture(scope="session", autouse=True)

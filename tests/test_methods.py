@@ -168,9 +168,9 @@ def test_number_of_parameters(method, wide):
 
 
 @of(ADAPTED)
-def test_step_0(method, wide, image):
-    network = network_of(method, wide)
-    features = FrozenBackbone("wide", "last")
+def test_step_0(method, wide, image, device):
+    network, image = network_of(method, wide).to(device), image.to(device)
+    features = FrozenBackbone("wide", "last").to(device)
     labels = {"background": 0, "liver": [1, 2]}
     name = wide.classes.index("liver")
     network.fit(torch.full((48,), 0.5), torch.full((48,), 2.0), labels, True)
@@ -181,8 +181,8 @@ def test_step_0(method, wide, image):
 
 
 @of(ADAPTED)
-def test_only_the_methods_parameters_get_gradients(method, wide, image):
-    network = network_of(method, wide).train()
+def test_only_the_methods_parameters_get_gradients(method, wide, image, device):
+    network, image = network_of(method, wide).to(device).train(), image[..., :8, :8, :8].to(device)
     backbone = network.backbone.module
     named = dict(backbone.named_parameters())
     tuned = set(backbone.tuned_parameters(TUNED[method.name])) if method.name in TUNED else set()

@@ -52,12 +52,12 @@ def test_backbone_is_in_nobodys_parameters_or_state():
     assert sum(p.numel() for p in model[0].module.parameters()) > 1e6
 
 
-def test_backbone_stays_in_eval_mode_without_gradients(image):
-    backbone = FrozenBackbone("phantom", "last")
+def test_backbone_stays_in_eval_mode_without_gradients(image, device):
+    backbone = FrozenBackbone("phantom", "last").to(device)
     torch.nn.Sequential(backbone).train()
     assert not any(module.training for module in backbone.module.modules())
     assert not any(p.requires_grad for p in backbone.module.parameters())
-    (features,) = backbone(image.requires_grad_())
+    (features,) = backbone(image.to(device).requires_grad_())
     assert not features.requires_grad
     assert features.shape == (1, 16, 32, 24, 16)
 
@@ -187,9 +187,9 @@ def test_trained_parameters_are_those_of_reduction_adapter_and_head(contract):
     assert sum(p.numel() for p in probe.parameters()) == (16 + 32 + 64) * 4 + 4
 
 
-def test_only_named_parameters_get_gradients(contract, image):
-    network = randomised(build(contract), 0)
-    network(image).square().sum().backward()
+def test_only_named_parameters_get_gradients(contract, image, device):
+    network = randomised(build(contract), 0).to(device)
+    network(image.to(device)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
     assert all(p.grad is None for p in network.backbone.module.parameters())
 
@@ -203,12 +203,13 @@ def test_seed_alone_decides_the_start(contract):
     assert not torch.equal(first["adapter.conv1.weight"], other["adapter.conv1.weight"])
 
 
-def test_state_dicts_go_into_a_fresh_network_one_after_another(contract, image):
+def test_state_dicts_go_into_a_fresh_network_one_after_another(contract, image, device):
     """As nnU-Net's predictor does with folds: strict, again and again, in eval mode."""
-    networks = [randomised(build(contract), seed) for seed in (1, 2)]
+    image = image.to(device)
+    networks = [randomised(build(contract), seed).to(device) for seed in (1, 2)]
     for seed, network in enumerate(networks):
         fit(network, image + seed * image**2, SOFTMAX, False)
-    fresh = build(contract, seed=7).eval()
+    fresh = build(contract, seed=7).to(device).eval()
     outputs = []
     with torch.no_grad():
         for network in [*networks, networks[0]]:
@@ -237,18 +238,18 @@ def test_state_of_another_network_is_refused(contract):
         build(contract).load_state_dict(build(contract, num_classes=3).state_dict())
 
 
-def test_adapt_takes_what_forward_computes(contract, image):
-    network = randomised(build(contract), 0)
+def test_adapt_takes_what_forward_computes(contract, image, device):
+    network, image = randomised(build(contract), 0).to(device), image.to(device)
     fit(network, image, SOFTMAX, False)
     with torch.no_grad():
         assert torch.equal(network.adapt(features_of(network.backbone, image)), network(image))
 
 
-def test_the_reduction_standardises(contract, image):
+def test_the_reduction_standardises(contract, image, device):
     """In one product what standardising first and reducing then gives."""
-    network = randomised(build(contract, stages="all", channels=48), 0)
-    fit(network, image, SOFTMAX, False)
+    network, image = randomised(build(contract, stages="all", channels=48), 0), image.to(device)
     torch.nn.init.normal_(network.reduction.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    fit(network.to(device), image, SOFTMAX, False)
     network = network.double()
     with torch.no_grad():
         features = features_of(network.backbone, image.double())
@@ -258,13 +259,13 @@ def test_the_reduction_standardises(contract, image):
 
 
 @pytest.mark.parametrize("channels", [None, 48])
-def test_a_channel_that_is_not_kept_is_taken_for_its_mean(contract, image, channels):
-    network = randomised(build(contract, channels=channels), 0)
+def test_a_channel_that_is_not_kept_is_taken_for_its_mean(contract, image, device, channels):
+    network, image = randomised(build(contract, channels=channels), 0).to(device), image[..., :16, :16, :16].to(device)
     fit(network, image, SOFTMAX, False)
     network = network.double()
     with torch.no_grad():
         features = features_of(network.backbone, torch.cat([image, image + 1]).double())
-        kept = torch.rand(features.shape[:2], generator=torch.Generator().manual_seed(0)) > 0.5
+        kept = (torch.rand(features.shape[:2], generator=torch.Generator().manual_seed(0)) > 0.5).to(device)
         filled = torch.where(kept[..., None, None, None], features, network.feature_mean.view(1, -1, 1, 1, 1))
         torch.testing.assert_close(network.adapt(features, kept), network.adapt(filled), atol=1e-9, rtol=1e-9)
         assert torch.equal(network.adapt(features, torch.ones_like(kept)), network.adapt(features))
@@ -280,8 +281,8 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("adapter, stages, channels", [*VARIANTS, ("linear_probe", "last", None)])
-def test_step_0_is_the_zero_shot_prediction_of_labels(contract, image, adapter, stages, channels):
-    network = build(contract, adapter, stages, channels)
+def test_step_0_is_the_zero_shot_prediction_of_labels(contract, image, device, adapter, stages, channels):
+    network, image = build(contract, adapter, stages, channels).to(device), image.to(device)
     matches = fit(network, image, SOFTMAX, False)
     assert matches == {"spleen": "spleen", "Right Kidney": "kidney_right"}
     with torch.no_grad():
@@ -297,8 +298,8 @@ def test_step_0_is_the_zero_shot_prediction_of_labels(contract, image, adapter, 
 
 
 @pytest.mark.parametrize("adapter, stages, channels", VARIANTS)
-def test_step_0_is_the_zero_shot_prediction_of_regions(contract, image, adapter, stages, channels):
-    network = build(contract, adapter, stages, channels, num_classes=3)
+def test_step_0_is_the_zero_shot_prediction_of_regions(contract, image, device, adapter, stages, channels):
+    network, image = build(contract, adapter, stages, channels, num_classes=3).to(device), image.to(device)
     assert fit(network, image, REGIONS, True) == {"kidneys": "kidneys", "kidney_left": "kidney_left"}
     with torch.no_grad():
         logits, universal = network(image), network.backbone.module.unet(image)

@@ -30,9 +30,9 @@ def constant_probe(contract, logits: list[float]) -> AdaptedNetwork:
 
 
 @pytest.mark.parametrize("has_regions", [False, True])
-def test_soft_sizes_by_hand(bank, contract, has_regions):
+def test_soft_sizes_by_hand(bank, contract, device, has_regions):
     """Constant logits: every class fills the same share of the volume, whatever the pooling."""
-    network = constant_probe(contract, [0.0, 1.0, 2.0])
+    network = constant_probe(contract, [0.0, 1.0, 2.0]).to(device)
     bias = network.head.bias.detach()
     share = torch.sigmoid(bias) if has_regions else torch.softmax(bias, 0)[1:]
     for pool in (1, 2, 4):
@@ -45,7 +45,7 @@ def test_soft_sizes_by_hand(bank, contract, has_regions):
 
 @pytest.mark.parametrize("ignore", [False, True])
 @pytest.mark.parametrize("has_regions", [False, True])
-def test_share_found_by_hand(contract, has_regions, ignore):
+def test_share_found_by_hand(contract, device, has_regions, ignore):
     """Constant logits on crops of 64 voxels: 8 of a, 16 of b, 32 of background and 8 that may be ignored; none of c."""
     target = torch.tensor([1] * 8 + [2] * 16 + [0] * 32 + [4 if ignore else 0] * 8).view(1, 1, 4, 4, 4)
     labels = {"background": 0, "a": 1, "b": 2, "c": 3}
@@ -58,7 +58,8 @@ def test_share_found_by_hand(contract, has_regions, ignore):
         labels["ignore"] = 4
     logits = [0.5, 1.0, -1.0] if has_regions else [0.0, 0.5, 1.0, -1.0]
     batch = {"data": torch.rand(1, 16, 4, 4, 4), "target": target}
-    found = share_found(constant_probe(contract, logits), [batch, batch], LabelManager(labels, order))
+    network = constant_probe(contract, logits).to(device)
+    found = share_found(network, [batch, batch], LabelManager(labels, order)).cpu()
     bias = torch.tensor(logits)
     probability = torch.sigmoid(bias) if has_regions else torch.softmax(bias, 0)[1:]
     labelled = torch.tensor([24.0 if has_regions else 8.0, 16.0])
@@ -90,9 +91,9 @@ def test_calibration_shows_every_class():
     assert calibration_cases({"a": np.zeros(4)}, 4) == ["a"] and calibration_cases({}, 4) == []
 
 
-def test_sizes_of_pooled_queries_are_calibrated_on_the_support(bank, contract):
+def test_sizes_of_pooled_queries_are_calibrated_on_the_support(bank, contract, device):
     """Pooling by 4 changes what a cube of 9^3 seems to measure; what it does to the support is undone."""
-    network = probe_of_the_first_channel(contract)
+    network = probe_of_the_first_channel(contract).to(device)
     store(bank, "query", ball(4), query_layout((17, 17, 17), 4))
     store(bank, "support", ball(4), query_layout((17, 17, 17), 4))
     voxel_ml = 0.5
@@ -107,15 +108,15 @@ def test_sizes_of_pooled_queries_are_calibrated_on_the_support(bank, contract):
     # the second class is in no support case, which says nothing of it
     assert calibrated.scale[1] == 1
     # finding half of what is labelled is no effect of pooling: the query's size is half, too
-    calibrated.calibrate(network, False, torch.tensor([0.5, 1.0]))
+    calibrated.calibrate(network, False, torch.tensor([0.5, 1.0], device=device))
     assert calibrated.predict(network, "query", False).sizes.soft[0].item() == pytest.approx(
         9**3 * voxel_ml / 2, rel=1e-4
     )
 
 
-def test_the_gradient_of_sizes_knows_their_calibration(bank, contract):
+def test_the_gradient_of_sizes_knows_their_calibration(bank, contract, device):
     """It is the slope of S^ where the scale is measured anew; volumes like the support's have none to follow."""
-    network = probe_of_the_first_channel(contract)
+    network = probe_of_the_first_channel(contract).to(device)
     with torch.no_grad():
         network.head.weight[1, 0] = 1.0
     for name, radius in (("query", 5), ("like the support", 3), ("support", 3)):
@@ -144,10 +145,10 @@ def test_the_gradient_of_sizes_knows_their_calibration(bank, contract):
 
 
 @pytest.mark.parametrize("centre, at_border", [(8, False), (3, True)])
-def test_organs_at_the_border_and_missing_ones_are_not_seen_whole(bank, contract, centre, at_border):
-    network = probe_of_the_first_channel(contract)
+def test_organs_at_the_border_and_missing_ones_are_not_seen_whole(bank, contract, device, centre, at_border):
+    network = probe_of_the_first_channel(contract).to(device)
     store(bank, "query", ball(3, centre), query_layout((17, 17, 17), 1))
-    predicted = QueryVolumes(bank, ["query"], 1.0).predict(network, "query", False).sizes
+    predicted = QueryVolumes(bank, ["query"], 1.0).predict(network, "query", False).sizes.to("cpu")
     assert predicted.at_border.tolist() == [at_border, False]
     prior = torch.tensor([500.0, 500.0])
     assert predicted.seen_whole(prior).tolist() == [not at_border, False]
