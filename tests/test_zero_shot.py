@@ -35,7 +35,7 @@ class Stand(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, image):
-        return image
+        return [image]
 
 
 CLASSES = ("background", "liver", "spleen", "aorta", "pancreas")
