@@ -14,6 +14,7 @@ import pytest
 import torch
 from banks import make_bank
 from nnunet_models import FOLDER, Model, write_model
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from trainings import make_trainer, text_of
 
@@ -60,14 +61,19 @@ def one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_curves():
-    """Drawing progress.png takes longer than a training of a few steps; programs that tests start do draw it."""
+def quick_nnunet():
+    """Without what nnU-Net spends most of a short run on, and what our plans and results have no use for."""
+    collect = DatasetFingerprintExtractor.collect_foreground_intensities
 
     def leave_file(logger: LocalLogger, output_folder: str) -> None:
         (Path(output_folder) / "progress.png").touch()
 
+    def few_voxels(segmentation, images, seed=1234, num_samples=1000):
+        return collect(segmentation, images, seed, min(num_samples, 1000))  # of the 10^8 that it draws by default
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalLogger, "plot_progress_png", leave_file)
+        patch.setattr(DatasetFingerprintExtractor, "collect_foreground_intensities", staticmethod(few_voxels))
         yield
 
 
