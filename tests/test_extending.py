@@ -313,7 +313,7 @@ def test_what_a_method_adds_stays_in_eval_mode(work):
     "changes, sentence",
     [
         ({"trainer": "MyTrainer"}, "the name of a trainer begins with FSEFT"),
-        ({"learns_from": BANK}, "it cannot learn from stored features"),
+        ({"learns_from": BANK}, "it learns from patches, not stored features"),
         ({"trains_with_prior": True}, "need stored features"),
     ],
 )
