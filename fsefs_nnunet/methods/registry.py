@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Literal
 
@@ -71,6 +71,18 @@ class Method:
         return self.trainer is not None and not self.suffix
 
 
+_FSEFT = Method(
+    "fseft",
+    "spatial adapter + size prior",
+    "spatial adapter, head",
+    "The paper's method: its adapter, with the size prior on the queries.",
+    "FSEFTTrainer",
+    BANK,
+    "fsefs_nnunet.trainers.fseft_trainer.FSEFTTrainer",
+    trains_with_prior=True,
+    shares_features=True,
+)
+
 _ROWS = [
     Method(
         "zero_shot",
@@ -109,28 +121,14 @@ _ROWS = [
         rate=1e-2,
         weight_decay=1e-5,
     ),
-    Method(
-        "fseft",
-        "spatial adapter + size prior",
-        "spatial adapter, head",
-        "The paper's method: its adapter, with the size prior on the queries.",
-        "FSEFTTrainer",
-        BANK,
-        "fsefs_nnunet.trainers.fseft_trainer.FSEFTTrainer",
-        trains_with_prior=True,
-        shares_features=True,
-    ),
-    Method(
-        "transductive",
-        "spatial adapter + size prior, transductive",
-        "spatial adapter, head, and again on each query",
-        "The paper's method, adapted to each query by `fseft predict`.",
-        "FSEFTTrainer",
-        BANK,
-        "fsefs_nnunet.trainers.fseft_trainer.FSEFTTrainer",
-        trains_with_prior=True,
+    _FSEFT,
+    replace(
+        _FSEFT,
+        name="transductive",
+        title="spatial adapter + size prior, transductive",
+        trains="spatial adapter, head, and again on each query",
+        sentence="The paper's method, adapted to each query by `fseft predict`.",
         transductive=True,
-        shares_features=True,
     ),
     Method(
         "context",
