@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.methods.registry import METHODS, choose
+from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.nnunet.experiment import Experiment
 from fsefs_nnunet.synthetic.demo import prepare
 
@@ -36,9 +37,11 @@ def windows_of(experiment: Experiment, shots: list[str], folds: int, methods: li
     results = experiment.folders["nnUNet_results"]
     if not any(results.rglob("benchmark_*.json")):
         experiment.run("fseft", "bank", "-d", DATASET, "--clear")
-        benchmark(experiment, shots, folds, methods)
-    found = (Result.load(file) for file in results.rglob("benchmark_*.json"))
-    return sum(result.windows for result in found if result.method in methods and str(result.shots) in shots)
+    benchmark(experiment, shots, folds, methods)
+    found = {file: Result.load(file) for file in results.rglob("benchmark_*.json")}
+    own = {f: r for f, r in found.items() if r.method in methods and str(r.shots) in shots and r.fold < folds}
+    trainings = {file.parent for file in own}  # methods may share one
+    return sum(r.windows for r in own.values()) + sum(RunFile.load(fold).windows for fold in trainings)
 
 
 def main() -> None:

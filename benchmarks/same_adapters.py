@@ -4,8 +4,9 @@
     python benchmarks/same_adapters.py --work /data/same --out after.json    # with the other
     python benchmarks/same_adapters.py --compare before.json after.json
 
-Phantoms, one thread, fixed seeds. The raw dataset in WORK is written once and used by both; plans, features and
-trainings are made anew. Only nnU-Net's functions and our commands are called, so that any two versions can be compared.
+Phantoms, one thread, fixed seeds. The raw dataset in WORK is written once and used by both, by a version that has this
+script: run that one first where the other is older. Plans, features and trainings are made anew, by nnU-Net's functions
+and our commands alone.
 """
 
 from __future__ import annotations

@@ -84,9 +84,11 @@ def main() -> None:
             choices[f"weight {weight:g}, rate {rate:g}, {args.steps} steps"] = settings
     queries = load_splits(dataset_folders(args.d)[2] / SPLITS_FILE)["queries"]
     done = read_json(args.o) if args.o.exists() else {}
+    cells = {}
     for shots in args.shots:
         for fold in args.folds:
-            of_cell = done.setdefault(f"{shots} shots, fold {fold}", {})
+            of_cell = done.setdefault(f"{args.d} {args.tr} {args.p}, {shots} shots, fold {fold}", {})
+            cells[f"{shots} shots, fold {fold}"] = of_cell
             missing = {name: settings for name, settings in choices.items() if name not in of_cell}
             if missing:
                 configuration = f"3d_fullres_{shots}shot"
@@ -94,13 +96,13 @@ def main() -> None:
                 model = TrainedModel(folder, configuration, [fold], "checkpoint_final.pth", torch.device("cpu"))
                 of_cell |= measure(model, queries, missing)
                 write_atomically(args.o, json.dumps(done, indent=1))
-    rows = [{"choice": name, **{k: done[k][name]["Dice"] for k in done}, **means(done, name)} for name in choices]
+    rows = [{"choice": name, **{k: cells[k][name]["Dice"] for k in cells}, **means(cells, name)} for name in choices]
     print(markdown_table(rows))
 
 
-def means(done: dict, name: str) -> dict[str, float]:
-    cells = [cell[name] for cell in done.values()]
-    return {f"mean {key}": float(np.mean([cell[key] for cell in cells])) for key in cells[0]}
+def means(cells: dict[str, dict], name: str) -> dict[str, float]:
+    measured = [cell[name] for cell in cells.values()]
+    return {f"mean {key}": float(np.mean([of[key] for of in measured])) for key in measured[0]}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
+from math import isfinite
 from pathlib import Path
 from secrets import token_hex
 from time import time
@@ -42,6 +43,19 @@ def write_atomically(file: str | Path, content: str | bytes) -> None:
     """Replace `file`: it holds the old content or the new one, never a part."""
     with replacing(file) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(file: str | Path, content: object) -> None:
+    """As write_atomically; numbers that are not finite become null, since JSON has no NaN."""
+    write_atomically(file, json.dumps(_finite(content), indent=1))
+
+
+def _finite(content: object) -> object:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not isfinite(content) else content
 
 
 def read_json(file: Path) -> dict:

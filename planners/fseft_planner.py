@@ -12,8 +12,8 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn_by_name
 
 from fsefs_nnunet.backbones.architectures.nnunet import plans_architecture
-from fsefs_nnunet.backbones.decoder_tuning import untrained_decoder
 from fsefs_nnunet.backbones.store import DEFAULT_BACKBONE, find_backbone, load_weights
+from fsefs_nnunet.backbones.untrained_decoder import untrained_decoder
 from fsefs_nnunet.cases.dataset_json import channel_names
 from fsefs_nnunet.cases.readers import find_reader, reoriented_axes, reorients
 from fsefs_nnunet.cases.splits import fitting_shots

@@ -74,7 +74,7 @@ def change_json(**values):
 
 def half_written(npy, json_file):
     """As a killed process leaves it, between its two files."""
-    npy.with_name(f".{json_file.name}.1-0{PART}").write_bytes(json_file.read_bytes()[:100])
+    npy.with_name(f".{npy.name}.1-0{PART}").write_bytes(npy.read_bytes()[:100])
     json_file.unlink()
 
 
@@ -102,6 +102,7 @@ def test_damaged_entry_is_computed_again(bank, images, backbone, damage):
     assert again.fill(requests(["a"], images.get), log=said.append) == 1
     assert f"1 entries were not whole, or altered, and are computed again: {npy.stem}." in said
     assert npy.read_bytes() == expected and json.loads(json_file.read_text()) == info
+    assert not list(bank.folder.glob(f".*{PART}"))
     assert again.fill(requests(["a"], images.get)) == 0
 
 

@@ -7,7 +7,7 @@ through planning, two epochs and nnUNetv2_predict.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,11 +24,12 @@ from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.maps import FeatureMap
 from fsefs_nnunet.backbones.state import copy_exactly
-from fsefs_nnunet.backbones.store import save_backbone
+from fsefs_nnunet.backbones.store import find_backbone, save_backbone
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.datasets.source import Case, Source, numbered, paired
 from fsefs_nnunet.datasets.sources import SOURCES
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.methods.network import AdaptedNetwork
 from fsefs_nnunet.methods.registry import BANK, METHODS, PATCHES, Method
 from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.priors import PRIORS
@@ -84,9 +85,10 @@ class Gain(nn.Module):
     def __init__(self, convolution: nn.Conv3d, groups: int):
         super().__init__()
         self.convolution, self.gain = convolution, nn.Parameter(torch.ones(groups))
+        self.dropout = nn.Dropout(0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.convolution(x)
+        y = self.dropout(self.convolution(x))
         return y * self.gain.repeat_interleave(y.shape[1] // len(self.gain)).view(-1, 1, 1, 1)
 
 
@@ -297,6 +299,27 @@ def test_options_that_nobody_has(work, options, sentence):
     method = METHODS["fseft" if "fseft" in options else "gains"]
     with pytest.raises(InputError, match=sentence):
         build_network(method, configuration, 1, 3)
+
+
+def test_what_a_method_adds_stays_in_eval_mode(work):
+    contract = find_backbone("toy")
+    network = AdaptedNetwork(1, 3, "toy", contract.sha256, "linear_probe", "last", None, 0, inside=Gains(2)).train()
+    assert not network.backbone.module.first.dropout.training
+    image = torch.rand(1, 1, 16, 16, 16)
+    assert torch.equal(network(image), network(image))
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"trainer": "MyTrainer"}, "the name of a trainer begins with FSEFT"),
+        ({"learns_from": BANK}, "it learns from patches, not stored features"),
+        ({"trains_with_prior": True}, "need stored features"),
+    ],
+)
+def test_rows_that_contradict_themselves(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        replace(ROWS[0], **changes)
 
 
 def test_a_prior(work, monkeypatch):

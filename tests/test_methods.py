@@ -66,7 +66,7 @@ RECIPES = {
     "decoder": (1e-4, 0.0, 200),
     "ft": (1e-4, 1e-5, 150),
 }
-ADAPTED = [row for row in METHODS.values() if row.uses_backbone and not row.transductive]
+ADAPTED = [row for row in METHODS.values() if row.trains_on_backbone and not row.transductive]
 LAST_BLOCK, SCRATCH = METHODS["ft_last"], METHODS["scratch"]
 
 

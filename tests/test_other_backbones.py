@@ -97,7 +97,7 @@ def pair(work, tmp_path, monkeypatch, contract):
 
 def test_two_channels(work, pair):
     trainer = trained(work, epochs=1, plans=pair)
-    assert trainer.load_image(trainer.support[0]).shape[0] == trainer.load_image("scan_0").shape[0] == 2
+    assert trainer.load_image(trainer.run.support[0]).shape[0] == trainer.unlabelled.load("scan_0").shape[0] == 2
     assert np.isfinite(trainer.logger.get_value("train_losses", step=None)).all()
     query = splits_of(work)["queries"][0]
     assert predicted(trainer, query).shape == trainer.load_image(query).shape[1:]

@@ -35,7 +35,7 @@ class Stand(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, image):
-        return image
+        return [image]
 
 
 CLASSES = ("background", "liver", "spleen", "aorta", "pancreas")
@@ -125,7 +125,8 @@ def window_logits(workspace, backbone: FrozenBackbone, case: str, size: int) -> 
     room = [size - n for n in image.shape]
     padded = np.pad(image, [(r // 2, r - r // 2) for r in room])
     with torch.no_grad():
-        logits = backbone.head(backbone(torch.tensor(padded, dtype=torch.float32)[None, None]))[0]
+        (features,) = backbone(torch.tensor(padded, dtype=torch.float32)[None, None])
+        logits = backbone.head(features)[0]
     return logits[(slice(None), *(slice(r // 2, r // 2 + n) for r, n in zip(room, image.shape)))]
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fsefs_nnunet.backbones.decoder_tuning import refuse_untrained_decoder
 from fsefs_nnunet.backbones.store import find_backbone
+from fsefs_nnunet.backbones.untrained_decoder import refuse_untrained_decoder
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.losses.segmentation import segmentation_loss
 from fsefs_nnunet.methods.network import build_network, trains_decoder

@@ -16,7 +16,7 @@ from fsefs_nnunet.features.crops import CropLoader, region_transform
 from fsefs_nnunet.features.disk import cap_in_gb
 from fsefs_nnunet.features.layout import Layout, support_layout
 from fsefs_nnunet.features.views import SupportViews
-from fsefs_nnunet.priors.objective import objective
+from fsefs_nnunet.priors.objective import objective, support_loss
 from fsefs_nnunet.trainers.adapted_trainer import AdaptedTrainer
 
 
@@ -157,15 +157,8 @@ class BankTrainer(AdaptedTrainer):
         features = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
-        loss, segmentation_loss = objective(
-            self.network,
-            features,
-            target,
-            self.loss,
-            self.settings.lambda_,
-            self.penalty,
-            self.kept_channels(features),
-        )
+        segmentation_loss = support_loss(self.network, features, target, self.loss, self.kept_channels(features))
+        loss = objective(segmentation_loss, self.penalty(), self.settings.lambda_)
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)

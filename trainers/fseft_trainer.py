@@ -193,4 +193,4 @@ class FSEFTTrainer(BankTrainer):
 
     def added_to_checkpoint(self) -> dict:
         """What `fseft predict` needs of a model that travels alone."""
-        return super().added_to_checkpoint() | {PRIOR_KEY: self.prior.state()}
+        return super().added_to_checkpoint() | {PRIOR_KEY: {"name": self.method.prior, "state": self.prior.state()}}

@@ -1,17 +1,16 @@
-"""What every trainer of a K-shot configuration shares: its cases and its checkpoints."""
+"""What every trainer of a K-shot configuration shares: its cases, its checkpoints and its run file."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from math import isnan
 from os.path import join
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
-from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint, read_checkpoint
+from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.cases.preprocessed import require_cases
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, query_cases, support_cases
 from fsefs_nnunet.device import peak_device_memory_gb, peak_host_memory_gb
@@ -99,7 +98,7 @@ class KShotTrainer(WithoutMirroring):
             return super().save_checkpoint(filename)
         with replacing(filename) as part:
             super().save_checkpoint(str(part))
-            add_to_checkpoint(part, **self.added_to_checkpoint())
+            torch.save({**read_checkpoint(part), **self.added_to_checkpoint()}, part)
 
     def added_to_checkpoint(self) -> dict:
         """Data beside what nnU-Net keeps; its loaders do not look at it."""
@@ -123,8 +122,9 @@ class KShotTrainer(WithoutMirroring):
     def save_run(self, stage: str) -> None:
         """The time since the last call belongs to `stage`."""
         self.clock.lap(self.run, stage)
-        self.run.keep_peak("host", peak_host_memory_gb())
-        self.run.keep_peak("device", peak_device_memory_gb(self.device))
+        if stage != VALIDATION:
+            self.run.keep_peak("host", peak_host_memory_gb())
+            self.run.keep_peak("device", peak_device_memory_gb(self.device))
         if not self.local_rank:
             self.run.save(self.output_folder)
 
@@ -152,8 +152,7 @@ class KShotTrainer(WithoutMirroring):
             float(self.logger.get_value(key, step=epoch))
             for key in ("train_losses", "mean_fg_dice", "epoch_start_timestamps", "epoch_end_timestamps")
         )
-        # JSON knows no NaN, which the Dice of crops that show nothing is
-        return {"epoch": epoch, "loss": loss, "pseudo_dice": None if isnan(dice) else dice, "seconds": end - start}
+        return {"epoch": epoch, "loss": loss, "pseudo_dice": dice, "seconds": end - start}
 
     def on_train_end(self):
         super().on_train_end()
@@ -175,9 +174,13 @@ class KShotTrainer(WithoutMirroring):
         for file in Path(self.output_folder, "validation").glob(f"*{self.dataset_json['file_ending']}"):
             if file.name.removesuffix(self.dataset_json["file_ending"]) not in queries:
                 file.unlink()
+        self.clock = StageClock()
         super().perform_actual_validation(save_probabilities)
         self.print_to_log_file(f"Validation results: {join(self.output_folder, 'validation', 'summary.json')}")
-        if self.run is None and Path(self.output_folder, RUN_FILE).exists():  # `--val`
-            self.run = RunFile.load(self.output_folder)
-        if self.run is not None:
+        try:
+            self.run = self.run or RunFile.load(self.output_folder)  # `--val` has not trained
+        except InputError as error:
+            self.print_to_log_file(f"The time of the validation is not kept: {error}")
+        else:
+            self.run.seconds.pop(VALIDATION, None)
             self.save_run(VALIDATION)

@@ -22,7 +22,9 @@ class BackboneContract:
     transposed by `transpose_forward`. Channels count by position, as channel_names in a dataset.json.
 
     id: its name in plans and on the command line.
-    architecture: how to build it; "kind" names the class in fsefs_nnunet.backbones.frozen, the rest is its own.
+    architecture: how to build it; "kind" is a key of architectures.ARCHITECTURES. "features", the channels of all maps
+        together, is read here where it is not a U-Net of nnU-Net's, as are "head" (false: none) and "encoder_only"
+        (true: an untrained decoder); the rest is the architecture's own.
     classes: names of the universal head's rows, in order; of what it was trained on, where it has no linear head.
     softmax: the head's rows compete and row 0 is the background; otherwise each is a sigmoid of its own.
     channel_names: what it was trained on, per channel.

@@ -22,7 +22,7 @@ class FrozenBackbone(nn.Module):
     def __init__(self, backbone_id: str, stages: str, sha256: str | None = None):
         """Raises InputError for an unknown backbone, damaged weights, or others than `sha256`."""
         super().__init__()
-        self.contract = find_backbone(backbone_id)
+        self.contract, self.stages = find_backbone(backbone_id), stages
         module = build_architecture(self.contract, stages)
         module.load_backbone_state(load_weights(self.contract, sha256))
         self.__dict__["module"] = module.eval().requires_grad_(False)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class Backbone(Protocol):
     """A torch.nn.Module that gives a list of feature maps. One file each, one key in ARCHITECTURES.
 
+    The contract's `architecture` says "kind", that key, and "features", the channels of all maps together.
+
     maps: what `forward` gives, in its order.
     head: the universal head, which reads the first map and gives one row for each of the contract's classes; None for
         a backbone without one.
@@ -25,7 +27,7 @@ class Backbone(Protocol):
     head: nn.Module | None
 
     def __init__(self, contract: BackboneContract, stages: str):
-        """stages: which maps are wanted; every architecture knows "last", the map that its head reads.
+        """stages: which maps to give; every architecture knows "last", the map that its head reads.
 
         Raises:
             InputError: for stages that it does not have, or a missing package.

@@ -195,7 +195,7 @@ class Cell:
             run.budget_seconds or 0.0,
             run.peak_memory,
             spent.seconds + time() - start,
-            run.windows + spent.windows,
+            spent.windows,
             cases,
         )
         result.save(self.file)

@@ -1,4 +1,4 @@
-"""results.csv, table.md and figure.png of a benchmark."""
+"""results.csv and table.md of a benchmark, and the figure of its report."""
 
 from __future__ import annotations
 

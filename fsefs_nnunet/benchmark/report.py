@@ -1,4 +1,4 @@
-"""report.html of a benchmark."""
+"""report.html and figure.png of a benchmark."""
 
 from __future__ import annotations
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.files import write_atomically
+from fsefs_nnunet.files import write_json
 
 CaseMetrics = dict[str, dict[str, dict[str, float]]]  # case -> class -> metric; NaN: there is nothing to compare
 
@@ -24,7 +23,8 @@ class Result:
     budget_seconds: what the training was limited to; 0.0 where it was not.
     peak_memory_gb: of the training process; NaN where the system does not say.
     wall_seconds: what the benchmark spent on it.
-    windows: through the frozen backbone, in its training and in predictions from shared features that it began.
+    windows: through the frozen backbone, in predictions from shared features that it began; those of its training are
+        in the run file.
     """
 
     method: str
@@ -44,9 +44,7 @@ class Result:
     cases: CaseMetrics
 
     def save(self, file: Path) -> None:
-        """NaN is written as null, which JSON has."""
-        content = _replaced(asdict(self), lambda x: None if isinstance(x, float) and math.isnan(x) else x)
-        write_atomically(file, json.dumps(content, indent=1))
+        write_json(file, asdict(self))
 
     @classmethod
     def load(cls, file: Path) -> Result:

@@ -62,7 +62,7 @@ def _features_of(cell: Cell) -> tuple:
     """What the backbone's features of a volume depend on; the plans' configurations may differ in it."""
     configuration = PlansManager(cell.study.plans).get_configuration(cell.configuration).configuration
     network = configuration["architecture"]["arch_kwargs"]
-    return network["sha256"], network["stages"], tuple(configuration["patch_size"])
+    return network["sha256"], cell.method.maps or network["stages"], tuple(configuration["patch_size"])
 
 
 def _predict_together(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, int]]:

@@ -19,7 +19,7 @@ def dataset_folders(dataset_id: int | str) -> tuple[str, Path, Path]:
     name = _dataset_name(dataset_id, nnUNet_raw)
     raw = Path(str(nnUNet_raw)) / name
     if not (raw / "dataset.json").exists():
-        raise InputError(f"{raw}/dataset.json is missing: a raw dataset in nnU-Net's layout is wanted.")
+        raise InputError(f"{raw}/dataset.json is missing: expected a raw dataset in nnU-Net's layout.")
     return name, raw, Path(str(nnUNet_preprocessed)) / name
 
 
@@ -59,7 +59,7 @@ def training_files(raw: Path, dataset_json: dict) -> dict[str, dict]:
         files = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
     if not files:
         ending = dataset_json["file_ending"]
-        raise InputError(f"{raw / 'imagesTr'} has no images named <case>_0000{ending}: nnU-Net's naming is wanted.")
+        raise InputError(f"{raw / 'imagesTr'} has no images named <case>_0000{ending}: expected nnU-Net's naming.")
     return files
 
 

@@ -60,7 +60,7 @@ def images_in(folder: Path, dataset_json: dict) -> dict[str, list[str]]:
     ending, channels = dataset_json["file_ending"], len(channel_names(dataset_json))
     first = sorted(Path(folder).glob(f"*_0000{ending}"))
     if not first:
-        raise InputError(f"{folder} has no images named <case>_0000{ending}: nnU-Net's naming is wanted.")
+        raise InputError(f"{folder} has no images named <case>_0000{ending}: expected nnU-Net's naming.")
     cases = {}
     for file in first:
         case = file.name[: -len(f"_0000{ending}")]

@@ -28,7 +28,7 @@ def find_reader(wanted: str, file_ending: str) -> type:
         endings = dict.fromkeys(ending for reader in readers for ending in reader.supported_file_endings)
         raise InputError(
             f"The backbone was trained with {wanted}, which cannot read {file_ending!r}: convert the dataset to "
-            f" {' or '.join(endings)}."
+            f"{' or '.join(endings)}."
         )
     if fitting[0].__name__ == "SimpleITKIOWithReorient" and not _simpleitk_means_ras():
         raise InputError(

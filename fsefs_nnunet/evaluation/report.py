@@ -61,10 +61,6 @@ def _learning_curves(folds: dict[str, Path]) -> dict[str, bytes]:
     }
 
 
-def organs(dataset_json: dict) -> dict[str, int | list[int]]:
-    return foreground(dataset_json["labels"])
-
-
 def dataset_of(fold: Path) -> dict:
     """dataset.json of the model that a fold's folder belongs to."""
     return json.loads((fold.parent / "dataset.json").read_text("utf-8"))
@@ -82,7 +78,7 @@ def ranked_overlays(predictions: Path, images: Path, labels: Path, dataset_json:
         case, png = name.removesuffix(ending), BytesIO()
         caption = f"{rank}: {case}, mean Dice {dice[name]:.3f}"
         image = images / f"{case}_0000{ending}"
-        save_overlay(image, predictions / name, png, labels / name, organs(dataset_json), caption)
+        save_overlay(image, predictions / name, png, labels / name, foreground(dataset_json["labels"]), caption)
         overlays[caption] = png.getvalue()
     return overlays
 
@@ -99,7 +95,7 @@ def size_section(fold: Path, predictions: Path) -> dict:
         return {}
     plans = json.loads((fold.parent / "plans.json").read_text("utf-8"))
     reader = PlansManager(plans).image_reader_writer_class()
-    predicted, labelled = counted_sizes(predictions / "summary.json", organs(dataset_of(fold)), reader)
+    predicted, labelled = counted_sizes(predictions / "summary.json", foreground(dataset_of(fold)["labels"]), reader)
     rows = [
         {
             "sizes in ml": name,

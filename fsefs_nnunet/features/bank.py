@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from fsefs_nnunet.cases.preprocessed import require_finite
 from fsefs_nnunet.features.disk import BANK_FOLDER, require_space, used_bytes
 from fsefs_nnunet.features.layout import Layout
 from fsefs_nnunet.features.windows import TILE_STEP_SIZE, extract_features, window_starts
-from fsefs_nnunet.files import gigabytes, replacing, write_atomically
+from fsefs_nnunet.files import PART, gigabytes, replacing, write_atomically
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
@@ -73,7 +74,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Request:
-    """A volume whose features are wanted.
+    """A volume whose features are needed.
 
     image: gives the preprocessed image (channels, X, Y, Z); a bank may ask for it twice.
     layout: what to keep of a volume of (X, Y, Z) voxels; called after `image`.
@@ -116,8 +117,7 @@ class FeatureBank:
         cls, preprocessed: Path, backbone: FrozenBackbone, configuration: ConfigurationManager, device: torch.device
     ) -> FeatureBank:
         """The bank of a K-shot configuration in the preprocessed folder of its dataset."""
-        stages = configuration.network_arch_init_kwargs["stages"]
-        return cls(preprocessed / BANK_FOLDER, backbone, stages, configuration.patch_size, device)
+        return cls(preprocessed / BANK_FOLDER, backbone, backbone.stages, configuration.patch_size, device)
 
     def __getitem__(self, case: str) -> Entry:
         """The entry of a case that `fill` was called with."""
@@ -194,6 +194,8 @@ class FeatureBank:
         return len(missing)
 
     def _write(self, key: EntryKey, features: torch.Tensor) -> None:
+        for left in self.folder.glob(f".{escape(key.name)}.*{PART}"):  # of a killed process; this one has the lock
+            left.unlink(missing_ok=True)
         array = key.layout.pack(features)
         sums, square_sums = [], []
         for channel in features:  # one at a time: float64 of a whole volume is four times what is stored

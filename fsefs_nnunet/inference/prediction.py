@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from time import monotonic
 
 import numpy as np
@@ -223,7 +224,7 @@ def mean_report(reports: Sequence[dict[str, dict | None]]) -> dict[str, dict | N
     means = {}
     for name in reports[0]:
         known = [report[name] for report in reports if report[name]]
-        means[name] = {key: round(float(np.mean([of[key] for of in known])), 4) for key in known[0]} if known else None
+        means[name] = {key: round(fmean(of[key] for of in known), 4) for key in known[0]} if known else None
     return means
 
 

@@ -78,8 +78,9 @@ class TrainedModel:
         self.method = method_of_trainer(trainer)
         if self.method is None:
             raise InputError(f"{self.files[0]} was trained by {trainer}, which is none of ours: use nnUNetv2_predict.")
-        prior = prior_named(self.method.prior)
-        self.priors = [prior.from_state(content[PRIOR_KEY]) for content in checkpoints]
+        self.priors = [
+            prior_named(kept["name"]).from_state(kept["state"]) for kept in (c[PRIOR_KEY] for c in checkpoints)
+        ]
         self.memories = [content.get(MEMORY_KEY) for content in checkpoints]
         channels = determine_num_input_channels(self.plans_manager, self.configuration, self.dataset_json)
         heads = self.label_manager.num_segmentation_heads

@@ -53,11 +53,13 @@ class AdaptedNetwork(nn.Module):
             inside: what is trained in the backbone, too.
         """
         super().__init__()
-        self.backbone = (
-            FrozenBackbone(backbone, stages, sha256)
-            if inside is None
-            else TunedBackbone(backbone, stages, sha256, inside)
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # of layers that a method adds inside
+            self.backbone = (
+                FrozenBackbone(backbone, stages, sha256)
+                if inside is None
+                else TunedBackbone(backbone, stages, sha256, inside)
+            )
         if input_channels != self.backbone.contract.input_channels:
             raise InputError(
                 f"Backbone {backbone!r} takes {self.backbone.contract.input_channels} image channel(s), the dataset "
@@ -189,14 +191,21 @@ def build_network(
     )
 
 
+def _class_of(method: Method) -> type[Inside]:
+    cls = locate(method.inside)
+    if cls is None:
+        raise InputError(f"Method {method.name!r} names the class {method.inside}, which cannot be imported.")
+    return cls
+
+
 def trains_decoder(method: Method) -> bool:
     """Whether it serves a backbone whose decoder was never trained."""
-    return bool(method.inside) and locate(method.inside).trains_decoder
+    return bool(method.inside) and getattr(_class_of(method), "trains_decoder", False)
 
 
 def inside_of(method: Method, options: dict) -> Inside | None:
     """What `method` trains in the backbone, with the plans' `options`. Raises InputError for one that it has not."""
-    cls = locate(method.inside) if method.inside else None
+    cls = _class_of(method) if method.inside else None
     known = [f.name for f in fields(cls)] if cls else []
     if unknown := sorted(options.keys() - set(known)):
         raise InputError(

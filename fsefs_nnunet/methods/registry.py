@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Literal
 
@@ -21,7 +21,7 @@ class Method:
     title: in tables and figures.
     trains: what is trained, in words.
     sentence: what the documentation says of it.
-    trainer: what nnUNetv2_train's -tr names; None: nothing is trained.
+    trainer: what nnUNetv2_train's -tr names, "FSEFT..." (`fseft link` looks for no other); None: nothing is trained.
     learns_from: "bank", crops of the feature bank, or "patches", nnU-Net's.
     trainer_class: where a class of its own lies; else the trainer is made of this row alone (trainers/by_name.py).
     adapter, maps: key of methods.adapters.ADAPTERS, stages of the backbone; None: what the plans say.
@@ -54,11 +54,34 @@ class Method:
     shares_features: bool = False
     suffix: str = ""
 
+    def __post_init__(self):
+        if self.trainer and not self.trainer.startswith("FSEFT"):
+            raise ValueError(f"Method {self.name!r}: the name of a trainer begins with FSEFT, not {self.trainer!r}.")
+        if self.inside and self.learns_from != PATCHES:
+            raise ValueError(
+                f"Method {self.name!r} trains in the backbone: it learns from patches, not stored features."
+            )
+        heeds = self.trains_with_prior or self.channel_dropout or self.transductive or self.shares_features
+        if heeds and self.learns_from != BANK:
+            raise ValueError(f"Method {self.name!r}: priors, dropped and shared features need stored features.")
+
     @property
-    def uses_backbone(self) -> bool:
+    def trains_on_backbone(self) -> bool:
         """Whether its network holds the backbone."""
         return self.trainer is not None and not self.suffix
 
+
+_FSEFT = Method(
+    "fseft",
+    "spatial adapter + size prior",
+    "spatial adapter, head",
+    "The paper's method: its adapter, with the size prior on the queries.",
+    "FSEFTTrainer",
+    BANK,
+    "fsefs_nnunet.trainers.fseft_trainer.FSEFTTrainer",
+    trains_with_prior=True,
+    shares_features=True,
+)
 
 _ROWS = [
     Method(
@@ -98,28 +121,14 @@ _ROWS = [
         rate=1e-2,
         weight_decay=1e-5,
     ),
-    Method(
-        "fseft",
-        "spatial adapter + size prior",
-        "spatial adapter, head",
-        "The paper's method: its adapter, with the size prior on the queries.",
-        "FSEFTTrainer",
-        BANK,
-        "fsefs_nnunet.trainers.fseft_trainer.FSEFTTrainer",
-        trains_with_prior=True,
-        shares_features=True,
-    ),
-    Method(
-        "transductive",
-        "spatial adapter + size prior, transductive",
-        "the same, and again on each query",
-        "The paper's method, adapted to each query by `fseft predict`.",
-        "FSEFTTrainer",
-        BANK,
-        "fsefs_nnunet.trainers.fseft_trainer.FSEFTTrainer",
-        trains_with_prior=True,
+    _FSEFT,
+    replace(
+        _FSEFT,
+        name="transductive",
+        title="spatial adapter + size prior, transductive",
+        trains="spatial adapter, head, and again on each query",
+        sentence="The paper's method, adapted to each query by `fseft predict`.",
         transductive=True,
-        shares_features=True,
     ),
     Method(
         "context",
@@ -223,8 +232,11 @@ def methods_table() -> str:
     lines = []
     for row in METHODS.values():
         trainer = f"`{row.trainer}`" if row.trainer else "-"
-        recipe = f"{row.rate:g}, {row.epochs}" if row.uses_backbone else "nnU-Net's, for a time" if row.trainer else "-"
+        trains = f"{row.trains}; {row.prior} prior" if row.trains_with_prior else row.trains
+        recipe = (
+            f"{row.rate:g}, {row.epochs}" if row.trains_on_backbone else "nnU-Net's, for a time" if row.trainer else "-"
+        )
         lines.append(
-            f"| {trainer} | `{row.name}` | {row.trains} | {sources[row.learns_from]} | {recipe} | {row.sentence} |"
+            f"| {trainer} | `{row.name}` | {trains} | {sources[row.learns_from]} | {recipe} | {row.sentence} |"
         )
     return "\n".join(lines)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
 
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.files import read_json, write_atomically
+from fsefs_nnunet.files import read_json, write_json
 
 RUN_FILE = "fseft_run.json"
 VALIDATION = "validation"
@@ -28,7 +27,7 @@ class RunFile:
     seconds: wall time by stage: "start" until the training begins, "feature bank", "training", "validation".
     budget_seconds: that the training was limited to, None without a limit.
     peak_memory_gb: "host" and "device", of the largest process of the runs.
-    epochs: of each "epoch", its number, "loss", "pseudo_dice" (None of crops that show nothing) and "seconds"; while
+    epochs: of each "epoch", its number, "loss", "pseudo_dice" (null of crops that show nothing) and "seconds"; while
         the prior counts, "penalty" and, by query and class, "sizes_ml" that its steps saw.
     sizes_ml: "before" and "after" the training, by query and class.
     """
@@ -65,7 +64,7 @@ class RunFile:
             self.peak_memory_gb[place] = max(gigabytes, self.peak_memory_gb.get(place, 0.0))
 
     def save(self, fold_folder: str | Path) -> None:
-        write_atomically(Path(fold_folder) / RUN_FILE, json.dumps(asdict(self), indent=1))
+        write_json(Path(fold_folder) / RUN_FILE, asdict(self))
 
     @classmethod
     def load(cls, fold_folder: str | Path) -> RunFile:

@@ -127,8 +127,10 @@ class Settings:
             if key not in configuration and f.default is not MISSING:
                 continue
             possible, expected = f.metadata["rule"]
-            if not possible(configuration.get(key)):
-                raise InputError(f"{key} of {where} is {configuration.get(key)!r}: make it {expected}.")
+            if key not in configuration:
+                raise InputError(f"{key} of {where} is missing: make it {expected}, or plan anew.")
+            if not possible(configuration[key]):
+                raise InputError(f"{key} of {where} is {configuration[key]!r}: make it {expected}.")
             value = configuration[key]
             values[f.name] = tuple(value) if isinstance(value, list) else value
         return cls(**values)

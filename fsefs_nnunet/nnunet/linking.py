@@ -15,7 +15,7 @@ MARKER = "# Written by `fseft link`; `fseft unlink` removes it.\n"
 # nowhere but in its own package, and takes the first module that has the name.
 SHIMS = {
     "experiment_planning/fseft_planner.py": ("fsefs_nnunet.planners", "fseft_planner"),
-    "training/nnUNetTrainer/fseft_trainers.py": ("fsefs_nnunet.nnunet.shims", "fseft_trainers"),
+    "training/nnUNetTrainer/fseft_trainers.py": ("fsefs_nnunet.trainers", "by_name"),
 }
 
 # nnU-Net imports every module that it passes on a search. Ours imports nothing until it is asked for a name of ours, so

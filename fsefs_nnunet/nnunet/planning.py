@@ -80,7 +80,7 @@ def preprocess(
     query_files: dict[str, list[str]],
     unlabelled: Sequence[str] = (),
 ) -> None:
-    """The unlabelled queries, and beside them nnU-Net's preprocessing of the parent configuration.
+    """Preprocess the unlabelled queries, then the parent configuration by nnU-Net.
 
     unlabelled: names of all unlabelled queries, those of an earlier call's `query_files` as well.
 

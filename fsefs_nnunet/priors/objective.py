@@ -10,28 +10,29 @@ from fsefs_nnunet.device import reduced_precision
 from fsefs_nnunet.methods.network import AdaptedNetwork
 
 
-def objective(
+def support_loss(
     network: AdaptedNetwork,
     features: torch.Tensor,
     target: torch.Tensor,
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    weight: float,
-    penalty: Callable[[], torch.Tensor | None],
     kept: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
+    """L_SEG of support crops.
+
+    Args:
+        features, target: (B, C, x, y, z), and as `loss` takes it.
+        loss: L_SEG of logits and targets.
+        kept: channels that the step sees, see AdaptedNetwork.adapt.
+    """
+    with reduced_precision(features.device):
+        return loss(network.adapt(features, kept), target)
+
+
+def objective(segmentation_loss: torch.Tensor, penalty: torch.Tensor | None, weight: float) -> torch.Tensor:
     """L_SEG(support) + lambda * L_TI(query).
 
     Args:
-        features, target: of support crops, (B, C, x, y, z) and as `loss` takes it.
-        loss: L_SEG of logits and targets.
+        penalty: L_TI, averaged over the classes; None while there is none.
         weight: lambda.
-        penalty: gives L_TI, averaged over the classes; None while there is none.
-        kept: channels that the step sees, see AdaptedNetwork.adapt.
-
-    Returns:
-        The sum, and L_SEG alone.
     """
-    with reduced_precision(features.device):
-        segmentation_loss = loss(network.adapt(features, kept), target)
-    value = penalty()
-    return segmentation_loss if value is None else segmentation_loss + weight * value, segmentation_loss
+    return segmentation_loss if penalty is None else segmentation_loss + weight * penalty

@@ -73,7 +73,7 @@ class Prior(ABC):
 
     @abstractmethod
     def report(self, names: Sequence[str], gamma: float) -> dict[str, dict | None]:
-        """What is expected of each class, by its name, for the run file; None for a class without prior."""
+        """Numbers that say what is expected of each class, by its name; None for a class without prior."""
 
     @abstractmethod
     def describe(self, names: Sequence[str], gamma: float) -> list[str]:

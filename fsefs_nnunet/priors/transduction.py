@@ -9,7 +9,7 @@ import torch
 
 from fsefs_nnunet.methods.network import AdaptedNetwork
 from fsefs_nnunet.methods.settings import Settings
-from fsefs_nnunet.priors.objective import objective
+from fsefs_nnunet.priors.objective import objective, support_loss
 from fsefs_nnunet.priors.prior import Prior
 from fsefs_nnunet.priors.support_memory import SupportMemory
 from fsefs_nnunet.priors.volumes import PredictedSizes, QueryVolume
@@ -49,9 +49,7 @@ class Transduction:
             if not penalty > 0:
                 return step
             features, target = (tensor.to(device) for tensor in self.memory.batch(step))
-            loss, _ = objective(
-                network, features, target, self.loss, settings.predict_lambda, lambda penalty=penalty: penalty
-            )
+            loss = objective(support_loss(network, features, target, self.loss), penalty, settings.predict_lambda)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 12)

@@ -14,7 +14,7 @@ from fsefs_nnunet.backbones.maps import FeatureMap
 from fsefs_nnunet.backbones.state import copy_exactly
 from fsefs_nnunet.errors import InputError
 
-ARCHITECTURES = ("PlainConvUNet", "ResidualEncoderUNet")
+UNETS = ("PlainConvUNet", "ResidualEncoderUNet")
 _MODULES = ("torch.nn.", "dynamic_network_architectures.building_blocks.")
 
 
@@ -92,8 +92,8 @@ def plans_architecture(contract: BackboneContract) -> dict:
     """
     architecture = contract.architecture
     name = architecture["network_class_name"].split(".")[-1]
-    if name not in ARCHITECTURES:
-        raise InputError(f"Backbone {contract.id!r} is a {name}, only {' and '.join(ARCHITECTURES)} are known.")
+    if name not in UNETS:
+        raise InputError(f"Backbone {contract.id!r} is a {name}, only {' and '.join(UNETS)} are known.")
     for key in architecture["_kw_requires_import"]:
         _refuse_unless_layer(contract.id, key, architecture["arch_kwargs"].get(key))
     return {

@@ -7,6 +7,7 @@ from torch import nn
 
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.maps import FeatureMap
+from fsefs_nnunet.backbones.state import require_last_stage
 
 
 class RawImageBackbone(nn.Module):
@@ -16,6 +17,7 @@ class RawImageBackbone(nn.Module):
 
     def __init__(self, contract: BackboneContract, stages: str):
         super().__init__()
+        require_last_stage(contract, stages)
         self.maps = [FeatureMap(contract.input_channels)]
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:

@@ -10,10 +10,10 @@ import torch
 from fsefs_nnunet.backbones.architectures import build_architecture
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.backbones.contract import BackboneContract
-from fsefs_nnunet.backbones.decoder_tuning import untrained_decoder
 from fsefs_nnunet.backbones.published.layouts import ARCHITECTURE_NAMES, PublishedContent, recognise
 from fsefs_nnunet.backbones.state import require_finite
 from fsefs_nnunet.backbones.store import check_id, save_backbone
+from fsefs_nnunet.backbones.untrained_decoder import untrained_decoder
 from fsefs_nnunet.backbones.zoo import ABDOMINAL_CT, SWIN_UNETR, ZOO, PublishedBackbone
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import sha256_of

@@ -12,7 +12,7 @@ import torch
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from fsefs_nnunet.backbones.architectures.nnunet import ARCHITECTURES, NNUNetBackbone
+from fsefs_nnunet.backbones.architectures.nnunet import UNETS, NNUNetBackbone
 from fsefs_nnunet.backbones.contract import CT_PROPERTIES, BackboneContract
 from fsefs_nnunet.backbones.published.model_files import ModelFiles, read_model
 from fsefs_nnunet.backbones.state import require_finite
@@ -120,10 +120,10 @@ def _left_open(contract: BackboneContract) -> BackboneContract:
 
 def _refuse_unsupported(name: str, settings, manager) -> None:
     network = settings.network_arch_class_name.split(".")[-1]
-    if network not in ARCHITECTURES or len(settings.patch_size) != 3:
+    if network not in UNETS or len(settings.patch_size) != 3:
         raise InputError(
             f"Configuration {name!r} ({network}, {len(settings.patch_size)}D) cannot be a backbone: 3D models of "
-            f"{' or '.join(ARCHITECTURES)} can."
+            f"{' or '.join(UNETS)} can."
         )
     if settings.previous_stage_name is not None:
         raise InputError(f"Configuration {name!r} is the second stage of a cascade; import the first.")

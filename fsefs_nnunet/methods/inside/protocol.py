@@ -12,7 +12,7 @@ class Inside(Protocol):
 
     The plans' `arch_kwargs` may hold other values under "options", by the method's name in the registry.
 
-    trains_decoder: whether it serves a backbone whose decoder was never trained.
+    trains_decoder: whether it serves a backbone whose decoder was never trained; a class without it does not.
     """
 
     trains_decoder: bool = False

@@ -21,6 +21,7 @@ class TunedBackbone(FrozenBackbone):
         """Raises InputError for a backbone that has nothing to train."""
         super().__init__(backbone_id, stages, sha256)
         trained = inside.prepare(self.module)
+        self.module.eval()  # what was added, too
         if not trained:
             raise InputError(f"Backbone {backbone_id!r} has no weights to fine-tune: choose another backbone.")
         self.tuned = nn.Module()
