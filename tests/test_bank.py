@@ -170,6 +170,7 @@ def fill_at_once(root, barrier, computed):
     computed.put(bank.fill(requests(images, images.get)))
 
 
+@pytest.mark.slow
 def test_two_processes_compute_each_entry_once(bank):
     context = get_context("spawn")
     barrier, computed = context.Barrier(2), context.Queue()

@@ -129,6 +129,7 @@ def test_duration():
     assert [duration(s) for s in (45.2, 700, 12600)] == ["45 s", "12 min", "3.5 h"]
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_process_alone():
     """Started by one of a GB more, with which it has nothing to do."""
     here = "from fsefs_nnunet.device import peak_host_memory_gb; print(peak_host_memory_gb())"

@@ -11,7 +11,7 @@ from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.nnunet import linking
 
 FSEFT = str(Path(sys.executable).parent / "fseft")
-SHIMS = Path(fsefs_nnunet.__file__).parent / "nnunet" / "shims"
+SHIMS = (Path(fsefs_nnunet.__file__).parent / "nnunet" / "shims").resolve()
 VERBS = [
     ["--help"],
     ["--version"],

@@ -3,50 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from filelock import FileLock
 from trainings import FIVE, identical, make_trainer, text_of, trained, weights
 
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.nnunet import drawing
 from fsefs_nnunet.priors.size import SizePrior
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
-
-
-class Interruption(Exception):
-    pass
-
-
-class Interrupted(FSEFTTrainer):
-    def on_epoch_end(self):
-        super().on_epoch_end()
-        if self.current_epoch == 2:
-            raise Interruption
-
-
-def test_continued_training_is_bit_identical(work):
-    expected = trained(work, epochs=4)
-    broken = make_trainer(work, Interrupted, epochs=4)
-    with pytest.raises(Interruption):
-        broken.run_training()
-    latest = Path(broken.output_folder) / "checkpoint_latest.pth"
-    assert not list(latest.parent.glob("*.part"))
-    torch.manual_seed(999)
-    continued = make_trainer(work, epochs=4)
-    continued.load_checkpoint(str(latest))
-    assert continued.current_epoch == 2
-    continued.run_training()
-    assert identical(weights(continued), weights(expected))
-    losses = [t.logger.get_value("train_losses", step=None) for t in (continued, expected)]
-    np.testing.assert_array_equal(losses[0], losses[1])
-    run = RunFile.load(continued.output_folder)
-    assert [epoch["epoch"] for epoch in run.epochs] == [0, 1, 2, 3]
-    assert [epoch["loss"] for epoch in run.epochs] == pytest.approx(losses[1])
-    assert set(run.sizes_ml) == {"before", "after"} and run.head_rows == expected.run.head_rows != {}
 
 
 @pytest.mark.parametrize("cls, configuration", [(FSEFTTrainer, FIVE), (FSEFTTrainer_Scratch, f"{FIVE}_scratch")])

@@ -190,6 +190,7 @@ def test_overlapping_masks(raw, tmp_path, capsys):
         assert "voxels in several masks (the later class has them): s0000 4" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_real_ct(raw, real_ct):
     """Of the 104 masks, 59 are not empty: names and voxel counts stay."""
     out = convert("TotalSegmentator", real_ct, 11, [], num_processes=1)

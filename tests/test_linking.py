@@ -162,6 +162,7 @@ print("planned", plan_experiments([77], "FSEFTPlanner"))
 """
 
 
+@pytest.mark.slow
 def test_nnunet_finds_the_linked_classes_and_plans(workspace, nnunet):
     """nnU-Net's own search and planning, in a process whose nnunetv2 is the linked copy."""
     link(nnunet)

@@ -1,6 +1,7 @@
 """End to end on volumes of 3 x 3 x 3 windows, isotropic and with thick slices, with a prior and queries pooled by 3."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fsefs_nnunet.nnunet.shims import fseft_trainers
 from fsefs_nnunet.synthetic.datasets import write_dataset
 from fsefs_nnunet.synthetic.phantom import LABELS, ORGAN_CENTRES, PhantomConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 
 DATASET, CONFIGURATION = "Dataset055_Windows", "3d_fullres_2shot"
 MODEL = ("-c", CONFIGURATION, "-tr", "FSEFTTrainer", "-p", "FSEFTPlans_small", "-f", "0", "-device", "cpu")
@@ -84,13 +85,14 @@ def test_validation(work):
 
 @pytest.mark.parametrize("program", ["nnUNetv2_predict", "fseft"])
 def test_prediction(work, program):
-    images = work / "nnUNet_raw" / DATASET / "imagesTr"
-    output = work / program
+    images, output, name = work / f"{program}_images", work / program, "column_0_0000.nii.gz"
+    images.mkdir()
+    shutil.copy(work / "nnUNet_raw" / DATASET / "imagesTr" / name, images)
     options = ("-npp", "0", "-nps", "0") if program == "nnUNetv2_predict" else ()
     verb = ("predict",) if program == "fseft" else ()
     assert call(program, *verb, "-i", images, "-o", output, "-d", "55", *MODEL, *options) == 0
-    for i in range(4):
-        image, made = (nib.load(f) for f in (images / f"column_{i}_0000.nii.gz", output / f"column_{i}.nii.gz"))
-        assert made.shape == image.shape
-        np.testing.assert_allclose(made.affine, image.affine, atol=1e-5)
-        assert set(np.unique(np.asarray(made.dataobj))) <= {0, 1, 2}
+    image, made = nib.load(images / name), nib.load(output / "column_0.nii.gz")
+    assert made.shape == image.shape
+    np.testing.assert_allclose(made.affine, image.affine, atol=1e-5)
+    labels = set(np.unique(np.asarray(made.dataobj)))
+    assert labels <= {0, 1, 2} and len(labels) > 1

@@ -20,19 +20,16 @@ from fsefs_nnunet.backbones.store import find_backbone, save_backbone
 from fsefs_nnunet.cases.splits import load_splits
 from fsefs_nnunet.methods.inside.decoder_parts import Decoder, Everything, LastBlock
 from fsefs_nnunet.methods.inside.tuned_backbone import TunedBackbone
-from fsefs_nnunet.methods.registry import METHODS, PATCHES, Method
+from fsefs_nnunet.methods.registry import BANK, METHODS, PATCHES, Method
 from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.nnunet.shims import fseft_trainers
 from fsefs_nnunet.trainers import by_name
 
-CROP = 16
-# short trainings; a window of one fine-tuning step costs most
 SHORT = {
     "fseft_crop_size": [12, 12, 12],
     "fseft_steps_per_epoch": 1,
     "fseft_prior_from_epoch": 1,
     "fseft_views": 1,
-    "patch_size": [CROP, CROP, CROP],
     "batch_size": 2,
 }
 
@@ -98,8 +95,13 @@ def work(tiny, tmp_path_factory):
         yield copied
 
 
+def plans_of(work, method) -> dict:
+    """For short trainings: one window of a volume for the bank, small patches where each step runs the backbone."""
+    return work.plans(**SHORT, patch_size=[32 if method.learns_from == BANK else 16] * 3)
+
+
 def make_trainer(work, method, epochs=3, cls=None):
-    plans = work.plans(**SHORT)
+    plans = plans_of(work, method)
     plans["continue_training"] = False
     trainer = (cls or trainer_of(method))(plans, configuration_of(method), 0, work.dataset_json(), torch.device("cpu"))
     trainer.num_epochs = epochs
@@ -300,7 +302,7 @@ def test_nnunet_predicts(method, whole, work):
     data = trainer.dataset_class(trainer.preprocessed_dataset_folder, [case]).load_case(case)[0][:]
     logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
     manual = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
-    manager = PlansManager(work.plans(**SHORT))
+    manager = PlansManager(plans_of(work, method))
     trainer.set_deep_supervision_enabled(False)
     manual.manual_initialization(
         trainer.network.eval(),

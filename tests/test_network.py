@@ -332,6 +332,7 @@ def test_step_0_of_a_head_whose_classes_compete(tmp_path, monkeypatch, labels, r
         torch.testing.assert_close(decided, universal[:, [0, k]].softmax(1)[:, 1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone_id, features, size", [("btcv", 12, 64), ("suprem_unet", 8, 16)])
 def test_public_architectures(tmp_path, monkeypatch, backbone_id, features, size):
     """At reduced width: what plans ask for, and step 0 of a softmax head where there is one."""

@@ -31,6 +31,7 @@ from fsefs_nnunet.nnunet import planning
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 
 
+@pytest.mark.slow
 def test_adapter_on_a_stock_nnunet_model_of_the_same_plans(work, tmp_path, monkeypatch):
     """nnUNetTrainer trains 3d_fullres of our plans; imported, its model is planned with and adapted."""
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
@@ -95,6 +96,7 @@ def pair(work, tmp_path, monkeypatch, contract):
     return plans
 
 
+@pytest.mark.slow
 def test_two_channels(work, pair):
     trainer = trained(work, epochs=1, plans=pair)
     assert trainer.load_image(trainer.run.support[0]).shape[0] == trainer.unlabelled.load("scan_0").shape[0] == 2

@@ -47,6 +47,7 @@ def trained(tiny, tmp_path_factory):
     work = type(tiny)(tmp_path_factory.mktemp("predict") / "work")
     shutil.copytree(tiny.root, work.root)
     settings = {"fseft_crop_size": [16] * 3, "fseft_steps_per_epoch": 10, "fseft_views": 0, "fseft_lambda": 0.0}
+    settings["patch_size"] = [32] * 3
     settings |= {"fseft_predict_lambda": 1.0, "fseft_predict_lr": 1e-4}  # a pull that thirty steps show
     (work.preprocessed / "FSEFTPlans.json").write_text(json.dumps(work.plans(**settings)))
     with pytest.MonkeyPatch.context() as patch:
@@ -100,6 +101,7 @@ def reports(work, output) -> dict[str, dict]:
     return {f.name[:-11]: json.loads(f.read_text()) for f in sorted((work.root / output).glob("*_sizes.json"))}
 
 
+@pytest.mark.slow
 def test_inductive_prediction_is_nnunets(work):
     assert predict(work, "ours", "--inductive", folds=("0", "1")) == 0
     predictor = nnUNetPredictor(use_mirroring=False, device=CPU, perform_everything_on_device=False)
@@ -149,6 +151,7 @@ def test_slabs_are_the_whole(contract, monkeypatch, device, adapter, channels, r
     torch.testing.assert_close(volume_logits(network, features), exact, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_sizes_outside_their_band_are_drawn_towards_it(work):
     """A prior of twice what is predicted: adaptation enlarges the organ; within the band it takes no step."""
     assert main(["remember", "-d", "77", "-c", FIVE, "-f", "0", "-device", "cpu"]) == 0
@@ -369,6 +372,7 @@ def test_an_image_without_air_is_told(work, capsys):
     assert f"{first} has no value below 0" in told.out + told.err and str(second) not in told.out + told.err
 
 
+@pytest.mark.slow
 def test_stored_orientation_does_not_matter(work):
     assert predict(work, "before") == 0
     for file in (work.root / "images").iterdir():

@@ -201,13 +201,14 @@ def test_the_head_starts_by_the_names_of_its_classes(assembly, monkeypatch):
 RANK = """
 import json, sys
 import torch, torch.distributed as dist
+from in_process import threads_for_workers
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as module
 from test_pretraining import Short
 
 class OnCPU(Short):
     device = property(lambda self: torch.device("cpu"), lambda self, value: None)
 
-if __name__ == "__main__":  # nnU-Net spawns processes, which import this
+with threads_for_workers():
     dist.init_process_group("gloo")
     DDP = module.DDP
     module.DDP = lambda network, device_ids: DDP(network)
@@ -236,7 +237,7 @@ def test_two_processes_train_one_network(assembly, tmp_path, monkeypatch):
         "WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
         "fseft_train_minutes": "0.03",
-        "PYTHONPATH": os.path.dirname(__file__),
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
     files = [str(assembly.preprocessed / name) for name in ("Stock.json", "dataset.json")]
     ranks = [

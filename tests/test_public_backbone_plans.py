@@ -70,6 +70,7 @@ def check_sides(labels: np.ndarray) -> None:
     assert x["spleen"] < 0.4 < 0.55 < x["liver"] and x["kidney_left"] < 0.5 < x["kidney_right"], x
 
 
+@pytest.mark.slow
 def test_stored_orientation_of_a_real_ct_does_not_matter(ct, tmp_path):
     image, labels = preprocessed(tmp_path / "RAS", *(turned(volume, "RAS") for volume in ct))
     zooms = np.abs(np.array(turned(ct[0], "RAS").header.get_zooms()))
@@ -82,6 +83,7 @@ def test_stored_orientation_of_a_real_ct_does_not_matter(ct, tmp_path):
         np.testing.assert_array_equal(other_labels, labels, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_swap_of_left_and_right_is_caught(ct, tmp_path):
     """A file whose header contradicts its voxels: the grid differs, and organs lie on the wrong side."""
     swapped = [nib.Nifti1Image(np.asarray(volume.dataobj)[::-1], volume.affine) for volume in ct]

@@ -93,6 +93,7 @@ def test_layout_is_recognised(name):
     assert content.embedded_classes == (32 if TEXT_HEAD in left_out else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n, (id, *_) in FILES.items() if ZOO[id].kind == "swin_unetr"])
 def test_swin_layouts_have_the_backbones_names_and_shapes(swin_store, name):
     """Those of the backbone that fseft.pth became, the head aside."""
@@ -103,7 +104,11 @@ def test_swin_layouts_have_the_backbones_names_and_shapes(swin_store, name):
     assert content.encoder_only or shapes.keys() == own.keys()
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in SWIN_FILES.values()])
+# one of each kind: with a linear head, with one on text, of an encoder, and the U-Net
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["btcv", "clipdriven_swinunetr_flat", "selfsup_variant_swinViT_prefix", "suprem_unet_backbone"]
+)
 def test_layout_is_imported(store, tmp_path, name):
     """Every number of the file arrives under the name that recognise gives its tensor."""
     if ZOO[FILES[name][0]].kind == "swin_unetr":
@@ -123,6 +128,7 @@ def load_weights_in(root, backbone_id: str) -> dict[str, torch.Tensor]:
         return load_weights(find_backbone(backbone_id))
 
 
+@pytest.mark.slow
 def test_swin_values(swin_store):
     """Tensors of the file are where the network has them; what the file lacks is the same for everyone."""
     root, files = swin_store
@@ -407,6 +413,7 @@ IMPORT = (
 )
 
 
+@pytest.mark.slow
 def test_full_disk(store, tmp_path):
     """Stood in for by a limit on the size of files, which the weights exceed and the lock does not."""
     write_published(tmp_path / "x.pth", "suprem_unet", width=8)

@@ -157,6 +157,7 @@ def published_weights(backbone) -> dict[str, torch.Tensor]:
     return {name.removeprefix("network."): tensor for name, tensor in backbone.backbone_state().items()}
 
 
+@pytest.mark.slow
 def test_features_are_those_of_the_plain_computation(backbone, image, features):
     plain = swin_unetr(published_weights(backbone), image, PUBLISHED)
     assert features.shape == (1, FEATURES, *SHAPE) and features.std() > 0.3
@@ -165,6 +166,7 @@ def test_features_are_those_of_the_plain_computation(backbone, image, features):
     assert (swin_unetr(published_weights(backbone), image, CORRECTED) - features).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_fused_attention_is_exact(backbone, image, features):
     """MONAI takes its own where gradients are asked for."""
     assert all(m.use_flash_attention for m in backbone.modules() if hasattr(m, "use_flash_attention"))

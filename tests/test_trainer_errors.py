@@ -84,6 +84,7 @@ def spawned(rank, plans, dataset_json):
     FSEFTTrainer(plans, FIVE, 0, dataset_json, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_several_gpus_end_in_the_sentence(work):
     """The processes of -num_gpus are spawned, and what the command prints of them at last is our sentence."""
     with pytest.raises(torch.multiprocessing.ProcessRaisedException) as error:
@@ -196,9 +197,10 @@ def test_impossible_values_in_the_plans(work, settings, sentence):
         make_trainer(work, **settings)
 
 
+@pytest.mark.slow
 def test_crops_larger_than_the_views(work):
     """Which are windows; without views the crops of small volumes may be larger."""
-    crop = {"fseft_crop_size": [20, 20, 20], "patch_size": [16, 24, 24]}
+    crop = {"fseft_crop_size": [20, 20, 20], "patch_size": [16, 32, 32]}
     with pytest.raises(
         InputError, match=r"fseft_crop_size of '3d_fullres_5shot' in .* is \[20, 20, 20\]: no axis may be"
     ):

@@ -1,6 +1,7 @@
 """Features of whole volumes from windows."""
 
 import numpy as np
+import pytest
 import torch
 from banks import CPU, WINDOW, requests
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -71,6 +72,7 @@ def test_linear_probe_on_the_bank_is_the_predictors_sliding_window(tiny, contrac
     assert (in_one_piece - theirs)[:, sound].abs().max() > 0.03
 
 
+@pytest.mark.slow
 def test_spatial_adapters_dice_by_bank_and_by_predictor(tiny, contract, tmp_path):
     """The adapter is not linear and sees across the windows' borders: logits differ there, Dice hardly does."""
     shape, window = (56, 56, 56), (40, 40, 40)

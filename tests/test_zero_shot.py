@@ -247,6 +247,7 @@ def test_embedded_backbone(workspace, tmp_path, capsys):
     assert plans["configurations"]["3d_fullres"]["patch_size"] == own["patch_size"]
 
 
+@pytest.mark.slow
 def test_published_architecture(workspace, tmp_path, monkeypatch):
     """fseft's 29 sigmoid rows on a narrow Swin UNETR with random weights, at the spacing of the tiny dataset.
 
