@@ -75,6 +75,15 @@ def of(methods):
     return pytest.mark.parametrize("method", methods, ids=lambda method: method.name)
 
 
+# of stored features, patches of a backbone, from scratch; trainings of the other methods are slow tests
+FAMILIES = [METHODS["fseft"], LAST_BLOCK, SCRATCH]
+
+
+def trained_of(methods):
+    marks = [() if method in FAMILIES else pytest.mark.slow for method in methods]
+    return of([pytest.param(method, marks=mark) for method, mark in zip(methods, marks)])
+
+
 def trainer_of(method: Method) -> type:
     return getattr(by_name, method.trainer)
 
@@ -244,7 +253,7 @@ def test_backbone_without_weights(contract, tmp_path, monkeypatch):
 # ---- trainings ----
 
 
-@of(ADAPTED)
+@trained_of(ADAPTED)
 def test_checkpoint_holds_the_trained_weights_alone(method, whole, work):
     trainer, folder = whole(method)
     content = read_checkpoint(folder / "fold_0" / "checkpoint_final.pth")
@@ -262,7 +271,7 @@ class Interruption(Exception):
     pass
 
 
-@of([METHODS["fseft"], LAST_BLOCK, SCRATCH])  # one of each family: stored features, patches of a backbone, from scratch
+@of(FAMILIES)
 def test_continued_training_is_exact(method, whole, work):
     class Interrupted(trainer_of(method)):
         def on_epoch_end(self):
@@ -289,7 +298,7 @@ def test_continued_training_is_exact(method, whole, work):
     np.testing.assert_array_equal(*losses)
 
 
-@of([*ADAPTED, SCRATCH])
+@trained_of([*ADAPTED, SCRATCH])
 def test_nnunet_predicts(method, whole, work):
     """nnU-Net's predictor, as nnUNetv2_predict calls it, gives the trained network's segmentation of a query."""
     trainer, folder = whole(method)
@@ -317,7 +326,7 @@ def test_nnunet_predicts(method, whole, work):
     assert torch.equal(logits, expected.cpu()) and logits.std() > 0
 
 
-@of([*ADAPTED, SCRATCH])
+@trained_of([*ADAPTED, SCRATCH])
 def test_the_run_file_says_what_was_used(method, whole):
     trainer, _ = whole(method)
     support = load_splits(Path(trainer.preprocessed_dataset_folder_base) / "splits_fseft.json")["folds"][0]
@@ -330,7 +339,7 @@ def test_the_run_file_says_what_was_used(method, whole):
         assert all(set(dataset.identifiers) == set(support) for dataset in trainer.get_tr_and_val_datasets())
 
 
-@of([row for row in ADAPTED if row.inside])
+@trained_of([row for row in ADAPTED if row.inside])
 def test_the_log_of_a_fine_tuning(method, whole):
     trainer, _ = whole(method)
     log = Path(trainer.log_file).read_text()
