@@ -20,7 +20,7 @@ from trainings import make_trainer, text_of
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 
-SHAPE = (32, 28, 30)
+SHAPE = (24, 20, 22)
 SPACING = (10.0, 10.0, 10.0)
 LABELS = {"background": 0, "spleen": 1, "stomach": 2, "kidney_left": 3}  # no backbone knows the stomach
 NUM_LABELLED, NUM_UNLABELLED = 8, 2
@@ -138,7 +138,9 @@ class Workspace:
 def write_phantom(image_file: Path, label_file: Path | None, seed: tuple[int, ...]) -> None:
     from fsefs_nnunet.synthetic import phantom
 
-    made = phantom.make_phantom(seed, phantom.PhantomConfig(shape=SHAPE, spacing=SPACING[0], centre=(-0.1, 0.0, 0.1)))
+    made = phantom.make_phantom(
+        seed, phantom.PhantomConfig(shape=SHAPE, spacing=SPACING[0], centre=(-0.25, -0.05, 0.15))
+    )
     affine = np.diag([*SPACING, 1.0])
     nib.save(nib.Nifti1Image(np.round(made.image).astype(np.int16), affine), image_file)
     if label_file is not None:

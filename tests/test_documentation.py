@@ -1,11 +1,13 @@
 """Every command in the code blocks of README.md and documentation/ is one that exists, with flags that it takes."""
 
+import argparse
 import contextlib
 import importlib
 import io
 import re
 import shlex
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,6 @@ from fsefs_nnunet.cli.main import parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "documentation").glob("*.md"))]
-BIN = Path(sys.executable).parent
 
 
 def commands(page: Path) -> list[str]:
@@ -47,6 +48,29 @@ def help_of(script: Path, patch: pytest.MonkeyPatch) -> str:
     return said.getvalue()
 
 
+class Parsing(Exception):
+    """Holds the parser that a command was about to parse its arguments with."""
+
+
+def parser_of(program: str, patch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """That of a command of nnU-Net's, of which nothing else runs."""
+
+    def stop(self, *arguments):
+        raise Parsing(self)
+
+    (script,) = entry_points(group="console_scripts", name=program)
+    with patch.context() as until_it_parses, pytest.raises(Parsing) as stopped:
+        until_it_parses.setattr(argparse.ArgumentParser, "parse_args", stop)
+        script.load()()
+    return stopped.value.args[0]
+
+
+@pytest.mark.parametrize("arguments", ["78 3d_fullres_5shot", "78 3d_fullres_5shot 0 --tr FSEFTTrainer"])
+def test_a_wrong_command_is_seen(arguments, monkeypatch):
+    with pytest.raises(SystemExit):
+        test_command(f"nnUNetv2_train {arguments}", monkeypatch)
+
+
 def test_the_pages_have_commands():
     assert len(CASES) > 25
 
@@ -58,7 +82,9 @@ def test_command(command, monkeypatch):
         with contextlib.suppress(SystemExit if "--version" in arguments else ()):
             parser().parse_args(arguments)
     elif program.startswith("nnUNetv2_"):
-        assert (BIN / program).exists()
+        known = parser_of(program, monkeypatch)
+        known.allow_abbrev = False
+        known.parse_args(arguments)
     elif arguments[0] != "-m":
         script = ROOT / arguments[0]
         assert script.is_file()

@@ -35,7 +35,7 @@ def run(tiny, tmp_path_factory):
     shutil.copytree(tiny.root, root)
     work = type(tiny)(root)
     file = work.preprocessed / "FSEFTPlans.json"
-    short = dict(fseft_steps_per_epoch=1, fseft_views=1, fseft_crop_size=[8] * 3, fseft_pool=4, patch_size=[32] * 3)
+    short = dict(fseft_steps_per_epoch=1, fseft_views=1, fseft_crop_size=[8] * 3, fseft_pool=4, patch_size=[24] * 3)
     file.write_text(json.dumps(work.plans(fseft_epochs=EPOCHS, **short)))
     variables = {**work.environment(), "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
     env = {**os.environ, **variables, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}

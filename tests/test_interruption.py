@@ -42,7 +42,7 @@ def copy_of(tiny, root: Path):
         fseft_views=1,
         fseft_crop_size=[8, 8, 8],
         fseft_pool=4,
-        patch_size=[32, 32, 32],
+        patch_size=[24, 24, 24],
     )
     (work.preprocessed / "FSEFTPlans.json").write_text(json.dumps(work.plans(**settings)))
     return work
@@ -140,6 +140,6 @@ def test_a_benchmark_killed_while_it_predicts_goes_on(tmp_path, uninterrupted):
     assert [file.name for file in segmented()] == [file.name for file in whole]
     for file, expected in zip(segmented(), whole):
         segmentation, reference = (np.asarray(nib.load(f).dataobj) for f in (file, expected))
-        assert (segmentation == reference).mean() > 0.999
+        assert (segmentation == reference).mean() > 0.995
     assert same_adapter(work, uninterrupted)
     assert "fseft,5,0," in (output / "results.csv").read_text() and (output / "report.html").exists()

@@ -68,7 +68,7 @@ def predicted(work, run) -> Path:
     run("fseft plan_and_preprocess -d 78 --shots 5 -np 1 --num_queries 2")
     assert work.plans()["image_reader_writer"] == "SimpleITKIOWithReorient"
     file = work.preprocessed / "FSEFTPlans.json"
-    short = dict(fseft_steps_per_epoch=8, fseft_views=1, fseft_crop_size=[8] * 3, fseft_pool=4, patch_size=[32] * 3)
+    short = dict(fseft_steps_per_epoch=8, fseft_views=1, fseft_crop_size=[8] * 3, fseft_pool=4, patch_size=[24] * 3)
     file.write_text(json.dumps(work.plans(fseft_epochs=5, **short)))
     run("nnUNetv2_train 78 3d_fullres_5shot 0 -tr FSEFTTrainer -p FSEFTPlans -device cpu")
     run(f"{PREDICT} -i images -o predicted")

@@ -97,7 +97,7 @@ def work(tiny, tmp_path_factory):
 
 def plans_of(work, method) -> dict:
     """For short trainings: one window of a volume for the bank, small patches where each step runs the backbone."""
-    return work.plans(**SHORT, patch_size=[32 if method.learns_from == BANK else 16] * 3)
+    return work.plans(**SHORT, patch_size=[24 if method.learns_from == BANK else 16] * 3)
 
 
 def make_trainer(work, method, epochs=3, cls=None):
@@ -299,7 +299,7 @@ def test_nnunet_predicts(method, whole, work):
         predictor.initialize_from_trained_model_folder(str(folder), (0,), "checkpoint_final.pth")
     assert predictor.allowed_mirroring_axes is None
     case = load_splits(work.preprocessed / "splits_fseft.json")["queries"][0]
-    data = trainer.dataset_class(trainer.preprocessed_dataset_folder, [case]).load_case(case)[0][:]
+    data = trainer.dataset_class(trainer.preprocessed_dataset_folder, [case]).load_case(case)[0][:, :20, :20, :20]
     logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
     manual = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     manager = PlansManager(plans_of(work, method))

@@ -1,32 +1,71 @@
+"""Where a CPU computes in bfloat16, and that it gives what float32 gives."""
+
 import pytest
 import torch
 from test_network import build, randomised
 
-from fsefs_nnunet.device import reduced_precision, unless_thin
+from fsefs_nnunet.device import native_bfloat16, reduced_precision, unless_thin
 
 CPU = torch.device("cpu")
+NATIVE, OTHERS = {"avx512_bf16": True}, {"avx2": True, "avx512_bf16": False}
 
 
-@pytest.mark.parametrize("depth", [2, 3])
-def test_gradients_of_thin_features(contract, depth):
-    """The same however the memory looks that they are written to; in bfloat16, oneDNN leaves some of it as it was."""
+def pretend(monkeypatch, capabilities: dict) -> None:
+    """A processor of these instructions; what is computed is computed as ever, in bfloat16 without any, too."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+
+
+@pytest.mark.parametrize(
+    "capabilities, native", [(NATIVE, True), ({"amx_bf16": True}, True), (OTHERS, False), ({}, False)]
+)
+def test_bfloat16_is_for_processors_with_instructions_for_it(monkeypatch, capabilities, native):
+    pretend(monkeypatch, capabilities)
+    assert native_bfloat16() == native
+    for depth, enabled in ((1, False), (2, False), (3, native)):
+        with reduced_precision(CPU, depth):
+            assert torch.is_autocast_enabled("cpu") == enabled
+
+
+def test_a_pytorch_that_does_not_say(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not native_bfloat16()
+
+
+def adapted(contract, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of features of `depth` voxels along x, and the gradient of all parameters."""
     network = randomised(build(contract), 0)
     shape = (1, network.feature_mean.numel(), depth, 6, 6)
     features = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    with reduced_precision(CPU):
+        logits = network.adapt(features)
+    logits.square().mean().backward()
+    return logits.detach(), torch.cat([p.grad.flatten() for p in network.parameters()])
+
+
+@pytest.mark.parametrize("depth, reduced", [(2, False), (3, True)])
+def test_numbers_of_both_precisions(monkeypatch, contract, depth, reduced):
+    """Features that are too thin for bfloat16 give float32's numbers exactly, others about these."""
+    pretend(monkeypatch, OTHERS)
+    expected = adapted(contract, depth)
+    pretend(monkeypatch, NATIVE)
+    for made, exact in zip(adapted(contract, depth), expected):
+        assert made.dtype == torch.float32 and torch.equal(made, exact) == (not reduced)
+        assert (made - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_gradients_of_thin_features(monkeypatch, contract, depth):
+    """The same however the memory looks that they are written to; in bfloat16, oneDNN leaves some of it as it was."""
+    pretend(monkeypatch, NATIVE)
     gradients = []
     for _ in range(4):
         junk = [torch.full((n,), float("nan")) for n in (10, 1000, 100_000, 1_000_000)]
         del junk
-        network.zero_grad()
-        with reduced_precision(CPU):
-            loss = network.adapt(features).float().square().mean()
-        loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+        gradients.append(adapted(contract, depth)[1])
     assert gradients[0].isfinite().all() and all(torch.equal(gradients[0], other) for other in gradients)
 
 
 def test_thin_maps_are_computed_in_float32():
-    assert not reduced_precision(CPU, 2)._enabled and not reduced_precision(CPU, 1)._enabled
     convolution = torch.nn.Conv3d(1, 1, 3, padding=1)
     for depth, dtype in ((2, torch.float32), (3, torch.bfloat16)):
         features = torch.zeros(1, 1, depth, 4, 4)

@@ -47,7 +47,7 @@ def trained(tiny, tmp_path_factory):
     work = type(tiny)(tmp_path_factory.mktemp("predict") / "work")
     shutil.copytree(tiny.root, work.root)
     settings = {"fseft_crop_size": [16] * 3, "fseft_steps_per_epoch": 10, "fseft_views": 0, "fseft_lambda": 0.0}
-    settings["patch_size"] = [32] * 3
+    settings["patch_size"] = [24] * 3
     settings |= {"fseft_predict_lambda": 1.0, "fseft_predict_lr": 1e-4}  # a pull that thirty steps show
     (work.preprocessed / "FSEFTPlans.json").write_text(json.dumps(work.plans(**settings)))
     with pytest.MonkeyPatch.context() as patch:
@@ -183,7 +183,7 @@ def test_an_organ_that_seems_absent_is_left_alone(work):
     assert predict(work, "output") == 0
     for report in reports(work, "output").values():
         assert report["steps"] == [0]
-        assert report["classes"]["kidney_left"]["not_enlarged_because"] == "seems absent"
+        assert "seems absent" in report["classes"]["kidney_left"]["not_enlarged_because"]
         assert report["classes"]["spleen"]["prior"] is None
 
 
@@ -193,14 +193,13 @@ def test_an_organ_at_the_border_is_not_enlarged(work):
     memory = memory_from_bank(model, 0)
     network = model.network
     network.load_state_dict(model.weights[0])
-    prior = SizePrior((ExpectedSize(4.0, 0.0, 5), None, None))
     loss = segmentation_loss("nnunet", model.label_manager, False)
-    transduction = Transduction(prior, memory, loss, model.settings, False)
     volume = averaged(
         torch.randn((network.backbone.out_channels, 8, 8, 8), generator=torch.Generator().manual_seed(0)), 1.0
     )
-    sizes = torch.tensor([1.0, 1.0, 1.0])
-    assert volume.predict(network, False).sizes.soft[0] < 3
+    sizes = volume.predict(network, False).sizes.soft.detach()
+    prior = SizePrior((ExpectedSize(2 * sizes[0].item(), 0.0, 5), None, None))
+    transduction = Transduction(prior, memory, loss, model.settings, False)
     for at_border in (True, False):
         before = PredictedSizes(sizes, torch.tensor([at_border, False, False]))
         assert (transduction.adapt(network, volume, before) == 0) is at_border

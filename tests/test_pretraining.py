@@ -67,7 +67,7 @@ def assembly(workspace, monkeypatch):
         (folder / "dataset.json").write_text(json.dumps(content))
     plans = json.loads((workspace.preprocessed / "FSEFTPlans.json").read_text())
     configuration = plans["configurations"]["3d_fullres"] | {"architecture": UNET, "batch_size": 2}
-    configuration["patch_size"] = [32, 28, 30]
+    configuration["patch_size"] = [24, 20, 22]
     plans |= {"plans_name": "Stock", "configurations": {"3d_fullres": configuration}}
     (workspace.preprocessed / "Stock.json").write_text(json.dumps(plans))
     (workspace.preprocessed / "splits_final.json").write_text(json.dumps([{"train": TRAIN, "val": HELD_OUT}]))

@@ -121,7 +121,7 @@ def test_global_random_state_does_not_matter(work):
 @pytest.mark.slow
 def test_final_checkpoint_of_the_default_plans(work):
     """Small, the adapter alone, and readable as data alone; it goes into a fresh network as nnU-Net loads it."""
-    trainer = trained(work, epochs=1, plans=work.plans(fseft_steps_per_epoch=1, fseft_views=1, patch_size=[32] * 3))
+    trainer = trained(work, epochs=1, plans=work.plans(fseft_steps_per_epoch=1, fseft_views=1, patch_size=[24] * 3))
     file = Path(trainer.output_folder) / "checkpoint_final.pth"
     assert file.stat().st_size < 1_000_000
     content = read_checkpoint(file)
@@ -278,11 +278,11 @@ def test_views_of_the_support(work):
 @pytest.mark.slow
 def test_views_of_a_volume_larger_than_the_window(work):
     """One window each, so that a view costs one pass of the backbone; image and label map stay together."""
-    trainer = make_trainer(work, fseft_views=10, fold=1, patch_size=[24, 32, 32], fseft_lambda=0.0)
+    trainer = make_trainer(work, fseft_views=10, fold=1, patch_size=[16, 24, 24], fseft_lambda=0.0)
     trainer.on_train_start()
     entries = [trainer.bank[name] for name in trainer.views.names]
-    assert {entry.layout.shape for entry in entries} == {(24, 28, 30)}
-    assert all(entry.layout.boxes == (((0, 0, 0), (24, 28, 30)),) for entry in entries)
+    assert {entry.layout.shape for entry in entries} == {(16, 20, 22)}
+    assert all(entry.layout.boxes == (((0, 0, 0), (16, 20, 22)),) for entry in entries)
     kidneys = 0
     for name in trainer.views.names:
         image, kidney = trainer.make_view(name)[0], trainer.segmentations[name][0] == 3

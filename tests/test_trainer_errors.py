@@ -200,7 +200,7 @@ def test_impossible_values_in_the_plans(work, settings, sentence):
 @pytest.mark.slow
 def test_crops_larger_than_the_views(work):
     """Which are windows; without views the crops of small volumes may be larger."""
-    crop = {"fseft_crop_size": [20, 20, 20], "patch_size": [16, 32, 32]}
+    crop = {"fseft_crop_size": [20, 20, 20], "patch_size": [16, 24, 24]}
     with pytest.raises(
         InputError, match=r"fseft_crop_size of '3d_fullres_5shot' in .* is \[20, 20, 20\]: no axis may be"
     ):

@@ -239,7 +239,7 @@ def test_embedded_backbone(workspace, tmp_path, capsys):
         np.testing.assert_array_equal(image.affine, nib.load(workspace.raw / "labelsTr" / f"{case}.nii.gz").affine)
         truth = np.asarray(nib.load(workspace.raw / "labelsTr" / f"{case}.nii.gz").dataobj)
         for label in (1, 3):
-            assert 2 * ((segmentation == label) & (truth == label)).sum() > 0.6 * (
+            assert 2 * ((segmentation == label) & (truth == label)).sum() > 0.5 * (
                 (segmentation == label).sum() + (truth == label).sum()
             )
     plans = json.loads((tmp_path / "out" / "plans.json").read_text())

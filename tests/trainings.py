@@ -19,7 +19,7 @@ TINY = {
     "fseft_steps_per_epoch": 2,
     "fseft_prior_from_epoch": 1,
     "fseft_views": 1,
-    "patch_size": [32, 32, 32],  # one window holds a volume
+    "patch_size": [24, 24, 24],  # one window holds a volume
 }
 
 
