@@ -47,7 +47,7 @@ PAGES = (
     "documentation/pretraining.md",
 )
 RUN_ELSEWHERE = re.compile(r"pip install|python |fseft demo|fseft backbones download|fseft benchmark")
-SHORT = {"fseft_steps_per_epoch": 1, "fseft_views": 5, "fseft_crop_size": [16, 16, 16]}
+SHORT = {"fseft_epochs": 10, "fseft_steps_per_epoch": 1, "fseft_views": 5, "fseft_crop_size": [16, 16, 16]}
 
 
 def commands(page: Path) -> list[str]:
