@@ -210,9 +210,9 @@ def contract():
 
 @pytest.fixture
 def image() -> torch.Tensor:
-    """Smooth blobs in [0, 1], (1, 1, 32, 24, 16)."""
+    """Smooth blobs in [0, 1], (1, 1, 24, 16, 8)."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.rand((1, 1, 32, 24, 16), generator=generator)
+    noise = torch.rand((1, 1, 24, 16, 8), generator=generator)
     return torch.nn.functional.avg_pool3d(noise, 5, 1, 2, count_include_pad=False).sub(0.3).mul(2.5)
 
 

@@ -29,6 +29,7 @@ def test_checkpoint_of_another_support_is_refused(work, cls, configuration):
         make_trainer(work, cls, epochs=1, configuration=configuration).load_checkpoint(file)
 
 
+@pytest.mark.slow
 def test_plateau_stop_holds_when_continued(work):
     """The rule needs thirty epochs; a loss that cannot fall, because the rate is zero, ends the training there."""
     settings = dict(fseft_stop_at_plateau=True, fseft_steps_per_epoch=1, fseft_crop_size=[4, 4, 4], fseft_lambda=0.0)

@@ -360,6 +360,7 @@ def test_recipes(method, work):
     assert group["lr"] == pytest.approx(RECIPES[method.name][0] / 2)
 
 
+@pytest.mark.slow
 def test_fine_tuning_for_a_time(work, monkeypatch):
     """The schedule runs over the budget instead of the epochs, and the training ends with it."""
     monkeypatch.setenv("fseft_train_minutes", "0.02")

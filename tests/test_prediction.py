@@ -205,6 +205,7 @@ def test_an_organ_at_the_border_is_not_enlarged(work):
         assert (transduction.adapt(network, volume, before) == 0) is at_border
 
 
+@pytest.mark.slow
 def test_a_model_that_travels_alone_adapts_as_at_home(work, monkeypatch):
     model = load(work)
     priors = [

@@ -205,6 +205,7 @@ def test_five_labelled_cases_and_unlabelled_queries(five):
     assert not identical(weights(trainer), weights(trained(five, FSEFTTrainer_Adapter)))
 
 
+@pytest.mark.slow
 def test_an_unlabelled_query_without_the_organs(five):
     """A scan of air: said, and the prior does not ask for organs in it."""
     file = five.preprocessed / "FSEFTPlans_3d_fullres_queries" / "scan_1.npy"

@@ -76,6 +76,7 @@ def test_query_images_matter_with_the_prior_alone(work):
     assert identical(weights(trained(work, fseft_prior_from_epoch=3)), weights(without))
 
 
+@pytest.mark.slow
 def test_folds_and_seeds_differ(work):
     first = weights(trained(work, epochs=1))
     assert not identical(weights(trained(work, epochs=1, fold=1)), first)
