@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -37,6 +38,20 @@ def replacing(file: str | Path) -> Iterator[Path]:
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def refused_if_unwritable(folder: str | Path) -> Iterator[None]:
+    """Raises InputError where a folder turns out to be read-only."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise InputError(
+            f"{error.filename or folder} cannot be written ({error.strerror}): make it writable, or choose another "
+            "folder."
+        ) from error
 
 
 def write_atomically(file: str | Path, content: str | bytes) -> None:

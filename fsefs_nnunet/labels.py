@@ -102,9 +102,21 @@ def match_labels(names: list[str], classes: tuple[str, ...], file: str = "datase
     return matches
 
 
+def without_text(labels: dict) -> dict[str, int | list[int]]:
+    """`labels` of a dataset.json as nnU-Net understands them: "1" is 1, and so is [1] where there are no regions."""
+    has_regions = any(isinstance(value, (list, tuple)) and len(value) > 1 for value in labels.values())
+    made = {}
+    for name, value in labels.items():
+        if isinstance(value, (list, tuple)):
+            made[name] = [int(one) for one in value] if has_regions else int(value[0])
+        else:
+            made[name] = int(value)
+    return made
+
+
 def foreground(labels: dict) -> dict[str, int | list[int]]:
-    """`labels` of a dataset.json without background and ignore label."""
-    return {name: value for name, value in labels.items() if name not in ("background", "ignore")}
+    """`labels` of a dataset.json without background and ignore label, as numbers."""
+    return {name: value for name, value in without_text(labels).items() if name not in ("background", "ignore")}
 
 
 def values_in(label_map: np.ndarray) -> set[int]:
@@ -118,8 +130,8 @@ def label_values(labels: dict) -> set[int]:
 
 def foreground_names(labels: dict, has_regions: bool) -> list[str]:
     """Names of the network's foreground outputs in their order: regions as listed in dataset.json, labels by value."""
-    names = list(foreground(labels))
-    return names if has_regions else sorted(names, key=lambda name: labels[name])
+    values = foreground(labels)
+    return list(values) if has_regions else sorted(values, key=values.get)
 
 
 def foreground_classes(label_manager) -> list[int | tuple[int, ...]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
+from nnunetv2.configuration import default_num_processes
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn_by_name
@@ -14,13 +15,18 @@ from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn
 from fsefs_nnunet.backbones.architectures.nnunet import plans_architecture
 from fsefs_nnunet.backbones.store import DEFAULT_BACKBONE, find_backbone, load_weights
 from fsefs_nnunet.backbones.untrained_decoder import untrained_decoder
-from fsefs_nnunet.cases.dataset_json import channel_names
-from fsefs_nnunet.cases.readers import find_reader, reoriented_axes, reorients
+from fsefs_nnunet.cases.dataset_json import channel_names, read_dataset_json
+from fsefs_nnunet.cases.folders import dataset_folders, made_folder, training_files
+from fsefs_nnunet.cases.images import is_leftover
+from fsefs_nnunet.cases.readers import find_reader, reorients
+from fsefs_nnunet.cases.soundness import check_training_cases
 from fsefs_nnunet.cases.splits import fitting_shots
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.layout import pooling_factor
+from fsefs_nnunet.files import refused_if_unwritable, write_json
 from fsefs_nnunet.labels import foreground, match_labels
 from fsefs_nnunet.methods.settings import Settings
+from fsefs_nnunet.planners.fingerprint import in_axes, require_fingerprint, stock_reorients
 
 PLANS_NAME = "FSEFTPlans"
 
@@ -56,62 +62,51 @@ class FSEFTPlanner(ExperimentPlanner):
         suppress_transpose: bool = False,
         backbone: str | None = None,
         shots: Sequence[int | str] = (),
+        num_processes: int = default_num_processes,
+        accept_positive_ct: bool = False,
     ):
-        """nnU-Net's commands give neither backbone nor shots (`-pl FSEFTPlanner`, see linking.py).
+        """Checks the dataset, and takes the fingerprint if there is none of the files that lie there now.
+
+        nnU-Net's commands give none of the last four (`-pl FSEFTPlanner`, see linking.py).
 
         Args:
             backbone: default: what the environment variable `fseft_backbone` names, else the embedded one.
             shots: default: those of DEFAULT_SHOTS that the labelled cases allow.
+            accept_positive_ct: see check_training_cases; so does the environment variable `fseft_accept_positive_ct`.
 
         Raises:
-            InputError: for an unknown or damaged backbone, for more shots than labelled cases, and for a dataset that
-                the backbone cannot take.
+            InputError: for an unknown or damaged backbone, for more shots than labelled cases, for a dataset that the
+                backbone cannot take, and for cases that cannot be trained on. Nothing is overwritten then.
         """
         backbone = backbone or os.environ.get("fseft_backbone") or DEFAULT_BACKBONE
-        super().__init__(
-            dataset_name_or_id,
-            gpu_memory_target_in_gb,
-            preprocessor_name,
-            plans_name or default_plans_name(backbone),
-            overwrite_target_spacing,
-            suppress_transpose,
-        )
         self.contract = find_backbone(backbone)
         load_weights(self.contract)
-        self.shots = fitting_shots(shots, len(self.dataset))
-        self._check_dataset()
-        file = join(self.raw_dataset_folder, "dataset.json")
-        self.contract.check_channels(list(channel_names(self.dataset_json).values()), file)
-        # here, since a training refuses the same labels: nothing is overwritten yet
-        names = list(foreground(self.dataset_json["labels"]))
-        self.known_labels = match_labels(names, self.contract.head_classes, file)
-        self.reader = find_reader(self.contract.image_reader_writer, self.dataset_json["file_ending"])
-        self._reorient_fingerprint()
-
-    def _check_dataset(self) -> None:
-        spacings = np.array(self.dataset_fingerprint["spacings"])
-        if not (np.isfinite(spacings).all() and (spacings > 0).all()):
-            bad = list(self.dataset.keys())[int(np.argmax(~(np.isfinite(spacings) & (spacings > 0)).all(1)))]
-            raise InputError(
-                f"Case {bad} in {self.raw_dataset_folder} has a voxel spacing that is not positive: repair its header."
+        name, raw, preprocessed = dataset_folders(dataset_name_or_id)
+        dataset_json = read_dataset_json(raw / "dataset.json")
+        cases = training_files(raw, dataset_json)
+        self.shots = fitting_shots(shots, len(cases))
+        file = str(raw / "dataset.json")
+        self.contract.check_channels(list(dataset_json["channel_names"].values()), file)
+        # a training refuses the same labels
+        self.known_labels = match_labels(list(foreground(dataset_json["labels"])), self.contract.head_classes, file)
+        self.reader = find_reader(self.contract.image_reader_writer, dataset_json["file_ending"])
+        accept_positive_ct = accept_positive_ct or bool(os.environ.get("fseft_accept_positive_ct"))
+        check_training_cases(raw, dataset_json, cases, self.reader, num_processes, accept_positive_ct)
+        with refused_if_unwritable(made_folder(preprocessed)):
+            require_fingerprint(name, preprocessed, dataset_json, cases, self.reader, num_processes)
+            super().__init__(
+                name,
+                gpu_memory_target_in_gb,
+                preprocessor_name,
+                plans_name or default_plans_name(backbone),
+                overwrite_target_spacing,
+                suppress_transpose,
             )
+        self.dataset, self.dataset_json = cases, {**dataset_json, "numTraining": len(cases)}
+        stored, wanted = stock_reorients(dataset_json), reorients(self.reader.__name__)
+        self.dataset_fingerprint = in_axes(self.dataset_fingerprint, cases, stored, wanted)
         if min(np.median(self.dataset_fingerprint["shapes_after_crop"], 0)) < 2:
-            raise InputError(f"{self.raw_dataset_folder} holds 2D images; the adapters are 3D only.")
-
-    def _reorient_fingerprint(self) -> None:
-        """Give the fingerprint, which nnU-Net takes of images as stored, the axes that the backbone's reader gives."""
-        stored = not reorients(self.dataset_json.get("overwrite_image_reader_writer", ""))
-        if not (reorients(self.reader.__name__) and stored):
-            return
-        spacings, shapes = (self.dataset_fingerprint[key] for key in ("spacings", "shapes_after_crop"))
-        if len(spacings) != len(self.dataset):
-            file = join(nnUNet_preprocessed, self.dataset_name, "dataset_fingerprint.json")
-            raise InputError(
-                f"{file} is of {len(spacings)} cases, the dataset has {len(self.dataset)}: delete it and plan again."
-            )
-        for i, case in enumerate(self.dataset.values()):
-            axes = reoriented_axes(case["images"][0])
-            spacings[i], shapes[i] = ([values[axis] for axis in axes] for values in (spacings[i], shapes[i]))
+            raise InputError(f"{raw} holds 2D images; the adapters are 3D only.")
 
     # ---- nnU-Net's decisions that the contract takes ----
 
@@ -231,7 +226,16 @@ class FSEFTPlanner(ExperimentPlanner):
             for channel in plans["foreground_intensity_properties_per_channel"]
         }
         super().save_plans(plans)
+        self._leave_out_leftovers()
         self._explain(parent, children)
+
+    def _leave_out_leftovers(self) -> None:
+        """nnU-Net's preprocessing takes `._case_0000.nii.gz`, which macOS leaves, for a case, unless it has a list."""
+        images, ending = os.path.join(self.raw_dataset_folder, "imagesTr"), self.dataset_json["file_ending"]
+        listed = "dataset" in self.dataset_json
+        if not listed and any(is_leftover(name) and name.endswith(ending) for name in os.listdir(images)):
+            file = join(nnUNet_preprocessed, self.dataset_name, "dataset.json")
+            write_json(file, {**load_json(file), "dataset": self.dataset})
 
     def _explain(self, parent: dict, children: dict) -> None:
         contract = self.contract

@@ -9,8 +9,6 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 import torch
-from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -138,11 +136,11 @@ def write_model(folder: Path, channels: list[str], labels: dict = LABELS, prefix
 
 
 def write_dataset(root: Path, monkeypatch, channels: list[str], ending: str = ".nii.gz", axes: str = "LPS") -> Path:
-    """Two asymmetric cases stored in orientation `axes`, with nnU-Net's own fingerprint. Returns the raw folder."""
+    """Two asymmetric cases stored in orientation `axes`. Returns the raw folder."""
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(name, str(root / name))
-    raw, preprocessed = (root / name / "Dataset005_User" for name in ("nnUNet_raw", "nnUNet_preprocessed"))
-    for folder in (raw / "imagesTr", raw / "labelsTr", preprocessed):
+    raw = root / "nnUNet_raw" / "Dataset005_User"
+    for folder in (raw / "imagesTr", raw / "labelsTr"):
         folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for case in ("a", "b"):
@@ -158,7 +156,6 @@ def write_dataset(root: Path, monkeypatch, channels: list[str], ending: str = ".
         "file_ending": ending,
     }
     (raw / "dataset.json").write_text(json.dumps(content))
-    (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint(raw, content)))
     return raw
 
 
@@ -179,19 +176,6 @@ def save(array: np.ndarray, axes: str, file: Path) -> None:
     other.SetOrigin((world @ image.affine[:3, 3]).tolist())
     other.SetDirection((world @ image.affine[:3, :3] / image.header.get_zooms()).ravel().tolist())
     sitk.WriteImage(other, str(file))
-
-
-def fingerprint(raw: Path, dataset_json: dict) -> dict:
-    """nnU-Net's, without its worker processes."""
-    cases = get_filenames_of_train_images_and_targets(str(raw))
-    reader = determine_reader_writer_from_dataset_json(dataset_json, cases["a"]["images"][0], verbose=False)
-    results = [DatasetFingerprintExtractor.analyze_case(c["images"], c["label"], reader) for c in cases.values()]
-    return {
-        "shapes_after_crop": [list(map(int, shape)) for shape, *_ in results],
-        "spacings": [list(map(float, spacing)) for _, spacing, *_ in results],
-        "median_relative_size_after_cropping": float(np.median([r[4] for r in results])),
-        "foreground_intensity_properties_per_channel": {str(i): {} for i in range(len(results[0][2]))},
-    }
 
 
 def make_plans(backbone: str) -> dict:

@@ -91,7 +91,7 @@ def test_estimate_of_the_time_left(folders):
         (["--methods", "prob"], "no method 'prob': did you mean 'probe'"),
         (["-p", "Others"], "Others.json is missing: `fseft plan_and_preprocess -d ID` makes it"),
         (["-i", "x"], "-i IMAGES and -l LABELS belong together"),
-        (["-i", "x", "-l", "y"], "x has no images named <case>_0000.nii.gz"),
+        (["-i", "x", "-l", "y"], "x does not exist. Expected a folder of images"),
         (["-o", "/dev/null/x"], "/dev/null/x cannot be written: choose another folder with -o"),
     ],
 )

@@ -194,7 +194,8 @@ def write_model(results: Path, name: str, case: dict) -> Path:
     """A model folder as nnU-Net leaves it, with four queries; returns its fold."""
     fold = results / name / "fold_0"
     (fold / "validation").mkdir(parents=True)
-    (fold.parent / "dataset.json").write_text(json.dumps({"labels": LABELS, "file_ending": ".nii.gz"}))
+    content = {"channel_names": {"0": "CT"}, "labels": LABELS, "file_ending": ".nii.gz"}
+    (fold.parent / "dataset.json").write_text(json.dumps(content))
     (fold.parent / "plans.json").write_text(json.dumps({"image_reader_writer": "NibabelIO", "configurations": {}}))
     (fold / "validation" / "summary.json").write_text(json.dumps(SUMMARY))
     for query in "abcd":

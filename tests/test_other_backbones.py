@@ -14,6 +14,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from trainings import (
     FIVE,
     TINY,
+    edit,
     predicted,
     splits_of,
     text_of,
@@ -23,7 +24,7 @@ from trainings import (
 from fsefs_nnunet.backbones.architectures.nnunet import NNUNetBackbone
 from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model
 from fsefs_nnunet.backbones.store import save_backbone
-from fsefs_nnunet.cases.images import images_in
+from fsefs_nnunet.cases.images import list_images
 from fsefs_nnunet.cases.preprocessed import require_finite
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.errors import InputError
@@ -67,18 +68,7 @@ def pair(work, tmp_path, monkeypatch, contract):
     save_backbone(wanted, NNUNetBackbone(wanted, "last").backbone_state(), tmp_path / "backbones")
     for file in (*(work.raw / "imagesTr").iterdir(), *work.queries.iterdir()):
         shutil.copy(file, file.with_name(file.name.replace("_0000", "_0001")))
-    for file, change in (
-        (work.raw / "dataset.json", lambda content: content.update(channel_names={"0": "CT", "1": "MRI"})),
-        (
-            work.preprocessed / "dataset_fingerprint.json",
-            lambda content: (values := content["foreground_intensity_properties_per_channel"]).update(
-                {"1": values["0"]}
-            ),
-        ),
-    ):
-        content = json.loads(file.read_text())
-        change(content)
-        file.write_text(json.dumps(content))
+    edit(work.raw / "dataset.json", lambda content: content.update(channel_names={"0": "CT", "1": "MRI"}))
     planner = FSEFTPlanner(work.dataset, backbone="pair")
     planner.plan_experiment()
     manager = PlansManager(str(work.preprocessed / "FSEFTPlans_pair.json"))
@@ -89,7 +79,7 @@ def pair(work, tmp_path, monkeypatch, contract):
     for case, files in get_filenames_of_train_images_and_targets(str(work.raw)).items():
         arguments = (files["images"], files["label"], manager, configuration, work.dataset_json())
         preprocessor.run_case_save(str(folder / case), *arguments)
-    images = images_in(work.queries, work.dataset_json())
+    images = list_images(work.queries, work.dataset_json()).require_sound()
     UnlabelledQueries(folder).preprocess(images, manager, configuration, work.dataset_json())
     plans = json.loads((work.preprocessed / "FSEFTPlans_pair.json").read_text())
     plans["configurations"][FIVE].update(TINY)

@@ -67,7 +67,8 @@ def _section(cell: Cell) -> dict:
     if not (predictions / "summary.json").exists():
         return section | {"no_overlay": f"The predictions are no longer in {predictions}."}
     try:
-        section["overlays"] = ranked_overlays(predictions, target.images, target.labels, target.dataset_json)
+        images = {case: files[0] for case, files in target.image_files().items()}
+        section["overlays"] = ranked_overlays(predictions, images, target.labels, target.dataset_json)
         section["no_overlay"] = "No case shows a class, neither labelled nor predicted."
     except Exception as error:  # readers of broken files raise whatever they like
         section["no_overlay"] = f"An image cannot be drawn: {error}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from fsefs_nnunet.backbones.store import find_backbone
 from fsefs_nnunet.benchmark.target import Target, queries, test_set
-from fsefs_nnunet.cases.folders import dataset_folders
+from fsefs_nnunet.cases.folders import dataset_folders, folder_of
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits
 from fsefs_nnunet.device import device_named
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.surface import require_monai
+from fsefs_nnunet.files import read_json
 from fsefs_nnunet.labels import foreground_names, match_labels
 from fsefs_nnunet.methods.settings import is_k_shot
 from fsefs_nnunet.nnunet.experiment import OwnExperiment
@@ -85,8 +85,7 @@ def open_study(
     """
     require_monai()
     name, raw, preprocessed = dataset_folders(dataset_id)
-    if "nnUNet_results" not in os.environ:
-        raise InputError("The environment variable nnUNet_results is not set: export nnUNet_results=FOLDER.")
+    folder_of("nnUNet_results")
     file = preprocessed / f"{plans_name}.json"
     if not file.exists():
         raise InputError(f"{file} is missing: `fseft plan_and_preprocess -d ID` makes it, -p chooses other plans.")
@@ -95,9 +94,11 @@ def open_study(
     # images, labels or a GPU that are missing are reported before the first training
     target.images_sha256, target.labels_sha256  # noqa: B018
     kind = device_named(device).type
+    plans = read_json(file)
+    target.require_one_grid(plans["image_reader_writer"])
     work = _writable(output or Path("fseft_benchmark") / f"{name}_{plans_name}")
     experiment = OwnExperiment(work, name, plans_name, kind)
-    study = Study(experiment, json.loads(file.read_text("utf-8")), splits, target, scratch_minutes)
+    study = Study(experiment, plans, splits, target, scratch_minutes)
     if not study.planned_shots:
         raise InputError(f"{file} has no K-shot configuration: plan with `fseft plan -d ID`.")
     return study

@@ -10,7 +10,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
-from fsefs_nnunet.cases.images import images_in, require_channels
+from fsefs_nnunet.cases.folders import training_files
+from fsefs_nnunet.cases.images import list_images
+from fsefs_nnunet.cases.soundness import check_headers
 from fsefs_nnunet.errors import InputError
 
 
@@ -34,12 +36,21 @@ class Target:
 
     def image_files(self) -> dict[str, list[str]]:
         """The cases' images, one file per channel. Raises InputError if one is missing."""
-        found = images_in(self.images, self.dataset_json)
+        if self.is_queries:
+            training = training_files(self.images.parent, self.dataset_json)
+            found = {case: files["images"] for case, files in training.items()}
+        else:
+            found = list_images(self.images, self.dataset_json).require_sound()
         for case in self.cases:
             if case not in found:
                 raise InputError(f"{self.images} has no image of {case!r}, which the splits name: put it back.")
-            require_channels(found[case])
         return {case: found[case] for case in self.cases}
+
+    def require_one_grid(self, reader_name: str) -> None:
+        """Raises InputError where a reference segmentation does not lie on its image, as nnU-Net's reader has both."""
+        for case, files in self.image_files().items():
+            label = self.labels / f"{case}{self.dataset_json['file_ending']}"
+            check_headers(files, str(label), reader_name)
 
     @cached_property
     def images_sha256(self) -> str:
@@ -66,12 +77,13 @@ class Target:
         folder = work / "fseft_query_images"
         shutil.rmtree(folder, ignore_errors=True)  # of other splits, or of another dataset
         folder.mkdir()
-        for files in self.image_files().values():
-            for file in map(Path, files):
+        for case, files in self.image_files().items():
+            for channel, file in enumerate(files):
+                link = folder / f"{case}_{channel:04d}{self.dataset_json['file_ending']}"
                 try:
-                    os.symlink(file.resolve(), folder / file.name)
+                    os.symlink(Path(file).resolve(), link)
                 except OSError:  # not every file system has links
-                    shutil.copy(file, folder / file.name)
+                    shutil.copy(file, link)
         return folder
 
 
@@ -94,10 +106,8 @@ def test_set(images: Path, labels: Path, raw: Path) -> Target:
         InputError: for a folder without images, a case without a label, or imagesTr, whose cases are trained on.
     """
     dataset_json = read_dataset_json(raw / "dataset.json")
-    files = images_in(images, dataset_json)
-    cases = tuple(files)
+    cases = tuple(list_images(images, dataset_json).require_sound())
     for case in cases:
-        require_channels(files[case])
         label = labels / f"{case}{dataset_json['file_ending']}"
         if not label.exists():
             raise InputError(f"{label} is missing: -l wants a reference segmentation of every case of -i.")

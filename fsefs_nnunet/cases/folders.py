@@ -2,73 +2,169 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
-from fsefs_nnunet.cases.dataset_json import read_dataset_json
+from fsefs_nnunet.cases.headers import several
+from fsefs_nnunet.cases.images import broken_link, is_leftover, list_images
 from fsefs_nnunet.errors import InputError
+
+VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+def folder_of(variable: str) -> Path:
+    """The folder that one of nnU-Net's environment variables names; it may not be there yet.
+
+    Raises:
+        InputError: if the variable is missing or empty.
+    """
+    value = os.environ.get(variable)
+    if not value:
+        found = "is empty" if value == "" else "is not set"
+        raise InputError(f"The environment variable {variable} {found}: export {variable}=FOLDER, as nnU-Net needs it.")
+    return Path(value)
 
 
 def dataset_folders(dataset_id: int | str) -> tuple[str, Path, Path]:
-    """Name, raw and preprocessed folder. Raises InputError where nnU-Net's environment variables are missing."""
-    for name, variable in (("nnUNet_raw", nnUNet_raw), ("nnUNet_preprocessed", nnUNet_preprocessed)):
-        _require(name, variable)
-    name = _dataset_name(dataset_id, nnUNet_raw)
-    raw = Path(str(nnUNet_raw)) / name
-    if not (raw / "dataset.json").exists():
-        raise InputError(f"{raw}/dataset.json is missing: expected a raw dataset in nnU-Net's layout.")
-    return name, raw, Path(str(nnUNet_preprocessed)) / name
+    """Name, raw and preprocessed folder of a dataset, by its id or its name.
+
+    Raises:
+        InputError: where nnU-Net's environment variables are missing, there is no such dataset, or its id is not its
+            own.
+    """
+    raw, preprocessed = folder_of("nnUNet_raw"), folder_of("nnUNet_preprocessed")
+    if not raw.is_dir():
+        raise InputError(f"nnUNet_raw is {raw}, which is no folder: correct the environment variable.")
+    name = dataset_name(dataset_id, "nnUNet_raw")
+    if not (raw / name / "dataset.json").exists():
+        lacking = "is missing" if (raw / name).is_dir() else "does not exist, nor does its folder"
+        raise InputError(f"{raw / name / 'dataset.json'} {lacking}: expected a raw dataset in nnU-Net's layout.")
+    return name, raw / name, preprocessed / name
 
 
 def model_folder(dataset_id: int | str, trainer: str, plans: str, configuration: str) -> Path:
     """Of a trained model in nnUNet_results. Raises InputError without that variable, and for an unknown dataset."""
-    _require("nnUNet_results", nnUNet_results)
-    return (
-        Path(str(nnUNet_results)) / _dataset_name(dataset_id, nnUNet_results) / f"{trainer}__{plans}__{configuration}"
-    )
+    results = folder_of("nnUNet_results")
+    named = str(dataset_id).startswith("Dataset") and (results / str(dataset_id)).is_dir()
+    name = dataset_id if named else dataset_name(dataset_id, "nnUNet_results")
+    return results / name / f"{trainer}__{plans}__{configuration}"
 
 
-def _require(name: str, variable) -> None:
-    if not variable.is_set():
-        raise InputError(f"The environment variable {name} is not set: export {name}=FOLDER, as nnU-Net needs it.")
+def dataset_name(dataset_id: int | str, variable: str) -> str:
+    """DatasetXXX_Name of an id or a name; `variable` names the folder where it should lie.
+
+    nnU-Net goes from names to ids and back, so that names need an id of their own in all its folders.
+
+    Raises:
+        InputError: if there is no such dataset, or there are two.
+    """
+    text = str(dataset_id)
+    number = text if text.isdecimal() else (re.match(r"Dataset(\d+)_.", text) or [None, None])[1]
+    if number is None:
+        where = folder_of(variable)
+        raise InputError(f"No dataset {text} in {where}: give an id, 4 for example, or a name, Dataset004_Name.")
+    if not 0 < int(number) < 1000 or not (text.isdecimal() or len(number) == 3):
+        raise InputError(
+            f"{text} is no name of a nnU-Net dataset: these are DatasetXXX_Name, with an id from 001 to 999 in three "
+            "digits. Rename its folder."
+        )
+    roots = [Path(os.environ[v]) for v in VARIABLES if os.environ.get(v)]
+    there = [path for root in roots if root.is_dir() for path in sorted(root.glob("Dataset*")) if path.is_dir()]
+    prefix = f"Dataset{int(number):03d}"
+    found = {path.name: path for path in reversed(there) if path.name.startswith(prefix)}
+    if len(found) > 1:
+        raise InputError(
+            f"The dataset id {int(number)} is not the dataset's own, nnU-Net takes "
+            f"{' and '.join(map(str, found.values()))} for it: rename all but one, in all three folders of nnU-Net's, "
+            "or move them away."
+        )
+    if found and (text.isdecimal() or text in found):
+        return next(iter(found))
+    remedy = f"there are {several(sorted({path.name for path in there}), 5) or 'none'}."
+    near = [path for path in there if re.match(rf"Dataset0*{int(number)}_", path.name)]
+    if near and not found:
+        right = f"{prefix}_{near[0].name.split('_', 1)[1]}"
+        remedy = f"nnU-Net's ids have three digits, rename {near[0]} to {right}."
+    raise InputError(f"No dataset {text} in {folder_of(variable)}: {remedy}")
 
 
-def _dataset_name(dataset_id: int | str, folder) -> str:
-    try:
-        return maybe_convert_to_dataset_name(int(dataset_id) if str(dataset_id).isdigit() else dataset_id)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).split(". ")[0]  # nnU-Net's text goes on over several lines
-        raise InputError(f"No dataset {dataset_id} in {folder}: {reason}.") from error
-
-
-def labelled_cases(raw: Path) -> list[str]:
-    return sorted(training_files(raw, read_dataset_json(raw / "dataset.json")))
+def labelled_cases(raw: Path, dataset_json: dict) -> list[str]:
+    return sorted(training_files(raw, dataset_json))
 
 
 def training_files(raw: Path, dataset_json: dict) -> dict[str, dict]:
-    """Each training case's "images" and "label", as nnU-Net finds them.
+    """Each training case's "images" and "label", as nnU-Net finds them, without the leftovers of a copy from macOS.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is none, or one that nnU-Net would pass over in silence or stumble upon.
     """
-    files = {}
-    if "dataset" in dataset_json or (raw / "imagesTr").is_dir():
-        files = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
-    if not files:
+    if "dataset" in dataset_json:
+        return _listed_files(raw, dataset_json)
+    ending = dataset_json["file_ending"]
+    images = list_images(raw / "imagesTr", dataset_json).require_sound()
+    return {case: {"images": images[case], "label": str(raw / "labelsTr" / f"{case}{ending}")} for case in images}
+
+
+def _listed_files(raw: Path, dataset_json: dict) -> dict[str, dict]:
+    """Of the key "dataset" of dataset.json: paths from the dataset's folder; environment variables may be in them."""
+    file, entries = raw / "dataset.json", dataset_json["dataset"]
+    channels = len(dataset_json["channel_names"])
+    if not isinstance(entries, dict) or not entries:
+        raise InputError(f'{file}: "dataset" lists no case: write one entry for each case, or leave it out.')
+    found = {}
+    for case, entry in entries.items():
+        images, label = (entry.get(key) if isinstance(entry, dict) else None for key in ("images", "label"))
+        if not isinstance(images, list) or len(images) != channels or not isinstance(label, str):
+            raise InputError(
+                f'{file}: case {case!r} under "dataset" is {entry}: write {{"images": [FILE of each of {channels} '
+                'channel(s)], "label": FILE}}.'
+            )
+        *found_images, found_label = (_expanded(raw, case, str(name)) for name in (*images, label))
+        found[case] = {"images": found_images, "label": found_label}
+    return found
+
+
+def _expanded(raw: Path, case: str, name: str) -> str:
+    path = os.path.abspath(os.path.join(raw, os.path.expandvars(name)))
+    if not os.path.exists(path):
+        unset = [variable for variable in re.findall(r"\$\{?(\w+)", name) if variable not in os.environ]
+        why = f"the environment variable {unset[0]} is not set" if unset else f"{path} does not exist"
+        raise InputError(f"{raw / 'dataset.json'}: case {case!r} names {name}, but {why}.")
+    return path
+
+
+def warnings_of_cases(raw: Path, dataset_json: dict, cases: dict[str, dict]) -> list[str]:
+    """What a user should hear of the number of cases; one sentence each."""
+    made = []
+    told = dataset_json.get("numTraining")
+    if told is not None and int(told) != len(cases):
+        made.append(f"numTraining of {raw / 'dataset.json'} is {told}, {len(cases)} labelled cases were found.")
+    if "dataset" not in dataset_json:
         ending = dataset_json["file_ending"]
-        raise InputError(f"{raw / 'imagesTr'} has no images named <case>_0000{ending}: expected nnU-Net's naming.")
-    return files
+        stems = [file.name.removesuffix(ending) for file in (raw / "labelsTr").glob(f"*{ending}")]
+        if lonely := [stem for stem in sorted(stems) if stem not in cases and not is_leftover(stem)]:
+            made.append(f"{raw / 'labelsTr'} has {len(lonely)} label map(s) without image: {several(lonely)}.")
+    return made
+
+
+def require_label_file(file: str) -> None:
+    """Raises InputError if a label map is missing."""
+    if Path(file).exists():
+        return
+    if Path(file).is_symlink():
+        raise InputError(str(broken_link(Path(file))))
+    raise InputError(f"{file} is missing: every training image needs its label map.")
 
 
 def made_folder(preprocessed: Path) -> Path:
-    """A folder below nnUNet_preprocessed, there from now on."""
+    """A folder below nnUNet_preprocessed, there from now on. Raises InputError if it cannot be written to."""
     try:
         preprocessed.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
             f"{preprocessed} cannot be written to ({error.strerror}): check nnUNet_preprocessed."
         ) from error
+    if not os.access(preprocessed, os.W_OK | os.X_OK):
+        raise InputError(f"{preprocessed} cannot be written to (it is read-only): check nnUNet_preprocessed.")
     return preprocessed

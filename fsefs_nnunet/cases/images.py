@@ -3,77 +3,204 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from fsefs_nnunet.cases.dataset_json import channel_names
+from fsefs_nnunet.cases.headers import (
+    Header,
+    offset_in_mm,
+    read_header,
+    refused_if_unreadable,
+    several,
+)
 from fsefs_nnunet.cases.preprocessed import require_finite
+from fsefs_nnunet.cases.readers import reorients, spacing_of
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import values_in
+
+_VOLUMES = re.compile(r"(.+?)(_\d{4})?\.(nii|nii\.gz|mha|mhd|nrrd|nhdr|hdr|gipl)", re.IGNORECASE | re.DOTALL)
+
+
+# ---- which files a folder holds ----
+
+
+class Fault(NamedTuple):
+    """What is wrong with a file: "FILE `what`" is a sentence."""
+
+    file: Path
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.what}"
+
+
+@dataclass
+class ImageFolder:
+    """Cases of a folder in nnU-Net's naming, `<case>_0000<file ending>` and so on for each channel.
+
+    cases: those that are whole, one file per channel.
+    faults: of all others, why they are not; by case, or by the name of a file that belongs to none.
+    """
+
+    cases: dict[str, list[str]] = field(default_factory=dict)
+    faults: dict[str, Fault] = field(default_factory=dict)
+
+    def require_sound(self) -> dict[str, list[str]]:
+        """The cases. Raises InputError where the folder holds anything else."""
+        if self.faults:
+            others = len(self.faults) - 1
+            raise InputError(str(next(iter(self.faults.values()))) + (f" {others} more like it." if others else ""))
+        return self.cases
+
+
+def is_leftover(name: str) -> bool:
+    """Of a copy from macOS (`._scan.nii.gz`, `.DS_Store`), or otherwise hidden."""
+    return name.startswith(".")
+
+
+def list_images(folder: Path, dataset_json: dict) -> ImageFolder:
+    """What lies in `folder`; hidden files, and such that are no volumes by their names, are left out.
+
+    Raises:
+        InputError: if there is no such folder, or it holds no image at all.
+    """
+    folder, ending, channels = Path(folder), dataset_json["file_ending"], len(channel_names(dataset_json))
+    if not folder.is_dir():
+        found = "is a file, one image perhaps: give its folder" if folder.is_file() else "does not exist"
+        raise InputError(f"{folder} {found}. Expected a folder of images named <case>_0000{ending}.")
+    names = sorted(path.name for path in folder.iterdir() if not is_leftover(path.name))
+    listed, numbers, others = ImageFolder(), {}, {}
+    for name in names:
+        stem = name.removesuffix(ending)
+        named = re.fullmatch(r"(.+)_(\d{4})", stem, re.DOTALL)
+        if stem != name and named:
+            numbers.setdefault(named[1], []).append(int(named[2]))
+        elif stem != name:
+            right = f"{stem}_0000{ending}"
+            what = f"has no channel number: expected nnU-Net's naming, {right} for the first channel."
+            listed.faults[name] = Fault(folder / name, what)
+        elif volume := _VOLUMES.fullmatch(name):
+            others[volume[1]] = name
+    for case, found in sorted(numbers.items()):
+        files = [f"{case}_{channel:04d}{ending}" for channel in range(channels)]
+        if case in others:
+            twice = f"lies there twice, as {others.pop(case)} as well: keep one of them."
+            listed.faults[case] = Fault(folder / files[0], twice)
+        elif fault := _fault(folder, files, {number: f"{case}_{number:04d}{ending}" for number in found}):
+            listed.faults[case] = fault
+        else:
+            listed.cases[case] = [str(folder / file) for file in files]
+    for name in others.values():
+        what = f"does not end with {ending}, as dataset.json says of the images: convert it, or move it away."
+        listed.faults[name] = Fault(folder / name, what)
+    if not listed.cases and not listed.faults:
+        raise InputError(
+            f"{folder} has no images named <case>_0000{ending}: expected nnU-Net's naming, found "
+            f"{several(names) or 'no file'}."
+        )
+    return listed
+
+
+def _fault(folder: Path, wanted: list[str], found: dict[int, str]) -> Fault | None:
+    """Why a case is not whole: the names of its channels' files, and those that lie there by their number."""
+    for name in wanted:
+        if name not in found.values():
+            return Fault(folder / name, f"is missing: every case needs {len(wanted)} channel(s).")
+        if not (folder / name).exists():
+            return broken_link(folder / name)
+    if extra := [name for number, name in sorted(found.items()) if number >= len(wanted)]:
+        return Fault(folder / extra[0], f"is a channel too many: the dataset has {len(wanted)}. Move it away.")
+    return None
+
+
+def broken_link(file: Path) -> Fault:
+    """The fault of a link to nowhere."""
+    return Fault(file, f"is a link to {file.readlink()}, which does not exist: restore it, or take the case away.")
+
+
+# ---- reading them ----
+
+
+def read_headers(files: Sequence[str], reader_name: str) -> list[Header]:
+    """Of the channels of one image.
+
+    Raises:
+        InputError: as read_header, and if the channels do not lie on one grid.
+    """
+    headers = [read_header(file) for file in files]
+    for header in headers[1:]:
+        offset_in_mm(header, headers[0], reorients(reader_name))
+    return headers
 
 
 def read_image(reader, files: list[str]) -> tuple[np.ndarray, dict]:
     """Image (channels, X, Y, Z) and properties, as nnU-Net's `reader` gives them.
 
+    The spacing is that of the affine where the header contradicts itself.
+
     Raises:
-        InputError: if a channel is missing or too many, or it cannot be read, or it holds NaN or infinite values, some
-            of which normalisation would hide.
+        InputError: if a channel cannot be read, lies on another grid than the first, or holds NaN or infinite values,
+            some of which normalisation would hide.
     """
-    require_channels(files)
-    try:
+    name = type(reader).__name__
+    headers = read_headers(files, name)
+    with refused_if_unreadable(*files):
         image, properties = reader.read_images(files)
-    except Exception as error:  # each of the libraries that read images has errors of its own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{', '.join(files)} cannot be read ({reason}): repair it, or leave the case out.") from error
     require_finite(image, files)
+    if not headers[0].pixdim_agrees:
+        properties["spacing"] = spacing_of(headers[0], name)
     return image, properties
 
 
-def check_label(reader, file: str, shape: Sequence[int], values: set[int]) -> None:
-    """Refuse a label map that nnU-Net cannot train with; `shape` is its image's, `values` those of dataset.json.
+def is_constant(image: np.ndarray) -> bool:
+    """Whether every channel of an image (channels, X, Y, Z) holds one value alone."""
+    return all(channel.min() == channel.max() for channel in image)
+
+
+def constant_warning(file: str, image: np.ndarray) -> str:
+    return f"{file} holds the value {image[0].min():g} alone: nothing is segmented in it."
+
+
+def lacks_air(image: np.ndarray) -> bool:
+    """Whether an image whose first channel is CT cannot be in HU."""
+    return bool(image[0].min() >= 0)
+
+
+def offset_warning(files: Iterable[str]) -> str:
+    return (
+        f"{several(files)}: no value below 0, as CTs in HU have: another modality, or stored with an offset (of 1024)?"
+    )
+
+
+def require_whole_numbers(values: Iterable[float], file: str | Path) -> None:
+    """Raises InputError if the values of a label map are not, which nnU-Net would cut to the next smaller number."""
+    if odd := sorted(value for value in values if not float(value).is_integer()):
+        raise InputError(
+            f"{file} holds values that are no whole numbers, {several(f'{value:.9g}' for value in odd)}: round them "
+            "and save it as integers, with a slope of 1."
+        )
+
+
+def check_label(reader, file: str, shape: Sequence[int], values: set[int]) -> bool:
+    """Whether a label map shows more than background; `shape` is its image's, `values` those of dataset.json.
 
     Raises:
         InputError: if it cannot be read, has another shape, or holds other values.
     """
-    if not Path(file).exists():
-        raise InputError(f"{file} is missing: every image of imagesTr needs its label map.")
-    try:
+    with refused_if_unreadable(file):
         labels, _ = reader.read_seg(file)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{file} cannot be read ({reason}): repair it, or leave the case out.") from error
     if labels.shape[1:] != tuple(shape):
         raise InputError(f"{file} has {labels.shape[1:]} voxels, its image {tuple(shape)}: repair it.")
-    unknown = sorted(values_in(labels) - values)
-    if unknown:
-        raise InputError(f"{file} holds values {unknown[:5]}, which dataset.json does not name: add or repair them.")
-
-
-def images_in(folder: Path, dataset_json: dict) -> dict[str, list[str]]:
-    """Cases of a folder in nnU-Net's naming, `<case>_0000<file ending>` and so on per channel, there or not.
-
-    Raises:
-        InputError: if the folder has no such image.
-    """
-    ending, channels = dataset_json["file_ending"], len(channel_names(dataset_json))
-    first = sorted(Path(folder).glob(f"*_0000{ending}"))
-    if not first:
-        raise InputError(f"{folder} has no images named <case>_0000{ending}: expected nnU-Net's naming.")
-    cases = {}
-    for file in first:
-        case = file.name[: -len(f"_0000{ending}")]
-        cases[case] = [str(file.with_name(f"{case}_{channel:04d}{ending}")) for channel in range(channels)]
-    return cases
-
-
-def require_channels(files: list[str]) -> None:
-    """Raises InputError if one of a case's files is missing, or a further channel lies beside them."""
-    for file in files:
-        if not Path(file).exists():
-            raise InputError(f"{file} is missing: every case needs {len(files)} channel(s).")
-    first = Path(files[0])
-    odd = first.with_name(re.sub(r"_0000(?=\.)", f"_{len(files):04d}", first.name))
-    if odd != first and odd.exists():
-        raise InputError(f"{odd} is a channel too many: the dataset has {len(files)}. Move it away.")
+    found = values_in(labels)
+    require_whole_numbers(found, file)
+    if unknown := sorted(found - values):
+        raise InputError(
+            f"{file} holds the values {several(f'{value:g}' for value in unknown)}, which dataset.json does not name: "
+            "add them to its labels, or repair the label map."
+        )
+    return bool(found - {0})

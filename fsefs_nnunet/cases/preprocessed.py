@@ -28,6 +28,21 @@ def refuse_missing(missing: Iterable[str], folder: str | Path, options: str = ""
         )
 
 
+def require_labels(segmentations: dict[str, np.ndarray], ignore_label: int | None) -> None:
+    """Raises InputError if no label map of the support shows anything but background and what is ignored.
+
+    Args:
+        segmentations: preprocessed label maps (1, X, Y, Z) by case, in which nnU-Net marks what it cropped by -1.
+    """
+    for segmentation in segmentations.values():
+        if ((segmentation > 0) & (segmentation != (-1 if ignore_label is None else ignore_label))).any():
+            return
+    raise InputError(
+        f"None of the support cases {', '.join(segmentations)} shows a labelled structure, there is nothing to learn "
+        "from: label them, take another fold, or draw others with `fseft splits -d ID --seed N`."
+    )
+
+
 def require_finite(image: np.ndarray, files: Sequence[str]) -> None:
     """Raises InputError that names the first channel with NaN or infinite values.
 

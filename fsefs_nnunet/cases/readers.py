@@ -9,6 +9,7 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
+from fsefs_nnunet.cases.headers import Header, read_header
 from fsefs_nnunet.errors import InputError
 
 # Both turn images to RAS and give the same array and spacing (tests/test_readers.py), from different file types.
@@ -48,10 +49,9 @@ def _simpleitk_means_ras() -> bool:
     return np.allclose(turned.GetDirection(), np.diag([-1, -1, 1]).ravel())  # ITK's world is left, back, up
 
 
-def reoriented_axes(image_file: str | Path) -> list[int]:
-    """For each axis z, y, x that a reorienting reader gives, the axis of the file as stored; reads the header alone."""
-    affine, _, _ = _header(image_file)
-    stored = np.argsort(nib.io_orientation(affine)[:, 0])  # of x, y, z, counted in i, j, k
+def reoriented_axes(header: Header) -> list[int]:
+    """For each axis z, y, x that a reorienting reader gives, the one that a plain reader gives of the file."""
+    stored = np.argsort(nib.io_orientation(header.affine)[:, 0])  # of x, y, z, counted in i, j, k
     return [2 - int(axis) for axis in stored[::-1]]
 
 
@@ -59,28 +59,18 @@ def image_geometry(image_file: str | Path, reader_name: str) -> tuple[list[int],
     """Shape in voxels and spacing in mm of the array that a reader gives, per axis z, y, x; reads the header alone.
 
     Raises:
-        InputError: for an image that is not three-dimensional.
+        InputError: as read_header.
     """
-    _, shape, spacing = _header(image_file)
-    axes = reoriented_axes(image_file) if reorients(reader_name) else [0, 1, 2]
-    return [int(shape[axis]) for axis in axes], [float(spacing[axis]) for axis in axes]
+    header = read_header(image_file)
+    return [int(n) for n in in_axes_of(header.shape, header, reader_name)], spacing_of(header, reader_name)
 
 
-def _header(image_file: str | Path) -> tuple[np.ndarray, list[int], list[float]]:
-    """Affine (where nibabel cannot read the file, its directions); shape and spacing as stored, in order k, j, i."""
-    if str(image_file).lower().endswith((".nii", ".nii.gz")):
-        image = nib.load(image_file)
-        _require_volume(image_file, image.ndim)
-        return image.affine, list(image.shape[::-1]), list(image.header.get_zooms()[::-1])
-    header = sitk.ImageFileReader()
-    header.SetFileName(str(image_file))
-    header.ReadImageInformation()
-    _require_volume(image_file, header.GetDimension())
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(header.GetDirection(), (3, 3))
-    return affine, list(header.GetSize()[::-1]), list(header.GetSpacing()[::-1])
+def spacing_of(header: Header, reader_name: str) -> list[float]:
+    """mm per axis z, y, x of the array that a reader gives; of the affine where pixdim disagrees with it."""
+    return [float(x) for x in in_axes_of(header.spacing, header, reader_name)]
 
 
-def _require_volume(image_file: str | Path, dimensions: int) -> None:
-    if dimensions != 3:
-        raise InputError(f"{image_file} has {dimensions} dimensions: give one file per volume and channel.")
+def in_axes_of(values, header: Header, reader_name: str) -> list:
+    """`values` of the axes i, j, k as stored, for each axis z, y, x that a reader gives."""
+    axes = reoriented_axes(header) if reorients(reader_name) else [0, 1, 2]
+    return [values[::-1][axis] for axis in axes]

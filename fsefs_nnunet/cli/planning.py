@@ -55,7 +55,12 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-overwrite_target_spacing", nargs=3, type=positive_float, metavar="MM", help="as in nnU-Net: z y x"
     )
-    parser.add_argument("--verify_dataset_integrity", action="store_true", help="nnU-Net's check, recommended once")
+    parser.add_argument(
+        "--verify_dataset_integrity", action="store_true", help="as in nnU-Net; here all cases are checked in any case"
+    )
+    parser.add_argument(
+        "--accept_positive_ct", action="store_true", help="train on CTs without a value below 0, which are hardly in HU"
+    )
 
 
 def _add_splits(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +100,7 @@ def plan(args: argparse.Namespace) -> str:
         args.gpu_memory_target,
         args.overwrite_plans_name,
         args.overwrite_target_spacing,
-        args.verify_dataset_integrity,
+        args.accept_positive_ct,
     )
 
 

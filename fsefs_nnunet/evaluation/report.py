@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from fsefs_nnunet.cases.folders import training_files
 from fsefs_nnunet.evaluation.html import render
 from fsefs_nnunet.evaluation.overlays import save_overlay
 from fsefs_nnunet.evaluation.plots import plot_learning_curves, plot_sizes
@@ -38,13 +39,14 @@ def write_report(
         InputError: if a fold's fseft_run.json is missing or damaged.
     """
     fold = folds[adapted]
+    images = {case: files["images"][0] for case, files in training_files(raw, dataset_of(fold)).items()}
     page = render(
         "comparison.html",
         introduction=introduction,
         rows=rows,
         curves=_learning_curves(folds),
         adapted=adapted,
-        overlays=ranked_overlays(fold / "validation", raw / "imagesTr", raw / "labelsTr", dataset_of(fold)),
+        overlays=ranked_overlays(fold / "validation", images, raw / "labelsTr", dataset_of(fold)),
         size_section=size_section(fold, fold / "validation"),
         next_steps=next_steps,
     )
@@ -66,8 +68,10 @@ def dataset_of(fold: Path) -> dict:
     return json.loads((fold.parent / "dataset.json").read_text("utf-8"))
 
 
-def ranked_overlays(predictions: Path, images: Path, labels: Path, dataset_json: dict) -> dict[str, bytes]:
+def ranked_overlays(predictions: Path, images: dict[str, str], labels: Path, dataset_json: dict) -> dict[str, bytes]:
     """PNGs by caption of the best, median and worst case of a folder with nnU-Net's summary.json.
+
+    images: the first channel of each case.
 
     None of a folder where no case shows a class, labelled or predicted.
     """
@@ -77,8 +81,7 @@ def ranked_overlays(predictions: Path, images: Path, labels: Path, dataset_json:
     for rank, name in best_median_worst(dice).items():
         case, png = name.removesuffix(ending), BytesIO()
         caption = f"{rank}: {case}, mean Dice {dice[name]:.3f}"
-        image = images / f"{case}_0000{ending}"
-        save_overlay(image, predictions / name, png, labels / name, foreground(dataset_json["labels"]), caption)
+        save_overlay(images[case], predictions / name, png, labels / name, foreground(dataset_json["labels"]), caption)
         overlays[caption] = png.getvalue()
     return overlays
 

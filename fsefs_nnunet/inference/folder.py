@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fsefs_nnunet.cases.images import images_in
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json, write_atomically
+from fsefs_nnunet.inference.images import images_to_segment, not_segmented
 from fsefs_nnunet.inference.prediction import QueryPredictor
 from fsefs_nnunet.inference.weights import sha256_of_weights
 
@@ -46,7 +46,8 @@ def predict_folder(
         InputError: for a folder without such images, or an output folder that cannot be written.
     """
     model = predictor.model
-    cases = images_in(images, model.dataset_json)
+    reader = type(predictor.reader).__name__
+    found = images_to_segment(images, model.dataset_json, reader, num_parts, part_id)
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name in ("plans.json", "dataset.json"):
@@ -61,19 +62,19 @@ def predict_folder(
         "settings": {name: getattr(model.settings, name) for name in OF_ADAPTATION},
         "largest_component": keep_largest,
     }
-    failures = []
-    for case in tqdm(sorted(cases)[part_id::num_parts], desc="predicting"):
+    failures = list(found.failures.values())
+    for case, files in tqdm(found.cases.items(), desc="predicting"):
         segmentation = output / f"{case}{model.dataset_json['file_ending']}"
         sizes = output / f"{case}_sizes.json"
         try:
             wanted = [segmentation] + [output / f"{case}.npz"] * predictor.save_probabilities
             if continue_prediction and all(file.exists() for file in wanted) and _made_of(sizes) == made_of:
                 continue
-            report = predictor.predict(cases[case], segmentation, keep_largest)
+            report = predictor.predict(files, segmentation, keep_largest)
             write_atomically(sizes, json.dumps({**report, MADE_OF: made_of}, indent=1))
             if any(report["diverged"]):
-                tqdm.write(f"{cases[case][0]}: its adaptation diverged, the trained adapter segments it as it is.")
+                tqdm.write(f"{files[0]}: its adaptation diverged, the trained adapter segments it as it is.")
         except Exception as error:  # readers of broken files raise whatever they like
-            failures.append(f"{cases[case][0]} was not segmented: {error}")
+            failures.append(not_segmented(files[0], error))
             tqdm.write(failures[-1])
     return failures

@@ -16,11 +16,12 @@ from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 from tqdm import tqdm
 
-from fsefs_nnunet.cases.dataset_json import channel_names
-from fsefs_nnunet.cases.images import read_image
+from fsefs_nnunet.cases.dataset_json import shows_ct
+from fsefs_nnunet.cases.images import constant_warning, is_constant, lacks_air, offset_warning, read_image
 from fsefs_nnunet.device import reduced_precision
 from fsefs_nnunet.features.layout import pooled, pooling_factor
 from fsefs_nnunet.features.windows import extract_features, window_starts
+from fsefs_nnunet.inference.images import empty_logits
 from fsefs_nnunet.inference.trained_model import TrainedModel
 from fsefs_nnunet.losses.segmentation import segmentation_loss
 from fsefs_nnunet.methods.network import AdaptedNetwork
@@ -80,9 +81,11 @@ def averaged(features: torch.Tensor, voxel_ml: float) -> QueryVolume:
 
 @dataclass(frozen=True)
 class Volume:
-    """features: (C, X, Y, Z) float16 on the CPU; properties: nnU-Net's, of how the image was preprocessed."""
+    """features: (C, X, Y, Z) float16 on the CPU, None of an image that holds one value alone and shows nothing;
+    properties: nnU-Net's, of how the image was preprocessed.
+    """
 
-    features: torch.Tensor
+    features: torch.Tensor | None
     properties: dict
 
 
@@ -109,7 +112,7 @@ class QueryPredictor:
         self.has_regions = manager.has_regions
         self.voxel_ml = float(np.prod(model.configuration.spacing)) / 1000
         self.reader = model.plans_manager.image_reader_writer_class()
-        self.shows_ct = channel_names(model.dataset_json)["0"].casefold() == "ct"
+        self.shows_ct = shows_ct(model.dataset_json)
         self.preprocessor = model.configuration.preprocessor_class(verbose=False)
         self.windows = 0  # that went through the backbone
         self.loss = segmentation_loss(model.settings.loss, manager, model.configuration.batch_dice)
@@ -126,18 +129,23 @@ class QueryPredictor:
         """
         model = self.model
         image, properties = read_image(self.reader, files)
-        if self.shows_ct and image[0].min() >= 0:
-            tqdm.write(
-                f"{files[0]} has no value below 0, as CTs in HU have: another modality, or stored with an offset?"
-            )
+        constant = is_constant(image)
+        if constant:
+            tqdm.write(constant_warning(files[0], image))
+        elif self.shows_ct and lacks_air(image):
+            tqdm.write(offset_warning(files[:1]))
         context = (model.plans_manager, model.configuration, model.dataset_json)
         data, _, properties = self.preprocessor.run_case_npy(image, None, properties, *context)
+        if constant:
+            return Volume(None, properties)
         image, window = torch.from_numpy(np.asarray(data, np.float32)), tuple(model.configuration.patch_size)
         self.windows += len(window_starts(image.shape[1:], window))
         return Volume(extract_features(model.network.backbone, image, window, model.device).half(), properties)
 
     def segment(self, volume: Volume, output: Path, keep_largest: bool = False) -> dict:
         """Segment a volume that `read` gave, or that of another model on the same backbone and plans."""
+        if volume.features is None:
+            return self._segment_nothing(volume, output, keep_largest)
         total, folds = None, []
         features = cast_for_reduction(self.model.network, volume.features)
         for fold in range(len(self.model.weights)):
@@ -147,6 +155,13 @@ class QueryPredictor:
         # as nnU-Net does: the mean of the logits
         self._export(total.div_(len(folds)), volume.properties, output, keep_largest)
         return self._report(folds)
+
+    def _segment_nothing(self, volume: Volume, output: Path, keep_largest: bool) -> dict:
+        shape = volume.properties["shape_after_cropping_and_before_resampling"]
+        logits = empty_logits(self.model.label_manager, shape)
+        sizes = sizes_of(logits, self.voxel_ml, self.has_regions)
+        self._export(logits, volume.properties, output, keep_largest)
+        return self._report([Prediction(sizes, sizes)] * len(self.model.weights))
 
     def predict_fold(self, fold: int, features: torch.Tensor, cast: torch.Tensor) -> tuple[torch.Tensor, Prediction]:
         """Logits (outputs, X, Y, Z) of one fold for features (C, X, Y, Z); `cast` are the same in the folds' type."""

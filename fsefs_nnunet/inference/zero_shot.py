@@ -16,19 +16,18 @@ from tqdm import tqdm
 
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.cases.dataset_json import read_dataset_json
+from fsefs_nnunet.cases.dataset_json import read_dataset_json, shows_ct
 from fsefs_nnunet.cases.folders import dataset_folders
-from fsefs_nnunet.cases.images import images_in, read_image
-from fsefs_nnunet.cases.readers import find_reader, image_geometry
+from fsefs_nnunet.cases.images import constant_warning, is_constant, lacks_air, offset_warning, read_image
+from fsefs_nnunet.cases.readers import find_reader, in_axes_of, spacing_of
 from fsefs_nnunet.device import device_named
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.windows import extract_features
 from fsefs_nnunet.files import write_atomically
+from fsefs_nnunet.inference.images import ABSENT, empty_logits, images_to_segment, not_segmented
 from fsefs_nnunet.labels import foreground_names, match_labels
 
 CONFIGURATION = "3d_fullres"
-# of a label that the head does not know: far below any logit
-ABSENT = -100.0
 
 
 class ZeroShotNetwork(nn.Module):
@@ -155,14 +154,16 @@ def predict_zero_shot(
     target = device_named(device)
     name, raw, _ = dataset_folders(dataset_id)
     dataset_json = read_dataset_json(raw / "dataset.json")
-    images = images_in(images_folder, dataset_json)
     backbone = FrozenBackbone(backbone_id, "last")
     backbone.contract.check_channels(list(dataset_json["channel_names"].values()), str(raw / "dataset.json"))
     reader = find_reader(backbone.contract.image_reader_writer, dataset_json["file_ending"]).__name__
-    geometries, failures = _geometries(images, reader)
-    if not geometries:
-        raise InputError(" ".join(failures))
-    plans = zero_shot_plans(backbone.contract, dataset_json, reader, list(geometries.values()))
+    images = images_to_segment(images_folder, dataset_json, reader)
+    failures = list(images.failures.values())
+    if not images.cases:
+        raise InputError(f"None of {len(failures)} image(s) can be segmented. {failures[0]}")
+    headers = [headers[0] for headers in images.headers.values()]
+    geometries = [(in_axes_of(header.shape, header, reader), spacing_of(header, reader)) for header in headers]
+    plans = zero_shot_plans(backbone.contract, dataset_json, reader, geometries)
     manager = PlansManager(plans)
     network = ZeroShotNetwork(backbone, dataset_json["labels"], manager.get_label_manager(dataset_json).has_regions)
     print(f"Labels of {name} by the head of {backbone_id}: {network.matches}")
@@ -171,30 +172,13 @@ def predict_zero_shot(
         print(f"The backbone's head does not know {', '.join(absent)}: it leaves background there.")
     _write_descriptions(output, {"plans.json": plans, "dataset.json": dataset_json})
     predictor = ZeroShotPredictor(network.to(target), manager, dataset_json, target)
-    for case in tqdm(geometries, desc="predicting"):
+    for case, files in tqdm(images.cases.items(), desc="predicting"):
         try:
-            predictor.predict(images[case], output / case)
+            predictor.predict(files, output / case)
         except Exception as error:  # readers of broken files raise whatever they like
-            failures.append(_failure(images[case], error))
+            failures.append(not_segmented(files[0], error))
             tqdm.write(failures[-1])
     return failures
-
-
-def _geometries(
-    images: dict[str, list[str]], reader: str
-) -> tuple[dict[str, tuple[list[int], list[float]]], list[str]]:
-    """Shape and spacing of the images whose header can be read, by case, and why the others' cannot."""
-    geometries, failures = {}, []
-    for case, files in images.items():
-        try:
-            geometries[case] = image_geometry(files[0], reader)
-        except Exception as error:  # as above
-            failures.append(_failure(files, error))
-    return geometries, failures
-
-
-def _failure(files: list[str], error: Exception) -> str:
-    return f"{files[0]} was not segmented: {str(error) or type(error).__name__}"
 
 
 def _write_descriptions(output: Path, contents: dict[str, dict]) -> None:
@@ -222,12 +206,21 @@ class ZeroShotPredictor:
             InputError: if the image cannot be read, or holds NaN or infinite values.
         """
         image, properties = read_image(self.reader, files)
+        constant = is_constant(image)
+        if constant:
+            tqdm.write(constant_warning(files[0], image))
+        elif shows_ct(self.dataset_json) and lacks_air(image):
+            tqdm.write(offset_warning(files[:1]))
         context = (self.plans_manager, self.configuration, self.dataset_json)
         image, _, properties = self.preprocessor.run_case_npy(image, None, properties, *context)
         window = tuple(self.configuration.patch_size)
         with torch.no_grad():
-            logits = extract_features(self.network, torch.from_numpy(np.asarray(image)), window, self.device)
-            logits = self.network.outputs(self._resampled(row[None], properties)[0] for row in logits)
+            if constant:
+                manager = self.plans_manager.get_label_manager(self.dataset_json)
+                logits = empty_logits(manager, properties["shape_after_cropping_and_before_resampling"])
+            else:
+                logits = extract_features(self.network, torch.from_numpy(np.asarray(image)), window, self.device)
+                logits = self.network.outputs(self._resampled(row[None], properties)[0] for row in logits)
         threads = torch.get_num_threads()
         export_prediction_from_logits(
             logits, properties, self.configuration, self.plans_manager, self.dataset_json, str(stem), False, threads

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
 from fsefs_nnunet.cases.folders import dataset_folders, labelled_cases, made_folder
-from fsefs_nnunet.cases.images import images_in, require_channels
+from fsefs_nnunet.cases.images import is_leftover, list_images
 from fsefs_nnunet.cases.splits import (
     NUM_FOLDS,
     NUM_QUERIES,
@@ -20,7 +20,7 @@ from fsefs_nnunet.cases.splits import (
     save_splits,
 )
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.files import read_json, write_atomically
+from fsefs_nnunet.files import read_json, refused_if_unwritable, write_atomically
 
 QUERY_FILES = "unlabelled_queries.json"  # beside the splits: the images of each unlabelled query
 
@@ -29,14 +29,12 @@ def query_images(raw: Path, folder: str | None, labelled_queries: bool) -> dict[
     """Unlabelled query images: of `folder`, else of imagesTs where no labelled case is left to be a query."""
     dataset_json = read_dataset_json(raw / "dataset.json")
     if folder is None:
-        if labelled_queries or not any((raw / "imagesTs").glob("*")):
+        if labelled_queries or all(is_leftover(file.name) for file in (raw / "imagesTs").glob("*")):
             return {}
         folder = str(raw / "imagesTs")
         print(f"No labelled case is left over: the images of {folder} are the queries.")
-    images = images_in(Path(folder), dataset_json)
-    for files in images.values():
-        require_channels(files)
-    clash = sorted(set(images) & set(labelled_cases(raw)))
+    images = list_images(Path(folder), dataset_json).require_sound()
+    clash = sorted(set(images) & set(labelled_cases(raw, dataset_json)))
     if clash:
         raise InputError(f"{folder} and imagesTr share case names, e.g. {clash[0]}: rename the queries.")
     return images
@@ -56,7 +54,7 @@ def draw_splits(
     labelled cases, for more shots than its pool has cases, and where `num_queries` or `seed` are given.
     """
     _, raw, preprocessed = dataset_folders(dataset_id)
-    labelled = labelled_cases(raw)
+    labelled = labelled_cases(raw, read_dataset_json(raw / "dataset.json"))
     wanted = fitting_shots(shots, len(labelled))
     numbers = [k for k in wanted if k != "all"]
     earlier = _earlier_splits(preprocessed / SPLITS_FILE, labelled)
@@ -99,9 +97,10 @@ def keep_splits(dataset_id: int | str, splits: dict, images: dict[str, list[str]
     file = preprocessed / SPLITS_FILE
     if file.exists() and not _same_draws(file, splits):
         print(f"{file} is replaced by other draws: results of earlier K-shot trainings no longer belong to it.")
-    save_splits(splits, file)
-    if images:  # other plans want them preprocessed, too
-        write_atomically(preprocessed / QUERY_FILES, json.dumps(images, indent=1))
+    with refused_if_unwritable(preprocessed):
+        save_splits(splits, file)
+        if images:  # other plans want them preprocessed, too
+            write_atomically(preprocessed / QUERY_FILES, json.dumps(images, indent=1))
     pool, queries, unlabelled = map(len, (splits["folds"][0], splits["queries"], splits["unlabelled_queries"]))
     print(
         f"{file}: {pool + queries} labelled cases; {queries} of them and {unlabelled} unlabelled ones are queries; "

@@ -1,0 +1,65 @@
+"""The images of a folder that is to be segmented, and why some of them cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from fsefs_nnunet.cases.headers import Header, warnings_of
+from fsefs_nnunet.cases.images import list_images, read_headers
+from fsefs_nnunet.errors import InputError
+
+ABSENT = -100.0  # the logit of what is not there: far below any that a network gives
+
+
+@dataclass
+class ImagesToSegment:
+    """By case: files (one per channel) and their headers of those that can be tried, and why others failed already."""
+
+    cases: dict[str, list[str]] = field(default_factory=dict)
+    headers: dict[str, list[Header]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def not_segmented(file: str | Path, error: object) -> str:
+    """The sentence about a failure, which names the file once."""
+    text = str(error) or type(error).__name__
+    if text.startswith(f"{file} "):
+        text = f"it {text[len(str(file)) + 1 :]}"
+    return f"{file} was not segmented: {text}"
+
+
+def images_to_segment(
+    folder: Path, dataset_json: dict, reader_name: str, num_parts: int = 1, part_id: int = 0
+) -> ImagesToSegment:
+    """Look at the names and headers of every `num_parts`-th case, and print what the user should know of these.
+
+    Raises:
+        InputError: for a folder without images.
+    """
+    listed, made = list_images(folder, dataset_json), ImagesToSegment()
+    for case in sorted({*listed.cases, *listed.faults})[part_id::num_parts]:
+        if case in listed.faults:
+            made.failures[case] = not_segmented(listed.faults[case].file, listed.faults[case])
+            continue
+        files = listed.cases[case]
+        try:
+            made.headers[case] = read_headers(files, reader_name)
+        except InputError as error:
+            made.failures[case] = not_segmented(files[0], error)
+        else:
+            made.cases[case] = files
+    for sentence in (*made.failures.values(), *warnings_of(h for headers in made.headers.values() for h in headers)):
+        tqdm.write(sentence)
+    return made
+
+
+def empty_logits(label_manager, shape: tuple[int, ...]) -> torch.Tensor:
+    """Logits (outputs, X, Y, Z) that make nnU-Net write background, for an image that shows nothing."""
+    logits = torch.full((label_manager.num_segmentation_heads, *shape), ABSENT)
+    if not label_manager.has_regions:
+        logits[0] = 0
+    return logits

@@ -1,0 +1,83 @@
+"""nnU-Net's fingerprint of a dataset, taken with the reader of the plans and anew for files that were replaced."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import nibabel as nib
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+
+from fsefs_nnunet.cases.headers import read_header
+from fsefs_nnunet.cases.readers import reoriented_axes, reorients
+from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.files import read_json, write_json
+
+FINGERPRINT_FILE = "dataset_fingerprint.json"
+MADE_OF = "fseft_made_of"  # our key in it, which nnU-Net does not read
+
+
+def require_fingerprint(
+    name: str, preprocessed: Path, dataset_json: dict, cases: dict[str, dict], reader: type, num_processes: int
+) -> None:
+    """Have the fingerprint of these cases in `preprocessed`.
+
+    nnU-Net takes it with the reader that it would choose itself, and goes on with one that is there, whatever became of
+    the files since.
+    """
+    file, made_of = preprocessed / FINGERPRINT_FILE, state_of(cases)
+    if _made_of(file) == made_of:
+        return
+    extractor = DatasetFingerprintExtractor(name, num_processes)
+    extractor.dataset_json = {**dataset_json, "overwrite_image_reader_writer": reader.__name__}
+    extractor.dataset = cases
+    fingerprint = extractor.run(overwrite_existing=True)
+    # in the axes of nnU-Net's own, which its stock planner may read
+    fingerprint = in_axes(fingerprint, cases, reorients(reader.__name__), stock_reorients(dataset_json))
+    write_json(file, {**fingerprint, MADE_OF: made_of})
+
+
+def stock_reorients(dataset_json: dict) -> bool:
+    """Whether the reader that nnU-Net's own commands take turns images to RAS."""
+    return reorients(dataset_json.get("overwrite_image_reader_writer", ""))
+
+
+def in_axes(fingerprint: dict, cases: dict[str, dict], reoriented: bool, wanted: bool) -> dict:
+    """`fingerprint` in the axes of a reader that reorients images or does not, from those of one that does or not."""
+    if reoriented == wanted:
+        return fingerprint
+    made = {"spacings": [], "shapes_after_crop": []}
+    for i, case in enumerate(cases.values()):
+        axes = reoriented_axes(read_header(case["images"][0]))
+        for key, values in made.items():
+            old = list(fingerprint[key][i])
+            new = [old[axis] for axis in axes]
+            if not wanted:  # the other way round
+                for position, axis in enumerate(axes):
+                    new[axis] = old[position]
+            values.append(new)
+    return {**fingerprint, **made}
+
+
+def _made_of(file: Path) -> str | None:
+    try:
+        return read_json(file).get(MADE_OF)
+    except (FileNotFoundError, InputError):
+        return None
+
+
+def state_of(cases: dict[str, dict]) -> str:
+    """A hash of names, sizes, dates and headers of all files: of content, scans are too large to be read for it."""
+    states = [
+        (case, [_state(Path(file)) for file in (*files["images"], files["label"])])
+        for case, files in sorted(cases.items())
+    ]
+    return hashlib.sha256(json.dumps(states, sort_keys=True).encode()).hexdigest()
+
+
+def _state(file: Path) -> tuple[str, int, int, str]:
+    stat = file.stat()
+    with nib.openers.ImageOpener(str(file)) as stream:
+        header = hashlib.sha256(stream.read(1024)).hexdigest()
+    return file.name, stat.st_size, stat.st_mtime_ns, header
