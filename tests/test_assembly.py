@@ -204,8 +204,9 @@ def test_refused_assemblies(raw, capsys):
     message = refused(capsys, "-d", 11, 12, "-o", 900)
     assert "Dataset012_Two/labelsTr/x.nii.gz has values [2] that dataset.json does not name" in message
     content = json.loads((three / "dataset.json").read_text())
+    order = {"regions_class_order": [2, 1]}
     changes = (
-        ({"labels": {"background": 0, "all": [1, 2], "one": 1}}, "has regions or an ignore label"),
+        ({"labels": {"background": 0, "all": [1, 2], "one": 1}, **order}, "has regions or an ignore label"),
         ({"labels": {"background": 0, "one": 1, "ignore": 2}}, "has regions or an ignore label"),
         ({"labels": {"background": 0, "spleen": 1}, "channel_names": {"0": "MRI"}}, "has channels MRI"),
         ({"labels": {"background": 0, "spleen": 1}, "file_ending": ".mha"}, "has .mha files: NIfTI is wanted"),

@@ -25,9 +25,16 @@ def register(verb) -> None:
     parser.add_argument(
         "--resample_labels", action="store_true", help="bring labels on another grid to their image's (nearest)"
     )
+    parser.add_argument(
+        "--image_header",
+        action="store_true",
+        help="give labels on another grid, but with their image's shape, the image's header: their own was lost",
+    )
 
 
 def convert(args: argparse.Namespace) -> None:
     from fsefs_nnunet.datasets.conversion import convert
+    from fsefs_nnunet.datasets.volumes import OtherGrid
 
-    convert(args.name, args.i, args.d, args.classes, args.dry_run, args.np, args.resample_labels)
+    other_grid = OtherGrid(args.image_header, args.resample_labels)
+    convert(args.name, args.i, args.d, args.classes, args.dry_run, args.np, other_grid)

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from fsefs_nnunet.cases.dataset_json import read_dataset_json
-from fsefs_nnunet.cases.folders import dataset_folders
-from fsefs_nnunet.datasets.building import RECORDS, UnfinishedDataset, new_dataset
+from fsefs_nnunet.cases.dataset_json import read_dataset_json, shows_ct
+from fsefs_nnunet.cases.folders import dataset_folders, training_files
+from fsefs_nnunet.cases.headers import warnings_of
+from fsefs_nnunet.cases.images import lacks_air, offset_warning
+from fsefs_nnunet.cases.soundness import check_headers, shift_warnings
+from fsefs_nnunet.datasets.building import READER, RECORDS, UnfinishedDataset, new_dataset
 from fsefs_nnunet.datasets.common_labels import CommonLabels, common_labels
 from fsefs_nnunet.datasets.jobs import run_jobs
 from fsefs_nnunet.datasets.tables import tables
@@ -34,6 +36,7 @@ class Member:
     name: str
     labels: dict[str, int]  # canonical name -> value
     channels: tuple[str, ...]
+    shows_ct: bool
     files: dict[str, dict]  # case -> "images", "label"
 
 
@@ -51,8 +54,8 @@ def read_member(dataset_id: int | str) -> Member:
             raise InputError(f"{name} has two labels for {normalised(label)}: rename one of them in dataset.json.")
         if value:
             labels[normalised(label)] = int(value)
-    files = get_filenames_of_train_images_and_targets(str(raw), content)
-    return Member(name, labels, tuple(content["channel_names"].values()), files)
+    files = training_files(raw, content)
+    return Member(name, labels, tuple(content["channel_names"].values()), shows_ct(content), files)
 
 
 def assemble(dataset_ids: list[int | str], dataset_id: int, template: str, num_processes: int = 4) -> Path:
@@ -77,7 +80,7 @@ def assemble(dataset_ids: list[int | str], dataset_id: int, template: str, num_p
     universal = list(TEMPLATE_29) if template == "universal" else None
     common = common_labels({member.name: list(member.labels) for member in members}, universal)
     target = new_dataset(dataset_id, template.capitalize())
-    for line in conflicts(members, common):
+    for line in (*conflicts(members, common), *header_warnings(members)):
         print(line)
     prefix = short_names(members)
     names = {m.name: {case: f"{prefix[m.name]}_{case}" for case in m.files} for m in members}
@@ -85,14 +88,22 @@ def assemble(dataset_ids: list[int | str], dataset_id: int, template: str, num_p
     made_of = [[m.name, m.labels, names[m.name]] for m in members]
     building = UnfinishedDataset(target, {"assembly": made_of, "labels": common.labels})
     jobs = [
-        (name, m.files[case], {0: 0, **{m.labels[label]: new for label, new in common.values[m.name].items()}})
+        (
+            name,
+            m.files[case],
+            m.shows_ct,
+            {0: 0, **{m.labels[label]: new for label, new in common.values[m.name].items()}},
+        )
         for m in members
         for case, name in names[m.name].items()
     ]
     records = {name: building.folder / RECORDS / f"{name}.json" for name, *_ in jobs}
     todo = [job for job in jobs if not records[job[0]].exists()]
     run_jobs(partial(add_case, building.folder), todo, num_processes, "assembling")
-    same = repeated_patients({name: read_json(file)["sha256"] for name, file in records.items()})
+    made = {name: read_json(file) for name, file in records.items()}
+    if odd := [name for name, record in made.items() if record.get("lacks_air")]:
+        print(f"Warning: {offset_warning(odd)} Planning refuses them.")
+    same = repeated_patients({name: record["sha256"] for name, record in made.items()})
     for case in same:
         for i in range(len(members[0].channels)):
             image_file(building.folder, case, i).unlink(missing_ok=True)  # an interrupt may have come just here
@@ -167,27 +178,40 @@ def conflicts(members: list[Member], common: CommonLabels) -> list[str]:
     return lines
 
 
-def add_case(folder: Path, name: str, files: dict, values: dict[int, int]) -> None:
+def header_warnings(members: list[Member]) -> list[str]:
+    """What the user should know of the files' headers. Raises InputError where label map and image do not belong."""
+    headers, offsets = [], {}
+    for member in members:
+        for case, files in member.files.items():
+            of_case, offsets[f"{member.name}/{case}"] = check_headers(files["images"], files["label"], READER)
+            headers += of_case
+    return [f"Warning: {text}" for text in (*warnings_of(headers), *shift_warnings(offsets))]
+
+
+def add_case(folder: Path, name: str, files: dict, shows_ct: bool, values: dict[int, int]) -> None:
     """Link the images of a case, write its label map with the new values and, last, its record.
 
     The record, whose presence says that the case is whole, holds the hash of the image's voxels.
     """
-    digest = hashlib.sha256()
+    digest, without_air = hashlib.sha256(), False
     for i, file in enumerate(map(Path, files["images"])):
         image = read_volume(file)
         # copies of one scan differ in orientation and number format rather than in voxels
         voxels = np.ascontiguousarray(nib.as_closest_canonical(image).dataobj, np.float32)
         digest.update(repr(voxels.shape).encode())
         digest.update(voxels)
+        without_air |= shows_ct and not i and lacks_air(voxels[None])
         link_or_copy(file, image_file(folder, name, i))
     file, target = Path(files["label"]), label_file(folder, name)
     label = read_volume(file)
     data = integers(label, file)
     unknown = sorted(values_in(data) - set(values))
     if unknown:
-        raise InputError(f"{file} has values {unknown[:5]} that dataset.json does not name.")
+        raise InputError(f"{file} has values {unknown[:5]} that dataset.json does not name: add or repair them.")
     if all(old == new for old, new in values.items()):
         link_or_copy(file, target)
     else:
         write_label(renumber(data, values), label, target)
-    write_atomically(folder / RECORDS / f"{name}.json", json.dumps({"sha256": digest.hexdigest()}))
+    write_atomically(
+        folder / RECORDS / f"{name}.json", json.dumps({"sha256": digest.hexdigest(), "lacks_air": without_air})
+    )

@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
-from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
+from fsefs_nnunet.cases.folders import folder_of
 from fsefs_nnunet.datasets.jobs import full_disk_reported
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json, write_atomically
@@ -22,16 +22,13 @@ READER = "NibabelIOWithReorient"  # the public datasets mix orientations
 
 def new_dataset(dataset_id: int, name: str) -> Path:
     """Folder of a raw dataset to be. Raises InputError for an id that is taken, in any of nnU-Net's folders."""
-    if not nnUNet_raw.is_set():
-        raise InputError(
-            "The environment variable nnUNet_raw is not set: export nnUNet_raw=FOLDER, as nnU-Net needs it."
-        )
+    raw = folder_of("nnUNet_raw")
     if not 0 < dataset_id < 1000:
         raise InputError(f"-d {dataset_id}: nnU-Net's dataset ids go from 1 to 999.")
     taken = sorted(find_candidate_datasets(dataset_id))
     if taken:
         raise InputError(f"Dataset id {dataset_id} is taken by {', '.join(taken)}: choose another.")
-    return Path(str(nnUNet_raw)) / f"Dataset{dataset_id:03d}_{name}"
+    return raw / f"Dataset{dataset_id:03d}_{name}"
 
 
 class UnfinishedDataset:

@@ -14,11 +14,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from fsefs_nnunet.datasets.building import RECORDS
+from fsefs_nnunet.cases.headers import Header
+from fsefs_nnunet.cases.images import read_headers
+from fsefs_nnunet.datasets.building import READER, RECORDS
 from fsefs_nnunet.datasets.selection import Selection
 from fsefs_nnunet.datasets.sides import split_sides
 from fsefs_nnunet.datasets.source import Case, Labels, Source
-from fsefs_nnunet.datasets.volumes import distance_of_grids, link_or_copy, read_volume, renumber, write_label
+from fsefs_nnunet.datasets.volumes import OtherGrid, link_or_copy, read_volume, renumber, write_label
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import write_atomically
 from fsefs_nnunet.labels import values_in
@@ -31,10 +33,10 @@ class Job:
     source: Source
     table: dict[str, int]
     selection: Selection
-    channels: int
+    channels: tuple[str, ...]
     folder: Path
     ending: str
-    resample: bool
+    other_grid: OtherGrid
 
     def record(self, case: Case, test: bool) -> Path:
         return self.folder / RECORDS / f"{case.name}{'_test' if test else ''}.json"
@@ -67,16 +69,33 @@ def _write(job: Job, case: Case, folder: Path, label_file: Path | None) -> dict:
         raise InputError(f"No label for {case.image}.")
     with tempfile.TemporaryDirectory(dir=job.folder / RECORDS) as scratch:
         files = job.source.image_files(case.image, Path(scratch))
-        if len(files) != job.channels:
-            raise InputError(f"{case.image} has {len(files)} channels instead of {job.channels}.")
+        if len(files) != len(job.channels):
+            raise InputError(f"{case.image} has {len(files)} channels instead of {len(job.channels)}.")
         image, *_ = [read_volume(file) for file in files]
         if len(image.shape) != 3:
             raise InputError(f"{case.image} has {len(image.shape)} axes: a volume is wanted.")
-        record = {"spacing": [round(float(x), 4) for x in image.header.get_zooms()[:3]]}
+        headers = read_headers(list(map(str, files)), READER)
+        record = {
+            "spacing": [round(float(x), 4) for x in headers[0].spacing],
+            "oddities": oddities(job, image, headers),
+        }
         if label_file:
             record |= _write_label(job, case, image, label_file)
         linked = [_place(file, folder / f"{case.name}_{i:04d}{job.ending}", scratch) for i, file in enumerate(files)]
     return {**record, "linked": all(linked)}
+
+
+def oddities(job: Job, image: nib.Nifti1Image, headers: list[Header]) -> list[str]:
+    """What a user should know of an image before it is trained on."""
+    found = {
+        "header without sform and qform: left and right are a guess": not all(h.knows_sides for h in headers),
+        "sform and qform disagree, the sform counts": not all(h.forms_agree for h in headers),
+        "pixdim disagrees with the sform: planning refuses it": not all(h.pixdim_agrees for h in headers),
+        "CT without a value below 0: another modality, or stored with an offset (of 1024)": (
+            job.channels[0].casefold() == "ct" and np.min(image.dataobj) >= 0
+        ),
+    }
+    return [text for text, is_so in found.items() if is_so]
 
 
 def _place(file: Path, target: Path, scratch: str) -> bool:
@@ -88,7 +107,7 @@ def _place(file: Path, target: Path, scratch: str) -> bool:
 
 def _write_label(job: Job, case: Case, image: nib.Nifti1Image, file: Path) -> dict:
     wanted = {name: job.table[name] for name in job.selection.names if name in job.table}
-    labels = job.source.label(case, image, wanted, job.resample)
+    labels = job.source.label(case, image, wanted, job.other_grid)
     unknown = sorted(values_in(labels.data) - {0, *job.table.values()})
     if unknown:
         raise InputError(f"{case.label} has values {unknown[:5]} that the table does not know: {job.table}.")
@@ -100,7 +119,7 @@ def _write_label(job: Job, case: Case, image: nib.Nifti1Image, file: Path) -> di
         link_or_copy(case.label, file)
     else:
         write_label(data, image, file)
-    return {"voxels": counts, "overlap": labels.overlap, "resampled": labels.resampled}
+    return {"voxels": counts, "overlap": labels.overlap, "placed": labels.placed}
 
 
 def _reusable(job: Job, labels: Labels, case: Case, image: nib.Nifti1Image) -> bool:
@@ -109,8 +128,9 @@ def _reusable(job: Job, labels: Labels, case: Case, image: nib.Nifti1Image) -> b
         case.label.is_file()
         and case.label.name.endswith(job.ending)
         and job.selection.unchanged
-        and not labels.resampled
-        and distance_of_grids(labels.volume, image) < 1e-3
+        and labels.placed == "as it is"
+        and labels.volume.shape == image.shape
+        and np.allclose(labels.volume.affine, image.affine, atol=1e-5)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fsefs_nnunet.datasets.jobs import run_jobs
 from fsefs_nnunet.datasets.selection import Selection, select
 from fsefs_nnunet.datasets.source import Case, Source
 from fsefs_nnunet.datasets.sources import find_source
+from fsefs_nnunet.datasets.volumes import REFUSED, OtherGrid
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json
 
@@ -24,7 +26,7 @@ def convert(
     classes: list[str],
     dry_run: bool = False,
     num_processes: int = 4,
-    resample_labels: bool = False,
+    other_grid: OtherGrid = REFUSED,
 ) -> Path:
     """Write the raw dataset of `folder`, which holds the public dataset `name`; returns its folder.
 
@@ -47,11 +49,16 @@ def convert(
     if dry_run:
         return target
     channels = source.channels(folder)
-    options = {"source": source.name, "folder": str(folder), "labels": selection.labels, "resample": resample_labels}
+    options = {
+        "source": source.name,
+        "folder": str(folder),
+        "labels": selection.labels,
+        "other grid": asdict(other_grid),
+    }
     building = UnfinishedDataset(target, options)
     if tests:
         (building.folder / "imagesTs").mkdir(exist_ok=True)
-    job = Job(source, table, selection, len(channels), building.folder, ending, resample_labels)
+    job = Job(source, table, selection, tuple(channels.values()), building.folder, ending, other_grid)
     jobs = [(case, False) for case in cases] + [(case, True) for case in tests]
     todo = [one for one in jobs if not job.record(*one).exists()]
     run_jobs(partial(convert_case, job), todo, num_processes, source.name)
@@ -120,12 +127,18 @@ def summarised(records: list[dict], selection: Selection) -> dict:
         },
         "images linked": sum(r["linked"] for r in whole),
         "images written": sum(not r["linked"] for r in whole),
-        "labels resampled": sorted(r["case"] for r in labelled if r["resampled"]),
+        "labels resampled": sorted(r["case"] for r in labelled if r["placed"] == "resampled"),
+        "labels given their image's header": sorted(r["case"] for r in labelled if r["placed"] == "image's header"),
         "voxels in several masks (the later class has them)": {
             r["case"]: r["overlap"] for r in labelled if r["overlap"]
         },
+        **{text: sorted(r["case"] for r in whole if text in r["oddities"]) for text in _oddities(whole)},
         "left out": {r["case"]: r["skipped"] for r in records if "skipped" in r},
     }
+
+
+def _oddities(records: list[dict]) -> list[str]:
+    return list(dict.fromkeys(text for record in records for text in record["oddities"]))
 
 
 def summary_lines(summary: dict) -> list[str]:

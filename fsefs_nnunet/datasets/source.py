@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 
 from fsefs_nnunet.datasets.tables import tables
-from fsefs_nnunet.datasets.volumes import integers, on_grid, read_volume
+from fsefs_nnunet.datasets.volumes import OtherGrid, integers, on_grid, read_volume
 from fsefs_nnunet.errors import InputError
 
 
@@ -62,18 +62,18 @@ class Source:
         """NIfTI files of a case's channels; those that have to be made first are made in the folder `scratch`."""
         return [image]
 
-    def label(self, case: Case, image: nib.Nifti1Image, wanted: dict[str, int], resample: bool) -> Labels:
+    def label(self, case: Case, image: nib.Nifti1Image, wanted: dict[str, int], other_grid: OtherGrid) -> Labels:
         """Label map in the source's values on the image's grid. `wanted`: classes to write, with their values."""
         volume = read_volume(case.label)
-        placed = on_grid(volume, image, case.label, resample)
-        return Labels(placed, integers(placed, case.label), placed is not volume)
+        placed, how = on_grid(volume, image, case.label, other_grid)
+        return Labels(placed, integers(placed, case.label), how)
 
 
 @dataclass(frozen=True)
 class Labels:
     volume: nib.Nifti1Image
     data: np.ndarray  # integers (X, Y, Z)
-    resampled: bool = False
+    placed: str = "as it is"  # how it came to lie on the image's grid, as Placed says
     overlap: int = 0  # voxels that several masks claimed
 
 

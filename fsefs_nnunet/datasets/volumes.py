@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import errno
 import gzip
-import itertools
 import os
 import shutil
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 from nibabel.processing import resample_from_to
 
+from fsefs_nnunet.cases.headers import Header, same_grid, shared_part
+from fsefs_nnunet.cases.images import require_whole_numbers
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.labels import values_in
 
 _UNREADABLE = (
     OSError,
@@ -50,36 +54,86 @@ def integers(image: nib.Nifti1Image, file: Path) -> np.ndarray:
     data = np.asanyarray(image.dataobj)
     if data.dtype.kind in "iu":
         return data
-    whole = np.rint(data)
-    if not (np.isfinite(whole).all() and (whole == data).all()):
-        raise InputError(f"{file} holds values that are no integers: a label map is wanted.")
-    return whole.astype(np.int32)
+    require_whole_numbers(values_in(data), file)
+    return data.astype(np.int32)
 
 
-def distance_of_grids(a: nib.Nifti1Image, b: nib.Nifti1Image) -> float:
-    """Largest distance in mm between the same corner voxel of both; infinite for different shapes."""
-    if a.shape[:3] != b.shape[:3]:
-        return float("inf")
-    corners = np.array([(*c, 1) for c in itertools.product(*((0, n - 1) for n in a.shape[:3]))])
-    return float(np.abs((corners @ (a.affine - b.affine).T)[:, :3]).max())
+@dataclass(frozen=True)
+class OtherGrid:
+    """What becomes of label maps that do not lie on their image's grid, where the user wants it; else they are refused.
+
+    image_header: those with the image's shape take its header, for their own was lost.
+    resample: the others are resampled (nearest neighbour).
+    """
+
+    image_header: bool = False
+    resample: bool = False
 
 
-def on_grid(label: nib.Nifti1Image, image: nib.Nifti1Image, file: Path, resample: bool) -> nib.Nifti1Image:
-    """`label` on the image's grid, nearest neighbour.
+REFUSED = OtherGrid()
+
+
+class Placed(NamedTuple):
+    """A label map on its image's grid, and how it got there: "as it is", "resampled" or "image's header"."""
+
+    volume: nib.Nifti1Image
+    how: str = "as it is"
+
+
+def on_grid(label: nib.Nifti1Image, image: nib.Nifti1Image, file: Path, other_grid: OtherGrid) -> Placed:
+    """`label`, which was read from `file`, on the grid of `image`.
 
     Headers of label and image often differ by rounding: up to half a voxel is the same grid.
 
     Raises:
-        InputError: for another grid, unless `resample`; for more axes than three, which nnU-Net does not read.
+        InputError: for another grid, unless the user says what to do; where resampling would lose labels; for more
+            axes than three, which nnU-Net does not read.
     """
     if len(label.shape) != 3:
         raise InputError(f"{file} has {len(label.shape)} axes: a volume is wanted.")
-    if distance_of_grids(label, image) <= 0.5 * min(nib.affines.voxel_sizes(image.affine)):
-        return label
-    if not resample:
-        raise InputError(f"{file} lies on another grid than its image: --resample_labels brings it there (nearest).")
+    grids = _grid(label, file), _grid(image, file)
+    if same_grid(*grids):
+        return Placed(label)
+    if label.shape == image.shape and other_grid.image_header:
+        return Placed(nib.Nifti1Image(label.dataobj, image.affine, label.header), "image's header")
+    adopt = " Its header may have been lost, the shape is the same: --image_header gives it the image's."
+    adopt = adopt if label.shape == image.shape else ""
+    if not other_grid.resample:
+        raise InputError(
+            f"{file} lies on another grid than its image.{adopt} If its header is right, --resample_labels brings it "
+            "to the image's grid (nearest)."
+        )
+    # fields of view of one shape that differ are a lost header rather than a choice of whoever labelled
+    parts = shared_part(*grids), shared_part(*reversed(grids))
+    if min(parts) < 0.9 if adopt else max(parts) < 0.5:
+        raise InputError(
+            f"{file} shows another part of the patient than its image, of which it covers {parts[1]:.0%}: resampling "
+            f"would lose labels.{adopt or ' Leave the case out, or repair the header.'}"
+        )
+    made = resample_from_to(label, (image.shape[:3], image.affine), order=0)
+    _require_volumes(label, made, file)
+    return Placed(made, "resampled")
 
-    return resample_from_to(label, (image.shape[:3], image.affine), order=0)
+
+def _grid(image: nib.Nifti1Image, file: Path) -> Header:
+    return Header(str(file), image.shape[:3], image.affine, tuple(nib.affines.voxel_sizes(image.affine)))
+
+
+def _require_volumes(before: nib.Nifti1Image, after: nib.Nifti1Image, file: Path) -> None:
+    """Raises InputError where a label has lost a tenth of its volume: more than nearest neighbours take or give."""
+    volumes = []
+    for image in (before, after):
+        values, counts = np.unique(np.rint(np.asarray(image.dataobj)), return_counts=True)
+        voxel = abs(np.linalg.det(image.affine[:3, :3])) / 1000
+        volumes.append((dict(zip(values.tolist(), (counts * voxel).tolist())), voxel))
+    (then, small), (now, large) = volumes
+    for value, ml in then.items():
+        left = now.get(value, 0.0)
+        if value and (not left or ml - left > max(0.1 * ml, 8 * max(small, large))):
+            raise InputError(
+                f"{file}: of {ml:.3g} ml of label {value:g}, resampling to the image's grid would leave {left:.3g}. "
+                "Leave the case out, or resample it yourself."
+            )
 
 
 def renumber(data: np.ndarray, values: dict[int, int]) -> np.ndarray:

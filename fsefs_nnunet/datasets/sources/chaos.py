@@ -7,6 +7,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from fsefs_nnunet.datasets.source import Case, Labels, Source, natural
+from fsefs_nnunet.datasets.volumes import OtherGrid
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import values_in
 
@@ -49,7 +50,7 @@ class CHAOS(Source):
             raise InputError(f"{image} cannot be read: {_last_line(error)}.") from error
         return [target]
 
-    def label(self, case: Case, image: nib.Nifti1Image, wanted: dict[str, int], resample: bool) -> Labels:
+    def label(self, case: Case, image: nib.Nifti1Image, wanted: dict[str, int], other_grid: OtherGrid) -> Labels:
         files, order = _slices(case.image)
         masks = sorted(case.label.glob("[!.]*.png"), key=lambda file: natural(file.name))
         if len(masks) != len(files):

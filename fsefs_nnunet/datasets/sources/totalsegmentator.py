@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 
 from fsefs_nnunet.datasets.source import Case, Labels, Source
-from fsefs_nnunet.datasets.volumes import integers, on_grid, read_volume
+from fsefs_nnunet.datasets.volumes import OtherGrid, integers, on_grid, read_volume
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import values_in
 
@@ -30,16 +30,16 @@ class TotalSegmentator(Source):
         parts = [(s.name, s / "ct.nii.gz", s / "segmentations") for s in sorted(subjects)]
         return [Case(name, *(path if path.exists() else None for path in paths)) for name, *paths in parts]
 
-    def label(self, case: Case, image: nib.Nifti1Image, wanted: dict[str, int], resample: bool) -> Labels:
-        merged, overlap, resampled = np.zeros(image.shape[:3], np.uint8), 0, False
+    def label(self, case: Case, image: nib.Nifti1Image, wanted: dict[str, int], other_grid: OtherGrid) -> Labels:
+        merged, overlap, how = np.zeros(image.shape[:3], np.uint8), 0, "as it is"
         for name, value in wanted.items():
             file = case.label / f"{name}.nii.gz"
             volume = read_volume(file)
-            placed = on_grid(volume, image, file, resample)
+            placed, of_mask = on_grid(volume, image, file, other_grid)
             data = integers(placed, file)
             if not values_in(data) <= {0, 1}:
                 raise InputError(f"{file} holds values other than 0 and 1: a mask is wanted.")
             overlap += int(np.count_nonzero(merged[data == 1]))
             merged[data == 1] = value
-            resampled |= placed is not volume
-        return Labels(image, merged, resampled, overlap)
+            how = how if placed is volume else of_mask
+        return Labels(image, merged, how, overlap)
