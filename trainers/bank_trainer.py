@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fsefs_nnunet.cases.preprocessed import require_labels
 from fsefs_nnunet.cases.splits import fold_seed
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.bank import FeatureBank, Request
@@ -65,6 +66,7 @@ class BankTrainer(AdaptedTrainer):
                 f"Each channel of a crop is left out with a probability of {self.method.channel_dropout}."
             )
         self.segmentations = {case: self.load_case(case)[1][:] for case in self.run.support}
+        require_labels(self.segmentations, self.label_manager.ignore_label)
         self.views = self.support_views()
         self.fill_bank()
         super().prepare_training()

@@ -11,11 +11,12 @@ import torch
 from filelock import FileLock, Timeout
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.cases.folders import folder_of
 from fsefs_nnunet.cases.preprocessed import require_cases
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, query_cases, support_cases
 from fsefs_nnunet.device import peak_device_memory_gb, peak_host_memory_gb
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.files import replacing
+from fsefs_nnunet.files import refused_if_unwritable, replacing
 from fsefs_nnunet.inference.trained_model import require_backbone_of
 from fsefs_nnunet.methods.run_file import RUN_FILE, VALIDATION, RunFile, StageClock
 from fsefs_nnunet.trainers.without_mirroring import WithoutMirroring
@@ -32,7 +33,18 @@ class KShotTrainer(WithoutMirroring):
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
         self.clock, self.run = StageClock(), None
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.require_folders(plans)
+        with refused_if_unwritable(folder_of("nnUNet_results")):
+            super().__init__(plans, configuration, fold, dataset_json, device)
+
+    def require_folders(self, plans: dict) -> None:
+        """nnU-Net makes a folder of results for whatever the plans and the environment variables name."""
+        name, preprocessed = plans["dataset_name"], folder_of("nnUNet_preprocessed")
+        if not (preprocessed / name).is_dir():
+            raise InputError(
+                f"Plans {plans['plans_name']!r} were made for {name}, which is not in {preprocessed}: was the dataset "
+                "renamed? Give it its name back in all three folders of nnU-Net's, or plan again."
+            )
 
     @property
     def shots(self) -> int | str:

@@ -10,7 +10,7 @@ import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from torch import nn
 
-from fsefs_nnunet.cases.preprocessed import require_finite
+from fsefs_nnunet.cases.preprocessed import require_finite, require_labels
 from fsefs_nnunet.cases.splits import fold_seed
 from fsefs_nnunet.device import reduced_precision
 from fsefs_nnunet.methods.run_file import RunFile
@@ -62,7 +62,7 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
     def prepare_training(self) -> None:
         super().prepare_training()
         support = self.run.support
-        self.refuse_broken_images(support)
+        self.refuse_broken_cases(support)
         self.print_to_log_file(
             f"{len(support)} labelled support cases (all the labels that this training uses): {support}."
         )
@@ -72,13 +72,15 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
         run.budget_seconds = self.budget_seconds()
         return run
 
-    def refuse_broken_images(self, cases: list[str]) -> None:
+    def refuse_broken_cases(self, cases: list[str]) -> None:
         """One NaN turns all weights into NaN; nnU-Net's own preprocessing lets it pass."""
         folder = self.preprocessed_dataset_folder
         dataset = infer_dataset_class(folder)(folder, list(cases))
+        segmentations = {}
         for case in cases:
-            image = dataset.load_case(case)[0][:]
+            image, segmentations[case] = (part[:] for part in dataset.load_case(case)[:2])
             require_finite(image, [f"The preprocessed image of {case} in {folder}"] * len(image))
+        require_labels(segmentations, self.label_manager.ignore_label)
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from glob import escape
 from pathlib import Path
@@ -21,7 +22,7 @@ from fsefs_nnunet.cases.preprocessed import require_finite
 from fsefs_nnunet.features.disk import BANK_FOLDER, require_space, used_bytes
 from fsefs_nnunet.features.layout import Layout
 from fsefs_nnunet.features.windows import TILE_STEP_SIZE, extract_features, window_starts
-from fsefs_nnunet.files import PART, gigabytes, replacing, write_atomically
+from fsefs_nnunet.files import PART, gigabytes, refused_if_unwritable, replacing, write_atomically
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
@@ -138,10 +139,15 @@ class FeatureBank:
             How many entries this process computed.
 
         Raises:
-            InputError: if an image holds NaN or infinite values, or the disk or the cap is too small.
+            InputError: if an image holds NaN or infinite values, the disk or the cap is too small, or read-only.
         """
+        with refused_if_unwritable(self.root):
+            return self._fill(list(requests), cap_gb, log)
+
+    def _fill(self, requests: list[Request], cap_gb: float | None, log: Callable[[str], None]) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
-        os.utime(self.folder)  # last used
+        with suppress(PermissionError):  # a whole bank of somebody else's serves as well
+            os.utime(self.folder)  # last used
         keys, images = [], {}
         for request in requests:
             image = _finite_image(request.case, request.image)
