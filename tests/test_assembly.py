@@ -315,3 +315,31 @@ def test_converted_and_assembled_datasets_are_planned_and_read(raw, tmp_path, mo
         "FLARE22_FLARE22_Tr_0000": [0, 1, 1, 0],
         "FLARE22_FLARE22_Tr_0001": [0, 1, 1, 0],
     }
+
+
+# ---- headers ----
+
+
+@pytest.mark.parametrize("what", ["lost header", "another shape"])
+def test_labels_that_do_not_lie_on_their_image(raw, capsys, what):
+    write_dataset(raw, 11, "One", ["liver"], {"x": stripes(1)})
+    folder = write_dataset(raw, 12, "Two", ["spleen"], {"y": stripes(1)}, seed=1)
+    label = stripes(1) if what == "lost header" else stripes(1)[:, :, 1:]
+    save(folder / "labelsTr" / "y.nii.gz", label, np.eye(4) if what == "lost header" else AFFINES[0])
+    message = refused(capsys, "-d", 11, 12, "-o", 900)
+    assert f"{folder / 'labelsTr' / 'y.nii.gz'} does not lie on the grid of" in message
+    assert ("CopyInformation" in message) == (what == "lost header")
+
+
+def test_shifts_and_offsets_are_told(raw, capsys):
+    folder = write_dataset(raw, 11, "One", ["liver"], {"x": stripes(1)})
+    write_dataset(raw, 12, "Two", ["spleen"], {"y": stripes(1)}, seed=1)
+    affine = AFFINES[0].copy()
+    affine[:3, 3] += 50
+    save(folder / "labelsTr" / "x.nii.gz", stripes(1), affine)
+    image = folder / "imagesTr" / "x_0000.nii.gz"
+    save(image, np.abs(np.asarray(nib.load(image).dataobj)), AFFINES[0])
+    assert assemble("-d", 11, 12, "-o", 900) == 0
+    out = capsys.readouterr().out
+    assert "Warning: The headers of Dataset011_One/x place label map and image up to 86.6 mm apart" in out
+    assert "Warning: One_x: no value below 0, as CTs in HU have" in out

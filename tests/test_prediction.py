@@ -450,3 +450,59 @@ def test_without_the_results_folder(work, monkeypatch, capsys):
     assert os.environ.get("nnUNet_results") is None
     assert predict(work, "output") == 2
     assert "nnUNet_results is not set" in capsys.readouterr().err
+
+
+# ---- images as people have them ----
+
+
+def first_image(work) -> Path:
+    return sorted((work.root / "images").iterdir())[0]
+
+
+@pytest.mark.parametrize("value", [0, -1024])
+@pytest.mark.parametrize("options", [(), ("--inductive",)])
+def test_a_constant_image_shows_no_organ(work, capsys, value, options):
+    image = nib.load(first_image(work))
+    nib.save(nib.Nifti1Image(np.full(image.shape, value, np.int16), image.affine), first_image(work))
+    assert predict(work, "output", "--save_probabilities", *options) == 0
+    assert f"{first_image(work)} holds the value {value} alone: nothing is segmented in it." in capsys.readouterr().out
+    case = first_image(work).name[:-12]
+    (empty, shown), sizes = segmentations(work, "output").values(), reports(work, "output")[case]
+    assert not empty.any() and shown.any() and empty.shape == image.shape
+    assert np.load(work.root / "output" / f"{case}.npz")["probabilities"][1:].max() < 1e-6
+    assert sizes["steps"] == [0]
+    assert all(c["size_before_ml"] == c["size_after_ml"] == 0 for c in sizes["classes"].values())
+
+
+def test_the_spacing_is_that_of_the_sform(work, capsys):
+    """pixdim says 1 mm: nnU-Net would take it and segment another volume."""
+    assert predict(work, "before", "--inductive") == 0
+    image = nib.load(first_image(work))
+    torn = nib.Nifti1Image(np.asarray(image.dataobj), None)
+    torn.set_sform(image.affine, 1)
+    nib.save(torn, first_image(work))
+    assert nib.load(first_image(work)).header.get_zooms() == (1, 1, 1)
+    assert predict(work, "after", "--inductive") == 0
+    assert f"{first_image(work)}: pixdim of the header disagrees with the sform, whose" in capsys.readouterr().out
+    for case, expected in segmentations(work, "before").items():
+        np.testing.assert_array_equal(segmentations(work, "after")[case], expected)
+
+
+def test_cases_that_would_vanish_are_counted(work, capsys):
+    images = sorted((work.root / "images").iterdir())
+    image = nib.load(images[0])
+    nib.save(image, images[0].with_name(images[0].name[:-3]))  # .nii beside .nii.gz
+    (work.root / "images" / "gone_0000.nii.gz").symlink_to("/nowhere/x.nii.gz")
+    (work.root / "images" / "plain.nii.gz").write_bytes(images[0].read_bytes())
+    (work.root / "images" / f"._{images[1].name}").write_bytes(b"\0\5\x16\7")
+    (work.root / "images" / ".DS_Store").write_bytes(b"Bud1")
+    assert predict(work, "output", "--inductive") == 2
+    error = capsys.readouterr().err
+    assert "fseft: 3 case(s) failed:" in error
+    assert f"{images[0]} was not segmented: it lies there twice, as {images[0].name[:-3]} as well" in error
+    assert "gone_0000.nii.gz was not segmented: it is a link to /nowhere/x.nii.gz, which does not exist" in error
+    assert "plain.nii.gz was not segmented: it has no channel number" in error
+    assert list(segmentations(work, "output")) == [images[1].name[:-12]]
+    # the parts of a folder share the failures between them
+    assert predict(work, "parts", "--inductive", "-num_parts", "4", "-part_id", "0") == 2
+    assert "fseft: 1 case(s) failed:" in capsys.readouterr().err

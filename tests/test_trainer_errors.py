@@ -1,5 +1,6 @@
 """What a training refuses, and what it says."""
 
+import errno
 import json
 import shutil
 import sys
@@ -13,12 +14,14 @@ from trainings import (
     FIVE,
     TINY,
     edit_images,
+    edit_labels,
     make_trainer,
     splits_of,
     trained,
 )
 
 from fsefs_nnunet.backbones.store import load_weights, save_backbone
+from fsefs_nnunet.cases.preprocessed import require_labels
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.inference.support import memory_from_bank
 from fsefs_nnunet.inference.trained_model import TrainedModel
@@ -206,3 +209,48 @@ def test_crops_larger_than_the_views(work):
     ):
         make_trainer(work, **crop).run_training()
     assert trained(work, FSEFTTrainer_Adapter, epochs=1, fseft_views=0, **crop).current_epoch == 1
+
+
+def test_a_dataset_that_was_renamed(work):
+    """nnU-Net would make a folder of results for the old name."""
+    plans, content = work.plans(**TINY), work.dataset_json()
+    work.preprocessed.rename(work.preprocessed.with_name("Dataset077_New"))
+    said = "'FSEFTPlans' were made for Dataset077_Tiny, which is not in .*: was the dataset renamed"
+    with pytest.raises(InputError, match=said):
+        FSEFTTrainer({**plans, "continue_training": False}, FIVE, 0, content, torch.device("cpu"))
+    assert not work.results.exists()
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_preprocessed", "nnUNet_results"])
+def test_empty_environment_variables(work, monkeypatch, variable):
+    plans = work.plans(**TINY)
+    monkeypatch.setenv(variable, "")
+    with pytest.raises(InputError, match=f"{variable} is empty: export {variable}=FOLDER"):
+        FSEFTTrainer({**plans, "continue_training": False}, FIVE, 0, work.dataset_json(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("cls, configuration", [(FSEFTTrainer, FIVE), (FSEFTTrainer_Scratch, f"{FIVE}_scratch")])
+def test_a_support_without_labels(work, cls, configuration):
+    trainer = make_trainer(work, cls, configuration=configuration)
+    edit_labels(work, trainer.do_split()[0], np.zeros_like)
+    with pytest.raises(InputError, match="None of the support cases case_.* shows a labelled structure.*--seed N"):
+        trainer.run_training()
+
+
+def test_a_support_of_which_everything_is_ignored():
+    with pytest.raises(InputError, match="None of the support cases a shows"):
+        require_labels({"a": np.array([[-1, 0, 3]])}, ignore_label=3)
+    require_labels({"a": np.array([[-1, 0, 3]])}, ignore_label=None)
+
+
+def test_a_bank_that_cannot_be_written(work, monkeypatch):
+    def refuse(file):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    shutil.rmtree(work.preprocessed / "fseft_features")
+    trainer = make_trainer(work)
+    monkeypatch.setattr("fsefs_nnunet.features.bank.replacing", refuse)
+    with pytest.raises(
+        InputError, match=r"fseft_features/.* cannot be written \(Permission denied\): make it writable"
+    ):
+        trainer.run_training()

@@ -299,3 +299,29 @@ def test_bad_input(workspace, tmp_path, capsys, monkeypatch):
     assert "out cannot be written (File exists): choose another output folder." in refused("-i", images)
     file.write_text("{")
     assert "dataset.json is no dataset.json of nnU-Net's" in refused("-i", images)
+
+
+def test_a_constant_image_shows_no_organ(workspace, tmp_path, capsys):
+    image = nib.load(workspace.raw / "imagesTr" / "case_0_0000.nii.gz")
+    (tmp_path / "images").mkdir()
+    nib.save(nib.Nifti1Image(np.zeros(image.shape, np.int16), image.affine), tmp_path / "images" / "x_0000.nii.gz")
+    assert main(["zero_shot", "-d", "77", "-i", str(tmp_path / "images"), "-o", str(tmp_path / "out")]) == 0
+    assert "x_0000.nii.gz holds the value 0 alone: nothing is segmented in it." in capsys.readouterr().out
+    made = nib.load(tmp_path / "out" / "x.nii.gz")
+    assert made.shape == image.shape and not np.asarray(made.dataobj).any()
+
+
+def test_an_image_without_air_is_told(workspace, tmp_path, capsys):
+    image = nib.load(workspace.raw / "imagesTr" / "case_0_0000.nii.gz")
+    (tmp_path / "images").mkdir()
+    shifted = np.clip(np.asarray(image.dataobj) + 1024, 0, None)
+    nib.save(nib.Nifti1Image(shifted, image.affine), tmp_path / "images" / "x_0000.nii.gz")
+    assert main(["zero_shot", "-d", "77", "-i", str(tmp_path / "images"), "-o", str(tmp_path / "out")]) == 0
+    assert "x_0000.nii.gz: no value below 0, as CTs in HU have" in capsys.readouterr().out
+
+
+def test_no_image_that_can_be_segmented(workspace, tmp_path, capsys):
+    (tmp_path / "x_0000.nii.gz").write_bytes(b"no image")
+    assert main(["zero_shot", "-d", "77", "-i", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "fseft: None of 1 image(s) can be segmented. " in error and "x_0000.nii.gz was not segmented: it" in error

@@ -134,12 +134,13 @@ def _of_labels(labels: dict) -> Iterator[str]:
 
 
 def _of_order(labels: dict) -> Iterator[str]:
-    values = sorted(label_values({name: value for name, value in labels.items() if name != "ignore"}))
+    known = {name: value for name, value in labels.items() if name != "ignore"}
+    values = sorted(label_values(known))
     gaps = [value for before, value in zip(values, values[1:]) if value != before + 1]
     number = {value: i for i, value in enumerate(values)}
     renumbered = {
-        name: [number[v] for v in value] if isinstance(value, list) else number.get(value, len(values))
-        for name, value in labels.items()
+        name: [number[one] for one in value] if isinstance(value, list) else number[value]
+        for name, value in known.items()
     }
     if "ignore" in labels:
         renumbered["ignore"] = len(values)

@@ -1,0 +1,344 @@
+"""What the planner says of training cases, by nnU-Net's command as by ours: nothing is planned from what misleads."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+from field_files import (
+    NAME,
+    RAS,
+    SHAPE,
+    add_offset,
+    array_of,
+    disagree,
+    files_of,
+    forget_pixdim,
+    forget_sides,
+    image_of,
+    label_of,
+    lose_header,
+    set_pixdim,
+    shift,
+    turn,
+    volume,
+    write,
+    write_dataset,
+)
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from fsefs_nnunet.backbones.store import load_weights, save_backbone
+from fsefs_nnunet.cases.images import read_headers
+from fsefs_nnunet.cli.main import main
+from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
+
+
+@pytest.fixture
+def dataset(raw):
+    return write_dataset(raw)
+
+
+def check() -> FSEFTPlanner:
+    """As nnU-Net's command constructs it, which checks and takes the fingerprint."""
+    return FSEFTPlanner(NAME)
+
+
+def warnings(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: ")]
+
+
+def plan_and_preprocess(*options) -> int:
+    return main(["plan_and_preprocess", "-d", "4", "--shots", "1", "--num_queries", "2", "-np", "1", *options])
+
+
+def preprocessed(raw) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    folder = str(raw.parent / "nnUNet_preprocessed" / NAME / "FSEFTPlans_3d_fullres")
+    dataset = infer_dataset_class(folder)(folder)
+    return {case: tuple(part[:][0] for part in dataset.load_case(case)[:2]) for case in dataset.identifiers}
+
+
+def bright_dice(image: np.ndarray, label: np.ndarray) -> float:
+    """Overlap of the label map with the bright organs, of images in [0, 1]."""
+    bright, labelled = image > 0.67, label > 0
+    return 2 * (bright & labelled).sum() / (bright.sum() + labelled.sum())
+
+
+def assert_aligned(raw) -> None:
+    """Label 1 lies right of label 2 in every case, each on its bright organ."""
+    for image, label in preprocessed(raw).values():
+        assert bright_dice(image, label) == 1
+        assert np.argwhere(label == 1)[:, 0].mean() > np.argwhere(label == 2)[:, 0].mean() + 3
+
+
+# ---- what is fine ----
+
+
+def test_a_sound_dataset(dataset, capsys):
+    planner = check()
+    assert not warnings(capsys)
+    assert planner.dataset_fingerprint["spacings"] == [[3, 2, 2]] * 3
+    assert planner.dataset_fingerprint["shapes_after_crop"] == [[13, 15, 16]] * 3
+
+
+@pytest.mark.slow
+def test_stored_orientations(dataset, raw, capsys):
+    """Labels along other axes than their images; nnU-Net's own check reads both as stored and refuses them."""
+    for case, axes in enumerate(("LPS", "PSR", "LAI")):
+        turn(label_of(dataset, case), axes)
+    turn(image_of(dataset, 1), "SPL")
+    assert plan_and_preprocess("--verify_dataset_integrity") == 0
+    assert not warnings(capsys)
+    assert_aligned(raw)
+
+
+@pytest.mark.slow
+def test_cosines_that_are_not_orthogonal(dataset, raw):
+    """ITK, with which nnU-Net would take the fingerprint, refuses them."""
+    affine = RAS.copy()
+    affine[0, 1], affine[1, 2] = 0.05, 0.1
+    for file in files_of(dataset, 2):
+        write(file, array_of(file), affine)
+    assert plan_and_preprocess() == 0
+    assert_aligned(raw)
+
+
+@pytest.mark.slow
+def test_leftovers_of_macos(dataset, raw):
+    """nnU-Net takes a twin for a case unless it has a list of the cases."""
+    for folder in (dataset, dataset / "imagesTr", dataset / "labelsTr"):
+        (folder / ".DS_Store").write_bytes(b"Bud1")
+    for case in range(3):
+        for file in files_of(dataset, case):
+            file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7Mac OS X")
+    assert plan_and_preprocess() == 0
+    assert_aligned(raw)
+    assert list(preprocessed(raw)) == ["case_0", "case_1", "case_2"]
+    folder = raw.parent / "nnUNet_preprocessed" / NAME
+    assert "dataset" not in json.loads((folder / "dataset.json").read_text())
+    assert sorted(file.name for file in (folder / "gt_segmentations").iterdir()) == [
+        f"case_{i}.nii.gz" for i in range(3)
+    ]
+    # with nnU-Net's commands the list stays
+    check().plan_experiment()
+    manager = PlansManager(str(folder / "FSEFTPlans.json"))
+    manager.get_configuration("3d_fullres").preprocessor_class().run(NAME, "3d_fullres", "FSEFTPlans", 1)
+    assert_aligned(raw)
+
+
+def test_nothing_but_a_leftover_in_imagests(raw):
+    dataset = write_dataset(raw, cases=1)
+    (dataset / "imagesTs").mkdir(), (dataset / "imagesTs" / ".DS_Store").touch()
+    assert main(["splits", "-d", "4", "--shots", "1"]) == 0
+
+
+def test_no_numtraining(raw, capsys):
+    write_dataset(raw, numTraining=None)
+    assert check().dataset_json["numTraining"] == 3
+    assert not warnings(capsys)
+
+
+# ---- what is told ----
+
+
+def test_an_origin_that_differs(dataset, capsys):
+    for case in (1, 2):
+        shift(label_of(dataset, case), (100, -60, 40))
+    check()
+    assert warnings(capsys) == [
+        "Warning: The headers of case_1, case_2 place label map and image up to 123 mm apart. They are taken voxel by "
+        "voxel, as nnU-Net takes them: look at them with nnUNetv2_plot_overlay_pngs."
+    ]
+
+
+def test_one_warning_names_all_files_of_a_kind(dataset, capsys):
+    for case in (0, 1):
+        for file in files_of(dataset, case):
+            forget_sides(file)
+    disagree(image_of(dataset, 2))
+    check()
+    sides, forms = warnings(capsys)
+    first = ", ".join(map(str, (*files_of(dataset, 0), image_of(dataset, 1))))
+    assert sides.startswith(f"Warning: {first} and 1 more: the header has neither sform nor qform")
+    assert forms == f"Warning: {image_of(dataset, 2)}: sform and qform of the header disagree, the sform counts."
+
+
+def test_numtraining_that_differs(raw, capsys):
+    folder = write_dataset(raw, numTraining=5)
+    check()
+    assert warnings(capsys) == [f"Warning: numTraining of {folder / 'dataset.json'} is 5, 3 labelled cases were found."]
+
+
+@pytest.mark.parametrize("forced", ["flag", "environment"])
+def test_a_ct_with_an_offset_only_if_forced(dataset, monkeypatch, capsys, forced):
+    for case in (1, 2):
+        add_offset(image_of(dataset, case))
+    files = f"{image_of(dataset, 1)}, {image_of(dataset, 2)}"
+    said = f"{files}: no value below 0, as CTs in HU have: another modality, or stored with an offset (of 1024)?"
+    assert main(["plan", "-d", "4", "-np", "1"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "--accept_positive_ct" in error and "fseft_accept_positive_ct=1" in error
+    if forced == "environment":
+        monkeypatch.setenv("fseft_accept_positive_ct", "1")
+        check()
+    else:
+        assert main(["plan", "-d", "4", "-np", "1", "--accept_positive_ct"]) == 0
+    assert warnings(capsys) == [f"Warning: {said}"]
+
+
+def test_other_modalities_may_be_positive(raw, monkeypatch, contract, backbones):
+    save_backbone(replace(contract, id="mr", channel_names=("MRI",)), load_weights(contract), backbones)
+    dataset = write_dataset(raw, channel_names={"0": "MRI"})
+    add_offset(image_of(dataset, 1))
+    assert FSEFTPlanner(NAME, backbone="mr").shots
+
+
+# ---- what is refused ----
+
+
+def empty(dataset) -> None:
+    for case in range(3):
+        write(label_of(dataset, case), np.zeros(SHAPE, np.uint8))
+
+
+def of_values(change):
+    def replace_label(dataset) -> None:
+        write(label_of(dataset, 2), change(array_of(label_of(dataset, 2))))
+
+    return replace_label
+
+
+def scaled(dataset) -> None:
+    """Floats stored as integers with a slope."""
+    image = nib.Nifti1Image(array_of(label_of(dataset, 2)).astype(np.float64), RAS)
+    image.header.set_data_dtype(np.int16)
+    nib.save(image, label_of(dataset, 2))
+
+
+def both(change):
+    def of_image_and_label(dataset) -> None:
+        for file in files_of(dataset, 2):
+            change(file)
+
+    return of_image_and_label
+
+
+def link(dataset) -> None:
+    label_of(dataset, 2).unlink()
+    label_of(dataset, 2).symlink_to("/nowhere/label.nii.gz")
+
+
+REFUSED = {
+    "lost header": (lambda d: lose_header(d, 2), r"labelsTr/case_2\.nii\.gz does not lie on the grid of .*CopyInform"),
+    "sides in one header": (lambda d: forget_sides(image_of(d, 2)), r"labelsTr/case_2.* does not lie on the grid of"),
+    "label of another shape": (of_values(lambda x: x[:, :, 1:]), "16 x 15 x 12 voxels .* Resample the first"),
+    "pixdim": (
+        both(forget_pixdim),
+        r"case_2_0000\.nii\.gz has a spacing of 1 x 1 x 1 mm in pixdim and of 2 x 2 x 3 mm ",
+    ),
+    "pixdim of the label": (
+        lambda d: forget_pixdim(label_of(d, 2)),
+        r"labelsTr/case_2\.nii\.gz has a spacing of 1 x 1",
+    ),
+    "pixdim of 0": (
+        both(lambda file: set_pixdim(file, 2, 0)),
+        r"case_2_0000\.nii\.gz has a voxel spacing \(pixdim\) of",
+    ),
+    "constant image": (
+        lambda d: write(image_of(d, 2), np.full(SHAPE, -1024, np.int16)),
+        r"case_2_0000\.nii\.gz holds the value -1024 alone: repair it, or leave the case out",
+    ),
+    "all labels empty": (empty, r"No label map of .*Dataset004_Field shows anything but background"),
+    "unknown value": (
+        of_values(lambda x: x + 2),
+        r"case_2\.nii\.gz holds the values 3, 4, which dataset\.json does not",
+    ),
+    "half a label": (of_values(lambda x: x / np.float32(2)), "holds values that are no whole numbers, 0.5: round them"),
+    "NaN label": (of_values(lambda x: np.where(x == 1, np.nan, x)), "holds values that are no whole numbers, nan"),
+    "scaled label": (scaled, r"no whole numbers, 1\.0000\d+: round them and save it as integers, with a slope of 1"),
+    "broken link": (link, r"labelsTr/case_2\.nii\.gz is a link to /nowhere/label\.nii\.gz, which does not exist"),
+    "no label": (lambda d: label_of(d, 2).unlink(), r"labelsTr/case_2\.nii\.gz is missing: every training image needs"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(dataset, raw, name):
+    spoil, sentence = REFUSED[name]
+    spoil(dataset)
+    with pytest.raises(InputError, match=sentence):
+        check()
+    assert not list((raw.parent / "nnUNet_preprocessed").iterdir())
+
+
+def test_channels_on_other_grids(raw):
+    dataset = write_dataset(raw, channel_names={"0": "CT", "1": "CT"})
+    for case in range(3):
+        shutil.copy(image_of(dataset, case), dataset / "imagesTr" / f"case_{case}_0001.nii.gz")
+    second = dataset / "imagesTr" / "case_0_0001.nii.gz"
+    files = [str(image_of(dataset, 0)), str(second)]
+    assert len(read_headers(files, "NibabelIOWithReorient")) == 2
+    image, _ = volume(0)
+    write(second, image, np.eye(4))
+    with pytest.raises(InputError, match=r"case_0_0001\.nii\.gz does not lie on the grid of .*case_0_0000\.nii\.gz"):
+        read_headers(files, "NibabelIOWithReorient")
+
+
+# ---- files that were replaced ----
+
+
+def replace_by_older(dataset) -> None:
+    """The same arrays at 1 mm, with dates long before the fingerprint, as a copy keeps them."""
+    for case in range(3):
+        for file in files_of(dataset, case):
+            write(file, array_of(file)[::-1].copy(), np.eye(4))
+            os.utime(file, (10**9, 10**9))
+
+
+@pytest.mark.slow
+def test_cases_replaced_by_older_files(dataset, raw):
+    assert plan_and_preprocess() == 0
+    folder = raw.parent / "nnUNet_preprocessed" / NAME
+    replace_by_older(dataset)
+    assert plan_and_preprocess() == 0
+    assert json.loads((folder / "dataset_fingerprint.json").read_text())["spacings"] == [[1, 1, 1]] * 3
+    for case in range(3):
+        kept = folder / "gt_segmentations" / f"case_{case}.nii.gz"
+        assert kept.read_bytes() == label_of(dataset, case).read_bytes()
+
+
+def test_the_fingerprint_stays_while_the_files_do(dataset, raw):
+    check()
+    file = raw.parent / "nnUNet_preprocessed" / NAME / "dataset_fingerprint.json"
+    made = file.stat().st_mtime_ns
+    check()
+    assert file.stat().st_mtime_ns == made
+    # one file's date, and nothing else
+    os.utime(label_of(dataset, 1), (10**9, 10**9))
+    check()
+    assert file.stat().st_mtime_ns > made
+
+
+def test_the_fingerprint_follows_cases_that_go(dataset):
+    assert len(check().dataset_fingerprint["spacings"]) == 3
+    for file in files_of(dataset, 1):
+        file.unlink()
+    assert len(check().dataset_fingerprint["spacings"]) == 2
+
+
+@pytest.mark.parametrize("stock", ["NibabelIO", "NibabelIOWithReorient"])
+def test_the_file_keeps_the_axes_that_nnunet_expects(raw, stock):
+    """Its own planner may read it later; ours has it in the axes of the backbone's reader."""
+    dataset = write_dataset(raw, overwrite_image_reader_writer=stock)
+    for case in range(3):
+        for file in files_of(dataset, case):
+            turn(file, "SRA")  # z, y, x of a plain reader: to the front, the right, the head
+    planner = check()
+    content = json.loads((raw.parent / "nnUNet_preprocessed" / NAME / "dataset_fingerprint.json").read_text())
+    stored = ([2, 2, 3], [15, 16, 13]) if stock == "NibabelIO" else ([3, 2, 2], [13, 15, 16])
+    assert (content["spacings"][0], content["shapes_after_crop"][0]) == stored
+    assert planner.dataset_fingerprint["spacings"][0] == [3, 2, 2]
+    assert planner.dataset_fingerprint["shapes_after_crop"][0] == [13, 15, 16]
