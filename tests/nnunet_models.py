@@ -19,8 +19,8 @@ from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 CONFIGURATION = "3d_fullres"
 FOLDER = f"Dataset004_X/nnUNetTrainer__nnUNetPlans__{CONFIGURATION}"
 LABELS = {"background": 0, "tumour": 2, "liver": 1}  # the network's rows follow the values, not this order
-STATISTICS = {"max": 900.0, "mean": 70.5, "median": 71.0, "min": -90.0, "std": 40.25}
 CT = {"percentile_00_5": -40.0, "percentile_99_5": 210.0, "mean": 70.5, "std": 40.25}
+STATISTICS = {"max": 900.0, "median": 71.0, "min": -90.0, **CT}
 STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]  # anisotropic
 PATCH = [6, 16, 24]
 

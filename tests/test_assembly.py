@@ -303,7 +303,7 @@ def test_converted_and_assembled_datasets_are_planned_and_read(raw, tmp_path, mo
     convert("FLARE22", flare, 12, ["spleen", "kidney_left"], num_processes=1)
     assert assemble("-d", 11, 12, "-o", 900) == 0
     verify_dataset_integrity(str(raw / "Dataset011_BTCV"), 1)
-    planning.plan(900, "phantom", [], 1, 8, None, check_integrity=True)
+    planning.plan(900, "phantom", [], 1, 8, None)
     name = "Dataset900_Universal"
     plans = json.loads((raw.parent / "nnUNet_preprocessed" / name / "FSEFTPlans.json").read_text())
     content = json.loads((raw / name / "dataset.json").read_text())

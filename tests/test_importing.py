@@ -9,7 +9,6 @@ from nnunet_models import (
     CONFIGURATION,
     CT,
     PATCH,
-    STATISTICS,
     model_plans,
     network_of,
     unet_plans,
@@ -23,9 +22,6 @@ from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model
 from fsefs_nnunet.backbones.store import find_backbone
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.errors import InputError
-
-STATISTICS |= {"percentile_00_5": -40.0, "percentile_99_5": 210.0}
-
 
 # ---- the network ----
 

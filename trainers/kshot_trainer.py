@@ -69,7 +69,8 @@ class KShotTrainer(WithoutMirroring):
         lock = join(self.output_folder, LOCK_FILE)
         try:
             # the kernel releases the lock when its holder dies; the empty file stays
-            held = FileLock(lock).acquire(timeout=0)
+            with refused_if_unwritable(self.output_folder):
+                held = FileLock(lock).acquire(timeout=0)
         except Timeout as error:
             # where the file system knows no such locks, the file itself is the lock
             raise InputError(

@@ -18,7 +18,6 @@ import SimpleITK as sitk
 from fsefs_nnunet.errors import InputError
 
 PIXDIM_TOLERANCE = 0.01  # relative: some programs round pixdim to a few digits
-SAME_GRID_VOXELS = 0.5  # headers of image and label often differ by rounding
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 REWRITE = (
     "python -c \"import nibabel as n, numpy as np; i = n.load('{0}'); "
@@ -43,12 +42,22 @@ class Header:
     forms_agree: bool = True
 
     @property
-    def spacing(self) -> np.ndarray:
-        return self.pixdim if self.pixdim_agrees else nib.affines.voxel_sizes(self.affine)
+    def sizes(self) -> tuple[float, ...]:
+        """mm per voxel, of the affine."""
+        return tuple(nib.affines.voxel_sizes(self.affine).tolist())
+
+    @property
+    def half_voxel(self) -> float:
+        """mm; what lies closer is the same, since headers of image and label map often differ by rounding."""
+        return min(self.sizes) / 2
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        return self.pixdim if self.pixdim_agrees else self.sizes
 
     @property
     def pixdim_agrees(self) -> bool:
-        return np.allclose(self.pixdim, nib.affines.voxel_sizes(self.affine), rtol=PIXDIM_TOLERANCE, atol=0)
+        return np.allclose(self.pixdim, self.sizes, rtol=PIXDIM_TOLERANCE, atol=0)
 
     @property
     def codes(self) -> str:
@@ -65,7 +74,7 @@ class Header:
         shape = np.empty(3, int)
         shape[turn[:, 0].astype(int)] = self.shape
         affine = self.affine @ nib.orientations.inv_ornt_aff(turn, self.shape)
-        return Header(self.file, tuple(shape.tolist()), affine, tuple(nib.affines.voxel_sizes(affine).tolist()))
+        return replace(self, shape=tuple(shape.tolist()), affine=affine, pixdim=tuple(nib.affines.voxel_sizes(affine)))
 
 
 def _times(values: Iterable[float]) -> str:
@@ -81,11 +90,11 @@ def read_header(file: str | Path) -> Header:
         header = _nifti_header(str(file))
     else:
         header = _itk_header(str(file))
-    sizes = nib.affines.voxel_sizes(header.affine)
-    if not np.isfinite(header.affine).all() or (sizes <= 0).any() or np.linalg.matrix_rank(header.affine[:3, :3]) < 3:
+    sound = np.isfinite(header.affine).all() and min(header.sizes) > 0
+    if not sound or np.linalg.matrix_rank(header.affine[:3, :3]) < 3:
         raise InputError(
-            f"{file} has a voxel spacing of {_times(sizes)} mm, which is not positive: repair its header, or leave the "
-            "case out."
+            f"{file} has a voxel spacing of {_times(header.sizes)} mm, which is not positive: repair its header, or "
+            "leave the case out."
         )
     return header
 
@@ -172,7 +181,7 @@ def distance_in_mm(a: Header, b: Header) -> float:
 
 
 def same_grid(a: Header, b: Header) -> bool:
-    return distance_in_mm(a, b) <= SAME_GRID_VOXELS * min(nib.affines.voxel_sizes(b.affine))
+    return distance_in_mm(a, b) <= b.half_voxel
 
 
 def shared_part(a: Header, b: Header, samples: int = 16) -> float:
@@ -196,11 +205,10 @@ def offset_in_mm(label: Header, image: Header, reorients: bool) -> float:
     a, b = (label.turned(), image.turned()) if reorients else (label, image)
     if a.shape != b.shape:
         raise InputError(_mismatch(label, image))
-    half = SAME_GRID_VOXELS * min(nib.affines.voxel_sizes(b.affine))
-    if distance_in_mm(a, b) <= half and label.knows_sides == image.knows_sides:
+    if same_grid(a, b) and label.knows_sides == image.knows_sides:
         return 0.0
     reach = np.abs((_corners(a.shape)[:, :3] - (np.array(a.shape) - 1) / 2) @ (a.affine - b.affine)[:3, :3].T).max()
-    if reach > half or label.codes != image.codes:
+    if reach > b.half_voxel or label.codes != image.codes:
         raise InputError(_mismatch(label, image))
     centre = np.append((np.array(a.shape) - 1) / 2, 1)
     return float(np.linalg.norm(((a.affine - b.affine) @ centre)[:3]))
@@ -237,7 +245,7 @@ def several(names: Iterable[str], most: int = 3) -> str:
 def pixdim_remedy(header: Header) -> str:
     return (
         f"{header.file} has a spacing of {_times(header.pixdim)} mm in pixdim and of "
-        f"{_times(nib.affines.voxel_sizes(header.affine))} mm in its sform: nnU-Net takes one or the other. Write it "
+        f"{_times(header.sizes)} mm in its sform: nnU-Net takes one or the other. Write it "
         f"anew, where the sform is right: {REWRITE.format(header.file)}"
     )
 
