@@ -72,7 +72,7 @@ class FSEFTPlanner(ExperimentPlanner):
         Args:
             backbone: default: what the environment variable `fseft_backbone` names, else the embedded one.
             shots: default: those of DEFAULT_SHOTS that the labelled cases allow.
-            accept_positive_ct: see check_training_cases; so does the environment variable `fseft_accept_positive_ct`.
+            accept_positive_ct: see check_training_cases; so does the environment variable `fseft_accept_positive_ct=1`.
 
         Raises:
             InputError: for an unknown or damaged backbone, for more shots than labelled cases, for a dataset that the
@@ -90,7 +90,7 @@ class FSEFTPlanner(ExperimentPlanner):
         # a training refuses the same labels
         self.known_labels = match_labels(list(foreground(dataset_json["labels"])), self.contract.head_classes, file)
         self.reader = find_reader(self.contract.image_reader_writer, dataset_json["file_ending"])
-        accept_positive_ct = accept_positive_ct or bool(os.environ.get("fseft_accept_positive_ct"))
+        accept_positive_ct = accept_positive_ct or os.environ.get("fseft_accept_positive_ct") == "1"
         check_training_cases(raw, dataset_json, cases, self.reader, num_processes, accept_positive_ct)
         with refused_if_unwritable(made_folder(preprocessed)):
             require_fingerprint(name, preprocessed, dataset_json, cases, self.reader, num_processes)
