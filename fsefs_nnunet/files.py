@@ -85,6 +85,14 @@ def read_json(file: Path) -> dict:
         raise InputError(f"{file} is damaged ({error}): move it away, or restore it.") from error
 
 
+def value_in(file: Path, key: str) -> object:
+    """What a JSON file says of `key`; None without the key, and without a file that can be read."""
+    try:
+        return read_json(file).get(key)
+    except (FileNotFoundError, InputError):
+        return None
+
+
 def sha256_of(file: Path) -> str:
     digest = hashlib.sha256()
     with open(file, "rb") as f:

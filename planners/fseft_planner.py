@@ -16,6 +16,7 @@ from fsefs_nnunet.backbones.architectures.nnunet import plans_architecture
 from fsefs_nnunet.backbones.store import DEFAULT_BACKBONE, find_backbone, load_weights
 from fsefs_nnunet.backbones.untrained_decoder import untrained_decoder
 from fsefs_nnunet.cases.dataset_json import channel_names, read_dataset_json
+from fsefs_nnunet.cases.fingerprint import in_axes, require_fingerprint, stock_reorients
 from fsefs_nnunet.cases.folders import dataset_folders, made_folder, training_files
 from fsefs_nnunet.cases.images import is_leftover
 from fsefs_nnunet.cases.readers import find_reader, reorients
@@ -26,7 +27,6 @@ from fsefs_nnunet.features.layout import pooling_factor
 from fsefs_nnunet.files import refused_if_unwritable, write_json
 from fsefs_nnunet.labels import foreground, match_labels
 from fsefs_nnunet.methods.settings import Settings
-from fsefs_nnunet.planners.fingerprint import in_axes, require_fingerprint, stock_reorients
 
 PLANS_NAME = "FSEFTPlans"
 

@@ -64,7 +64,7 @@ def files_of(folder: Path, case: int) -> tuple[Path, Path]:
 
 
 def array_of(file: Path) -> np.ndarray:
-    return np.asarray(nib.load(file).dataobj)
+    return np.asarray(nib.load(file, mmap=False).dataobj)
 
 
 def lose_header(folder: Path, case: int) -> None:

@@ -328,7 +328,7 @@ def test_labels_that_do_not_lie_on_their_image(raw, capsys, what):
     save(folder / "labelsTr" / "y.nii.gz", label, np.eye(4) if what == "lost header" else AFFINES[0])
     message = refused(capsys, "-d", 11, 12, "-o", 900)
     assert f"{folder / 'labelsTr' / 'y.nii.gz'} does not lie on the grid of" in message
-    assert ("CopyInformation" in message) == (what == "lost header")
+    assert ("fseft rewrite_header" in message) == (what == "lost header")
 
 
 def test_shifts_and_offsets_are_told(raw, capsys):
@@ -341,5 +341,5 @@ def test_shifts_and_offsets_are_told(raw, capsys):
     save(image, np.abs(np.asarray(nib.load(image).dataobj)), AFFINES[0])
     assert assemble("-d", 11, 12, "-o", 900) == 0
     out = capsys.readouterr().out
-    assert "Warning: The headers of Dataset011_One/x place label map and image up to 86.6 mm apart" in out
+    assert "Warning: The headers of Dataset011_One/x place files of one case up to 86.6 mm apart" in out
     assert "Warning: One_x: no value below 0, as CTs in HU have" in out

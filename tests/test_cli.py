@@ -28,6 +28,7 @@ VERBS = [
     ["bank", "--help"],
     ["convert", "--help"],
     ["assemble", "--help"],
+    ["rewrite_header", "--help"],
     ["link", "--help"],
     ["unlink", "--help"],
     ["benchmark", "--help"],

@@ -115,8 +115,8 @@ def test_counterparts_that_are_missing(tree, raw):
     [
         (np.full(SHAPE, 14, np.uint8), "has values [14] that the table does not know"),
         (np.full(SHAPE, -1, np.int16), "has values [-1] that the table does not know"),
-        (np.full(SHAPE, 0.5, np.float32), "holds values that are no whole numbers, 0.5: round"),
-        (np.full(SHAPE, np.nan, np.float32), "holds values that are no whole numbers, nan"),
+        (np.full(SHAPE, 0.5, np.float32), "holds values that are not integers, 0.5: round"),
+        (np.full(SHAPE, np.nan, np.float32), "holds NaN: repair"),
         (np.zeros(SHAPE, np.uint8), "shows none of the classes"),
         (
             np.ones((*SHAPE[:2], 7), np.uint8),

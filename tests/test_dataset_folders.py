@@ -1,7 +1,10 @@
 """Which folder a dataset's id or name means, and which files its cases are."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from field_files import array_of, image_of, label_of, write, write_dataset
@@ -46,7 +49,7 @@ def test_two_datasets_of_one_id(dataset, raw, named, other):
     (raw.parent / other).mkdir()
     with pytest.raises(InputError) as error:
         dataset_folders(named)
-    assert "The dataset id 4 is not the dataset's own" in str(error.value)
+    assert "Dataset id 4 is used by" in str(error.value)
     assert str(dataset) in str(error.value) and str(raw.parent / other) in str(error.value)
 
 
@@ -55,7 +58,7 @@ def test_four_digits_beside_three(raw, named):
     """nnU-Net looks for the beginning of the name."""
     write_dataset(raw, name="Dataset123_Field")
     (raw / "Dataset1234_Other").mkdir()
-    with pytest.raises(InputError, match="Dataset123_Field and .*Dataset1234_Other for it: rename all but one"):
+    with pytest.raises(InputError, match="Dataset123_Field and .*Dataset1234_Other: rename all but one"):
         dataset_folders(named)
 
 
@@ -63,9 +66,9 @@ def test_four_digits_beside_three(raw, named):
     "name, asked, sentence",
     [
         ("Dataset4_Field", 4, "ids have three digits, rename .*Dataset4_Field to Dataset004_Field"),
-        ("Dataset4_Field", "Dataset4_Field", "Dataset4_Field is no name of a nnU-Net dataset: .* in three digits"),
-        ("Dataset1234_Field", "Dataset1234_Field", "Dataset1234_Field is no name of a nnU-Net dataset"),
-        ("Dataset1234_Field", 1234, "1234 is no name of a nnU-Net dataset: .* an id from 001 to 999"),
+        ("Dataset4_Field", "Dataset4_Field", "Dataset4_Field is not an nnU-Net dataset name: .* in three digits"),
+        ("Dataset1234_Field", "Dataset1234_Field", "Dataset1234_Field is not an nnU-Net dataset name"),
+        ("Dataset1234_Field", 1234, "1234 is not an nnU-Net dataset name: .* an id from 001 to 999"),
         ("Dataset004_Field", 5, "No dataset 5 in .*nnUNet_raw: there are Dataset004_Field"),
         ("Dataset004_Field", "Dataset004_Fields", "No dataset Dataset004_Fields in .*: there are Dataset004_Field"),
         ("Dataset004_Field", "Hippocampus", "No dataset Hippocampus in .*: give an id, 4 for example, or a name"),
@@ -83,7 +86,7 @@ def test_a_model_by_its_own_name(raw):
         (raw.parent / "nnUNet_results" / name).mkdir()
     model = model_folder("Dataset004_Old", "T", "P", "C")
     assert model == raw.parent / "nnUNet_results" / "Dataset004_Old" / "T__P__C"
-    with pytest.raises(InputError, match="The dataset id 4 is not the dataset's own"):
+    with pytest.raises(InputError, match="Dataset id 4 is used by"):
         model_folder(4, "T", "P", "C")
 
 
@@ -96,7 +99,7 @@ def test_environment_variables(dataset, monkeypatch, variable):
     with pytest.raises(InputError, match=f"The environment variable {variable} is not set: export"):
         dataset_folders(4)
     monkeypatch.setenv("nnUNet_raw", "/nowhere"), monkeypatch.setenv("nnUNet_preprocessed", "/nowhere")
-    with pytest.raises(InputError, match="nnUNet_raw is /nowhere, which is no folder"):
+    with pytest.raises(InputError, match="nnUNet_raw is /nowhere, which is not a folder"):
         dataset_folders(4)
 
 
@@ -141,8 +144,7 @@ def test_a_broken_link(dataset):
     image_of(dataset, 3).symlink_to("/nowhere/x.nii.gz")
     (said,) = faults(dataset)
     assert said == (
-        f"{image_of(dataset, 3)} is a link to /nowhere/x.nii.gz, which does not exist: restore it, or take the case "
-        "away."
+        f"{image_of(dataset, 3)} is a broken link to /nowhere/x.nii.gz: restore that file, or remove the case."
     )
     assert list(listed(dataset).cases) == ["case_0", "case_1", "case_2"]
 
@@ -150,19 +152,18 @@ def test_a_broken_link(dataset):
 def test_a_file_in_two_formats(dataset):
     """Nobody knows which one is meant."""
     write(dataset / "imagesTr" / "case_1_0000.nii", array_of(image_of(dataset, 1)))
-    assert faults(dataset) == [
-        f"{image_of(dataset, 1)} lies there twice, as case_1_0000.nii as well: keep one of them."
-    ]
+    assert faults(dataset) == [f"{image_of(dataset, 1)} is there twice, as case_1_0000.nii as well: keep one."]
     assert list(listed(dataset).cases) == ["case_0", "case_2"]
 
 
 @pytest.mark.parametrize("name", ["other_0000.nii", "other.nrrd", "OTHER_0000.NII.GZ"])
 def test_another_file_ending(dataset, name):
     (dataset / "imagesTr" / name).touch()
-    assert faults(dataset) == [
-        f"{dataset / 'imagesTr' / name} does not end with .nii.gz, as dataset.json says of the images: convert it, or "
-        "move it away."
-    ]
+    (said,) = faults(dataset)
+    assert said == (
+        f"{dataset / 'imagesTr' / name} does not end with .nii.gz, the file_ending of dataset.json: convert it, move "
+        "it away, or correct that."
+    )
 
 
 def test_no_channel_number(dataset):
@@ -183,6 +184,28 @@ def test_channels_that_do_not_count_up(dataset):
         "case_2_0001.nii.gz is missing: every case needs 2 channel(s).",
         "case_3_0000.nii.gz is missing: every case needs 2 channel(s).",
     ]
+
+
+def test_a_number_that_is_no_channel(dataset):
+    image_of(dataset, 1).rename(dataset / "imagesTr" / "patient_2019.nii.gz")
+    (said,) = faults(dataset)
+    assert "patient_0000.nii.gz is missing: every case needs 1 channel(s). Found patient_2019.nii.gz, which may" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("locale, code", [("C", 1), ("C.UTF-8", 0)])
+def test_names_and_the_locale(dataset, locale, code):
+    """nnU-Net's workers print them."""
+    image_of(dataset, 0).rename(dataset / "imagesTr" / "m\u00fcller_0000.nii.gz")
+    script = (
+        "import sys; from pathlib import Path; from fsefs_nnunet.cases.folders import training_files; "
+        "training_files(Path(sys.argv[1]), {'file_ending': '.nii.gz', 'channel_names': {'0': 'CT'}})"
+    )
+    plain = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", script, str(dataset)]
+    done = subprocess.run(command, env={**os.environ, **plain}, capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert ("set PYTHONUTF8=1" in done.stderr) == bool(code)
 
 
 def test_a_folder_without_images(dataset, tmp_path):
@@ -206,9 +229,7 @@ def test_training_cases(dataset):
 def test_no_training_case_vanishes(dataset):
     image_of(dataset, 3).symlink_to("/nowhere/x.nii.gz")
     (dataset / "imagesTr" / "stray.nii.gz").touch()
-    with pytest.raises(
-        InputError, match=r"which does not exist: restore it.* 1 more like it\.|has no channel.* 1 more"
-    ):
+    with pytest.raises(InputError, match=r"stray\.nii\.gz has no channel number: .* 1 more file\(s\) have faults\."):
         cases_of(dataset)
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fsefs_nnunet.cases.dataset_json import read_dataset_json, shows_ct
+from fsefs_nnunet.cases.dataset_json import order_warnings, read_dataset_json, shows_ct
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import foreground_names
 
@@ -37,6 +37,10 @@ ACCEPTED = {
     "regions": ({"labels": REGIONS, "regions_class_order": [1, 2]}, REGIONS),
     "an order without regions": ({"regions_class_order": [1, 2]}, SOUND["labels"]),
     "ignore label": ({"labels": {"background": 0, "a": 1, "ignore": 2}}, {"background": 0, "a": 1, "ignore": 2}),
+    "a region that is painted as background": (
+        {"labels": {"background": 0, "all": [1, 2], "a": 1, "b": 2}, "regions_class_order": [0, 1, 2]},
+        None,
+    ),
     "regions and ignore label": (
         {"labels": {**REGIONS, "ignore": 3}, "regions_class_order": [1, 2]},
         {**REGIONS, "ignore": 3},
@@ -73,11 +77,11 @@ REFUSED = {
     ),
     "no background": ({"labels": {"a": 1}}, 'labels has no background: it must be "background": 0'),
     "background alone": ({"labels": {"background": 0}}, "names nothing but background"),
-    "no labels": ({"labels": None}, 'it has no labels: add "labels": {"background": 0, "NAME": 1}.'),
-    "labels as a list": ({"labels": ["background", "a"]}, "it has no labels: add"),
+    "no labels": ({"labels": None}, 'labels is missing: add "labels": {"background": 0, "NAME": 1}.'),
+    "labels as a list": ({"labels": ["background", "a"]}, "labels is missing: add"),
     "names and values reversed": (
         {"labels": {"0": "background", "10": "a", "2": "b"}},
-        'labels has names and values the wrong way round: write "labels": {"background": 0, "b": 2, "a": 10}.',
+        'labels has names and values swapped: write "labels": {"background": 0, "b": 2, "a": 10}.',
     ),
     "a value twice": ({"labels": {"background": 0, "a": 1, "b": 1}}, "labels 'a' and 'b' have the same value 1"),
     "a value that is none": ({"labels": {"background": 0, "a": "one"}}, "label 'a' has the value 'one'"),
@@ -95,18 +99,37 @@ REFUSED = {
     "regions without order": (
         {"labels": REGIONS},
         "regions need regions_class_order: it must have one value for each of both, spleen, which a prediction writes "
-        'for it, the innermost last; "regions_class_order": [1, 2], perhaps.',
+        'for it. Outer regions come first: write "labels": {"background": 0, "both": [1, 2], "spleen": 2}, '
+        '"regions_class_order": [1, 2].',
     ),
     "order too short": ({"labels": REGIONS, "regions_class_order": [1]}, "regions_class_order is [1]: it must have"),
     "order of names": ({"labels": REGIONS, "regions_class_order": ["a", "b"]}, "regions_class_order is ['a', 'b']"),
     "channels reversed": (
         {"channel_names": {"T1": 0, "T2": 1}},
-        'channel_names has names and numbers the wrong way round: write "channel_names": {"0": "T1", "1": "T2"}.',
+        'channel_names has names and numbers swapped: write "channel_names": {"0": "T1", "1": "T2"}.',
     ),
     "channels as a list": ({"channel_names": ["CT"]}, 'channel_names is a list: write "channel_names": {"0": "CT"}.'),
-    "channels out of order": ({"channel_names": {"1": "T1", "0": "T2"}}, "is not numbered 0, 1, 2, ... in this order"),
-    "no channels": ({"channel_names": None}, 'it does not say channel_names: add "channel_names": {"0": "CT"}'),
-    "no file ending": ({"file_ending": None}, 'it does not say file_ending: add "file_ending": ".nii.gz"'),
+    "channels out of order": (
+        {"channel_names": {"1": "T1", "0": "T2"}},
+        'is out of order, and nnU-Net goes by the order: write "channel_names": {"0": "T2", "1": "T1"}.',
+    ),
+    "inner region first": (
+        {"labels": {"background": 0, "left": 2, "both": [1, 2]}},
+        'write "labels": {"background": 0, "both": [1, 2], "left": 2}, "regions_class_order": [1, 2].',
+    ),
+    "an order of other values": (
+        {"labels": REGIONS, "regions_class_order": [1, 7]},
+        "regions_class_order has 7, which is no value of the labels",
+    ),
+    "background in capitals": (
+        {"labels": {"Background": 0, "a": 1}},
+        "nnU-Net knows 'background' in small letters alone: write \"background\": 0.",
+    ),
+    "background as a list": ({"labels": {"background": [0], "a": 1}}, 'background is [0]: it must be "background": 0.'),
+    "half an ending": ({"file_ending": ".gz"}, 'file_ending is \'.gz\': write "file_ending": ".nii.gz".'),
+    "an ending with a space": ({"file_ending": ".nii "}, 'write "file_ending": ".nii".'),
+    "no channels": ({"channel_names": None}, 'channel_names is missing: add "channel_names": {"0": "CT"}'),
+    "no file ending": ({"file_ending": None}, 'file_ending is missing: add "file_ending": ".nii.gz"'),
     "ending without its dot": ({"file_ending": "nii.gz"}, 'has no dot: write "file_ending": ".nii.gz".'),
     "numTraining": ({"numTraining": "many"}, "numTraining is 'many': give the number of training cases"),
 }
@@ -129,8 +152,33 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path):
 @pytest.mark.parametrize("text", [b"{", b"[1]", b"3", "ü".encode("latin-1"), b"\xef\xbb\xbf{}"])
 def test_what_is_no_dataset_json(tmp_path, text):
     (tmp_path / "dataset.json").write_bytes(text)
-    with pytest.raises(InputError, match=rf"^{tmp_path}/dataset\.json is no dataset\.json of nnU-Net's \(.+\): repair"):
+    with pytest.raises(InputError, match=rf"^{tmp_path}/dataset\.json is not an nnU-Net dataset\.json \(.+\): repair"):
         read_dataset_json(tmp_path / "dataset.json")
+
+
+def test_a_name_that_is_there_twice(tmp_path):
+    """JSON would take the second one, and the first would be lost."""
+    text = json.dumps({**SOUND, "labels": {"background": 0, "kidney": 1, "x": 2}}).replace('"x"', '"kidney"')
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(InputError, match="names 'kidney' twice: give each its own name"):
+        read_dataset_json(tmp_path / "dataset.json")
+
+
+@pytest.mark.parametrize(
+    "labels, order, said",
+    [
+        (REGIONS, [1, 2], None),
+        ({"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3}, [1, 2, 3], None),
+        (REGIONS, [2, 1], "1 becomes 2, 2 becomes 1. Outer regions come first"),
+        ({"background": 0, "left": 2, "both": [1, 2]}, [2, 1], "2 becomes 1. Outer regions come first"),
+        ({"background": 0, "all": [1, 2], "a": 1, "b": 2}, [0, 1, 2], None),  # as assemblies have it
+        ({"background": 0, "a": [1, 2], "b": [2, 3]}, [1, 3], "2 becomes 3. Each region needs a value that no"),
+        (SOUND["labels"], [1, 2], None),
+    ],
+)
+def test_orders_of_regions_that_hide_others(labels, order, said):
+    found = order_warnings({"labels": labels, "regions_class_order": order})
+    assert len(found) == (said is not None) and all(said in text for text in found)
 
 
 def test_the_modality(tmp_path):
@@ -157,8 +205,7 @@ def test_umlauts_and_the_locale(tmp_path, locale, code):
     command = [sys.executable, "-c", script, str(tmp_path / "dataset.json")]
     done = subprocess.run(command, env={**os.environ, **plain}, capture_output=True, text=True)
     assert bool(done.returncode) == bool(code) and "Traceback" not in done.stderr
-    said = "holds letters like '\\xdf', which nnU-Net cannot read in this locale"
-    assert (said in done.stderr and "export PYTHONUTF8=1" in done.stderr) == bool(code)
+    assert ("has non-ASCII names" in done.stderr and "set PYTHONUTF8=1" in done.stderr) == bool(code)
 
 
 # of FSEFT_SHARED/field/dataset_json: what occurs in public. None: accepted
@@ -166,7 +213,7 @@ PUBLIC = {
     "01_autopetv_five_channels": None,
     "02_stenunet_png_grey": None,
     "03_stenunet_png_two_channels": None,
-    "04_amos_v1_training_list": "labels has names and values the wrong way round",
+    "04_amos_v1_training_list": "labels has names and values swapped",
     "05_flare23_names_with_spaces": None,
     "06_uppect": None,
     "10_region_list_and_int_plus_sign": None,
@@ -178,7 +225,7 @@ PUBLIC = {
     "22_brackets_in_a_name_mha": None,
     "24_v1_modality_nonorm": 'write "labels": {"background": 0, "tumour": 1}',
     "26_labels_from_intensities": "labels must be in consecutive order (0, 1, 2, ...), 10, 60 do not satisfy this",
-    "28_nrrd_no_channel_names": "it does not say channel_names",
+    "28_nrrd_no_channel_names": "channel_names is missing",
     "30_dataset_key_relative_paths": None,
     "32_dataset_key_environment_variables": None,
     "34_multitask_png_no_foreground": "labels names nothing but background",

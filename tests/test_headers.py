@@ -1,4 +1,7 @@
-"""What headers say of where voxels lie, and whether two of them agree."""
+"""What headers say of where voxels lie, and how they are written anew."""
+
+import re
+import shlex
 
 import nibabel as nib
 import numpy as np
@@ -6,16 +9,10 @@ import pytest
 import SimpleITK as sitk
 from field_files import LPS, RAS, SHAPE, disagree, forget_pixdim, forget_sides, set_pixdim, turn, volume, write
 
-from fsefs_nnunet.cases.headers import (
-    Header,
-    offset_in_mm,
-    pixdim_remedy,
-    read_header,
-    same_grid,
-    shared_part,
-    warnings_of,
-)
-from fsefs_nnunet.cases.readers import image_geometry
+from fsefs_nnunet.cases.grids import offset_in_mm
+from fsefs_nnunet.cases.headers import Header, pixdim_remedy, read_header, rewrite_header, warnings_of
+from fsefs_nnunet.cases.readers import in_axes_of, spacing_of
+from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.errors import InputError
 
 
@@ -23,16 +20,6 @@ from fsefs_nnunet.errors import InputError
 def file(tmp_path):
     write(tmp_path / "x.nii.gz", volume(0)[0])
     return tmp_path / "x.nii.gz"
-
-
-def header(affine=RAS, shape=SHAPE, **changes) -> Header:
-    return Header("x", shape, np.asarray(affine, float), tuple(nib.affines.voxel_sizes(affine)), **changes)
-
-
-def moved(mm, affine=RAS) -> np.ndarray:
-    affine = affine.copy()
-    affine[:3, 3] += mm
-    return affine
 
 
 def test_a_sound_header(file):
@@ -70,6 +57,25 @@ def test_pixdim_that_is_no_spacing(file, axis, value):
         read_header(file)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_spacings_in_other_units(file, scale):
+    write(file, volume(0)[0], np.diag([scale, scale, scale, 1]) @ RAS)
+    with pytest.raises(
+        InputError, match=r"x\.nii\.gz shows .* mm by its header, voxels of .* mm: give the spacing in mm"
+    ):
+        read_header(file)
+
+
+def test_numbers_that_are_not_finite(file):
+    image = nib.Nifti1Image(volume(0)[0], None)
+    affine = RAS.copy()
+    affine[0, 3] = np.nan
+    image.set_sform(affine, 1)
+    nib.save(image, file)
+    with pytest.raises(InputError, match="has a header with NaN or infinite numbers"):
+        read_header(file)
+
+
 def test_an_affine_without_volume(file):
     image = nib.Nifti1Image(volume(0)[0], None)
     image.set_sform(np.diag([2.0, 0, 3, 1]), 1)
@@ -81,10 +87,11 @@ def test_an_affine_without_volume(file):
 @pytest.mark.parametrize(
     "array, what",
     [
+        (np.zeros((4, 4, 4, 1), np.float32), "has 4 dimensions, the last of length 1: save it without"),
         (np.zeros((4, 4, 4, 2), np.float32), "has 4 dimensions: give one file per volume and channel"),
         (np.zeros((4, 4), np.float32), "has 2 dimensions: give one file"),
         (np.zeros((4, 4, 4), np.complex64), "holds complex numbers: save their magnitude"),
-        (np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")]), "holds several numbers a voxel"),
+        (np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")]), "holds several values per voxel"),
     ],
 )
 def test_what_is_no_volume_of_numbers(file, array, what):
@@ -95,7 +102,7 @@ def test_what_is_no_volume_of_numbers(file, array, what):
 
 def test_colours_in_another_format(tmp_path):
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 4, 4, 3), np.uint8), isVector=True), str(tmp_path / "x.mha"))
-    with pytest.raises(InputError, match=r"x\.mha holds several numbers a voxel"):
+    with pytest.raises(InputError, match=r"x\.mha holds several values per voxel"):
         read_header(tmp_path / "x.mha")
 
 
@@ -121,11 +128,28 @@ def test_neither_sform_nor_qform(file):
     read = read_header(file)
     assert not read.knows_sides and read.codes == "LAS" and read.mm == "2 x 2 x 3 mm"
     (warning,) = warnings_of([read])
-    assert warning.startswith(f"{file}: the header has neither sform nor qform and says nothing of left and right")
+    assert warning == (
+        f"{file}: the header does not define the orientation. The axes are taken for LAS, left and right are a guess."
+    )
+
+
+@pytest.mark.parametrize("space, knows", [("space: left-posterior-superior\n", True), ("", False)])
+def test_nrrd_without_a_space(tmp_path, space, knows):
+    geometry = "space directions: (2,0,0) (0,2,0) (0,0,3)\n" if space else "spacings: 2 2 3\n"
+    head = f"NRRD0004\ntype: uint8\ndimension: 3\n{space}sizes: 2 3 4\n{geometry}encoding: raw\n\n"
+    (tmp_path / "x.nrrd").write_bytes(head.encode() + bytes(24))
+    assert read_header(tmp_path / "x.nrrd").knows_sides == knows
+
+
+def test_gipl_has_no_axes(tmp_path):
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 4, 4), np.int16)), str(tmp_path / "x.gipl"))
+    read = read_header(tmp_path / "x.gipl")
+    assert not read.knows_sides and read.codes == "LPS"
 
 
 def test_a_warning_names_three_files_and_counts_the_rest():
-    (warning,) = warnings_of([header(knows_sides=False)] * 5)
+    header = Header("x", SHAPE, RAS, (2, 2, 3), knows_sides=False)
+    (warning,) = warnings_of([header] * 5)
     assert warning.startswith("x, x, x and 2 more: the header")
 
 
@@ -140,7 +164,7 @@ def test_pixdim_that_disagrees(file, axes, reader):
     read = read_header(file)
     assert not read.pixdim_agrees and read.pixdim == (1, 1, 1)
     np.testing.assert_allclose(read.spacing, (2, 2, 3))
-    assert image_geometry(file, reader) == ([13, 15, 16], [3, 2, 2])
+    assert in_axes_of(read.shape, read, reader) == [13, 15, 16] and spacing_of(read, reader) == [3, 2, 2]
     assert "whose spacing is taken; nnUNetv2_predict takes pixdim's" in warnings_of([read])[0]
 
 
@@ -151,78 +175,61 @@ def test_rounded_pixdim_agrees(file):
     assert read_header(file).pixdim_agrees
 
 
-def test_the_remedy_for_pixdim_is_right(file):
-    """The line of Python in the message, taken at its word."""
-    before = nib.load(file).get_fdata()
-    forget_pixdim(file)
-    command = pixdim_remedy(read_header(file)).split("python -c ")[1].strip('"')
-    exec(command)
+# ---- headers written anew ----
+
+
+def fseft(line: str) -> int:
+    return main(shlex.split(line.removeprefix("fseft ")))
+
+
+@pytest.mark.parametrize("name", ["x.nii.gz", "x.nii", "it's a $x.nii"])
+@pytest.mark.parametrize("dtype", [np.float32, np.int16, np.int64])
+def test_the_remedy_for_pixdim_is_right(tmp_path, name, dtype):
+    """The command in the message, taken at its word."""
+    file, array = tmp_path / name, volume(0)[0].astype(dtype)
+    image = nib.Nifti1Image(array, None, dtype=dtype)
+    image.set_sform(RAS, 1)
+    nib.save(image, file)
+    assert fseft(pixdim_remedy(read_header(file)).split("anew: ")[1]) == 0
     read = read_header(file)
-    assert read.pixdim_agrees and read.codes == "RAS"
-    np.testing.assert_array_equal(nib.load(file).get_fdata(), before)
+    assert read.pixdim_agrees and read.codes == "RAS" and nib.load(file).get_data_dtype() == dtype
+    np.testing.assert_array_equal(np.asarray(nib.load(file).dataobj), array)
     np.testing.assert_array_equal(nib.load(file).affine, RAS)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-# ---- two headers ----
+def test_a_link_becomes_a_file(tmp_path):
+    """`fseft convert` links images to the download."""
+    write(tmp_path / "download.nii", volume(0)[0])
+    forget_pixdim(tmp_path / "download.nii")
+    before = (tmp_path / "download.nii").read_bytes()
+    (tmp_path / "x.nii").symlink_to(tmp_path / "download.nii")
+    rewrite_header(tmp_path / "x.nii")
+    assert not (tmp_path / "x.nii").is_symlink() and read_header(tmp_path / "x.nii").pixdim_agrees
+    assert (tmp_path / "download.nii").read_bytes() == before
 
 
-def tilted(degrees: float) -> np.ndarray:
-    a = np.deg2rad(degrees)
-    turned = np.array([[np.cos(a), -np.sin(a), 0, 0], [np.sin(a), np.cos(a), 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-    return turned @ RAS
+@pytest.mark.parametrize("ending", [".nii.gz", ".mha", ".nrrd"])
+def test_the_header_of_another_file(tmp_path, ending):
+    image, label = tmp_path / f"image{ending}", tmp_path / f"label{ending}"
+    write(tmp_path / "image.nii.gz", np.ascontiguousarray(volume(0)[0][::-1, ::-1]), LPS)
+    sitk.WriteImage(sitk.ReadImage(str(tmp_path / "image.nii.gz")), str(image))
+    lost = sitk.GetImageFromArray(np.ascontiguousarray(volume(0)[1][::-1, ::-1].transpose(2, 1, 0)))
+    sitk.WriteImage(lost, str(label))
+    with pytest.raises(InputError) as error:
+        offset_in_mm(read_header(label), read_header(image), reorients=True)
+    command = re.search("`(.*)`", str(error.value))[1]
+    assert fseft(command.replace("LOST", str(label)).replace("OTHER", str(image))) == 0
+    assert offset_in_mm(read_header(label), read_header(image), reorients=True) == 0
+    shown = sitk.GetArrayFromImage(sitk.ReadImage(str(label))).transpose(2, 1, 0)[::-1, ::-1]
+    np.testing.assert_array_equal(shown, volume(0)[1])
 
 
-@pytest.mark.parametrize("reorients", [True, False])
-def test_the_same_grid(reorients):
-    for affine in (RAS, moved((0.9, -0.9, 0.9)), tilted(0.05)):
-        assert offset_in_mm(header(affine), header(), reorients) == 0
-
-
-@pytest.mark.parametrize("reorients", [True, False])
-def test_a_shift_is_told(reorients):
-    assert offset_in_mm(header(moved((3, 0, 4))), header(), reorients) == pytest.approx(5)
-
-
-def test_the_same_place_in_another_orientation(file):
-    """A reader that turns both to RAS pairs the right voxels, another one does not."""
-    image = read_header(file)
-    turn(file, "PSR")
-    label = read_header(file)
-    assert offset_in_mm(label, image, reorients=True) == 0
-    with pytest.raises(InputError, match="does not lie on the grid"):
-        offset_in_mm(label, image, reorients=False)
-
-
-LOST = {
-    "identity": np.eye(4),
-    "spacing alone": np.diag([2.0, 2, 3, 1]),
-    "spacing, and turned to RAS it would only be shifted": moved((7, 9, 11)),
-    "tilt": tilted(10),
-}
-
-
-@pytest.mark.parametrize("name", LOST)
-def test_lost_headers(name):
-    """The label's voxels are stored as the image's, its header is not."""
-    with pytest.raises(InputError, match=r"Both store as many voxels.*lost\.CopyInformation\(other\)"):
-        offset_in_mm(header(LOST[name]), header(LPS), reorients=True)
-
-
-def test_a_side_that_only_one_header_tells():
-    unknown = header(np.diag([-2.0, 2, 3, 1]), knows_sides=False)
-    with pytest.raises(InputError, match="axes RAS against .* axes unknown"):
-        offset_in_mm(header(), unknown, reorients=True)
-    assert offset_in_mm(unknown, unknown, reorients=True) == 0
-
-
-def test_other_shapes_are_not_advised_to_share_a_header():
-    with pytest.raises(InputError, match="Resample the first to the second if both headers are right") as error:
-        offset_in_mm(header(shape=(16, 15, 12)), header(), reorients=True)
-    assert "CopyInformation" not in str(error.value)
-
-
-def test_shared_part_of_the_field_of_view():
-    assert shared_part(header(), header()) == 1
-    assert shared_part(header(moved((16, 0, 0))), header()) == 0.5  # 8 of 16 voxels
-    assert shared_part(header(moved((400, 0, 0))), header()) == 0
-    assert same_grid(header(moved((0.9, 0, 0))), header()) and not same_grid(header(moved((1.1, 0, 0))), header())
+def test_a_header_of_another_shape(tmp_path, file):
+    write(tmp_path / "y.nii.gz", np.zeros((16, 15, 12), np.uint8))
+    before = file.read_bytes()
+    with pytest.raises(
+        InputError, match=r"has 16 x 15 x 13 voxels, .*y\.nii\.gz 16 x 15 x 12: the header does not fit"
+    ):
+        rewrite_header(file, tmp_path / "y.nii.gz")
+    assert file.read_bytes() == before and len(list(tmp_path.iterdir())) == 2

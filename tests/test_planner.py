@@ -318,5 +318,5 @@ def test_query_folders_that_are_refused(workspace, tmp_path):
     with pytest.raises(ValueError, match=r"scan_0_0001\.nii\.gz is missing: every case needs 2 channel"):
         list_images(workspace.queries, two).require_sound()
     (workspace.queries / "scan_0_0000.nii.gz").rename(workspace.queries / "case_0_0000.nii.gz")
-    with pytest.raises(ValueError, match="share case names, e.g. case_0: rename the queries"):
+    with pytest.raises(ValueError, match="has cases of imagesTr, e.g. case_0: give other images"):
         drawing.write_splits(77, [], str(workspace.queries), 20, 5, 1)

@@ -465,7 +465,7 @@ def test_a_constant_image_shows_no_organ(work, capsys, value, options):
     image = nib.load(first_image(work))
     nib.save(nib.Nifti1Image(np.full(image.shape, value, np.int16), image.affine), first_image(work))
     assert predict(work, "output", "--save_probabilities", *options) == 0
-    assert f"{first_image(work)} holds the value {value} alone: nothing is segmented in it." in capsys.readouterr().out
+    assert f"{first_image(work)} is constant ({value}): nothing is segmented in it." in capsys.readouterr().out
     case = first_image(work).name[:-12]
     (empty, shown), sizes = segmentations(work, "output").values(), reports(work, "output")[case]
     assert not empty.any() and shown.any() and empty.shape == image.shape
@@ -499,10 +499,31 @@ def test_cases_that_would_vanish_are_counted(work, capsys):
     assert predict(work, "output", "--inductive") == 2
     error = capsys.readouterr().err
     assert "fseft: 3 case(s) failed:" in error
-    assert f"{images[0]} was not segmented: it lies there twice, as {images[0].name[:-3]} as well" in error
-    assert "gone_0000.nii.gz was not segmented: it is a link to /nowhere/x.nii.gz, which does not exist" in error
+    assert f"{images[0]} was not segmented: it is there twice, as {images[0].name[:-3]} as well" in error
+    assert "gone_0000.nii.gz was not segmented: it is a broken link to /nowhere/x.nii.gz" in error
     assert "plain.nii.gz was not segmented: it has no channel number" in error
     assert list(segmentations(work, "output")) == [images[1].name[:-12]]
     # the parts of a folder share the failures between them
     assert predict(work, "parts", "--inductive", "-num_parts", "4", "-part_id", "0") == 2
     assert "fseft: 1 case(s) failed:" in capsys.readouterr().err
+
+
+def test_label_maps_beside_their_images_are_left_alone(work):
+    image = first_image(work)
+    image.with_name(image.name.replace("_0000", "")).write_bytes(image.read_bytes())
+    assert predict(work, "output", "--inductive") == 0
+
+
+@pytest.mark.parametrize("output", ["images", "nnUNet_raw/Dataset077_Tiny/labelsTr", "nnUNet_raw/Dataset077_Tiny"])
+def test_predictions_replace_no_images_and_labels(work, capsys, output):
+    before = {file: file.read_bytes() for file in (work.root / output).rglob("*") if file.is_file()}
+    assert predict(work, output, "--inductive") == 2
+    assert f"{output} holds images or labels of a dataset: choose another output folder." in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in (work.root / output).rglob("*") if file.is_file()} == before
+
+
+def test_a_field_of_view_in_other_units_is_warned_of(work, capsys):
+    image = nib.load(first_image(work))
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), np.diag([0.1, 0.1, 0.1, 1]) @ image.affine), first_image(work))
+    predict(work, "output", "--inductive")
+    assert f"{first_image(work)}: a field of view far from the training cases'. Is the" in capsys.readouterr().out

@@ -12,7 +12,8 @@ from published_files import turned
 
 from fsefs_nnunet.backbones.store import save_backbone
 from fsefs_nnunet.backbones.zoo import ZOO
-from fsefs_nnunet.cases.readers import image_geometry
+from fsefs_nnunet.cases.headers import read_header
+from fsefs_nnunet.cases.readers import in_axes_of, spacing_of
 from fsefs_nnunet.inference.zero_shot import zero_shot_plans
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 from fsefs_nnunet.trainers.by_name import FSEFTTrainer_Decoder, FSEFTTrainer_FTLast
@@ -53,7 +54,9 @@ def preprocessed(folder, image: nib.Nifti1Image, labels: nib.Nifti1Image) -> tup
     nib.save(image, files[0]), nib.save(labels, files[1])
     contract = ZOO["suprem_unet"].contract({})
     reader = contract.image_reader_writer
-    plans = zero_shot_plans(contract, DATASET, reader, [image_geometry(files[0], reader)])
+    header = read_header(files[0])
+    geometry = in_axes_of(header.shape, header, reader), spacing_of(header, reader)
+    plans = zero_shot_plans(contract, DATASET, reader, [geometry])
     manager = PlansManager(plans)
     run = DefaultPreprocessor(verbose=False).run_case
     data, seg, _ = run(files[:1], files[1], manager, manager.get_configuration("3d_fullres"), DATASET)
@@ -114,9 +117,9 @@ def test_geometry_of_an_image_from_its_header(tmp_path, axes):
     nib.save(turned(nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.diag([1.0, 2.0, 3.0, 1.0])), axes), file)
     for reader in (NibabelIOWithReorient, NibabelIO):
         array, properties = reader().read_images([str(file)])
-        shape, spacing = image_geometry(file, reader.__name__)
-        assert tuple(shape) == array.shape[1:]
-        np.testing.assert_allclose(spacing, properties["spacing"])
+        header = read_header(file)
+        assert tuple(in_axes_of(header.shape, header, reader.__name__)) == array.shape[1:]
+        np.testing.assert_allclose(spacing_of(header, reader.__name__), properties["spacing"])
 
 
 # ---- plans and trainers ----

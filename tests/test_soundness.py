@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -24,15 +25,15 @@ from field_files import (
     set_pixdim,
     shift,
     turn,
-    volume,
     write,
     write_dataset,
 )
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from fsefs_nnunet.backbones.store import load_weights, save_backbone
-from fsefs_nnunet.cases.images import read_headers
+from fsefs_nnunet.cases.images import read_headers, read_image
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
@@ -150,8 +151,8 @@ def test_an_origin_that_differs(dataset, capsys):
         shift(label_of(dataset, case), (100, -60, 40))
     check()
     assert warnings(capsys) == [
-        "Warning: The headers of case_1, case_2 place label map and image up to 123 mm apart. They are taken voxel by "
-        "voxel, as nnU-Net takes them: look at them with nnUNetv2_plot_overlay_pngs."
+        "Warning: The headers of case_1, case_2 place files of one case up to 123 mm apart. Their voxels are paired "
+        "one by one, as nnU-Net pairs them: look at them with nnUNetv2_plot_overlay_pngs."
     ]
 
 
@@ -163,7 +164,7 @@ def test_one_warning_names_all_files_of_a_kind(dataset, capsys):
     check()
     sides, forms = warnings(capsys)
     first = ", ".join(map(str, (*files_of(dataset, 0), image_of(dataset, 1))))
-    assert sides.startswith(f"Warning: {first} and 1 more: the header has neither sform nor qform")
+    assert sides.startswith(f"Warning: {first} and 1 more: the header does not define the orientation")
     assert forms == f"Warning: {image_of(dataset, 2)}: sform and qform of the header disagree, the sform counts."
 
 
@@ -233,9 +234,15 @@ def link(dataset) -> None:
 
 
 REFUSED = {
-    "lost header": (lambda d: lose_header(d, 2), r"labelsTr/case_2\.nii\.gz does not lie on the grid of .*CopyInform"),
+    "lost header": (
+        lambda d: lose_header(d, 2),
+        r"labelsTr/case_2\.nii\.gz does not lie on the grid of .*`fseft rewrite_header LOST --from OTHER`",
+    ),
     "sides in one header": (lambda d: forget_sides(image_of(d, 2)), r"labelsTr/case_2.* does not lie on the grid of"),
-    "label of another shape": (of_values(lambda x: x[:, :, 1:]), "16 x 15 x 12 voxels .* Resample the first"),
+    "label of another shape": (
+        of_values(lambda x: x[:, :, 1:]),
+        "16 x 15 x 12 voxels .* If both headers are right, resample",
+    ),
     "pixdim": (
         both(forget_pixdim),
         r"case_2_0000\.nii\.gz has a spacing of 1 x 1 x 1 mm in pixdim and of 2 x 2 x 3 mm ",
@@ -250,17 +257,17 @@ REFUSED = {
     ),
     "constant image": (
         lambda d: write(image_of(d, 2), np.full(SHAPE, -1024, np.int16)),
-        r"case_2_0000\.nii\.gz holds the value -1024 alone: repair it, or leave the case out",
+        r"case_2_0000\.nii\.gz is constant \(-1024\): repair it, or leave the case out",
     ),
     "all labels empty": (empty, r"No label map of .*Dataset004_Field shows anything but background"),
     "unknown value": (
         of_values(lambda x: x + 2),
-        r"case_2\.nii\.gz holds the values 3, 4, which dataset\.json does not",
+        r"case_2\.nii\.gz holds the values 3, 4, dataset\.json names 0, 1, 2: renumber",
     ),
-    "half a label": (of_values(lambda x: x / np.float32(2)), "holds values that are no whole numbers, 0.5: round them"),
-    "NaN label": (of_values(lambda x: np.where(x == 1, np.nan, x)), "holds values that are no whole numbers, nan"),
-    "scaled label": (scaled, r"no whole numbers, 1\.0000\d+: round them and save it as integers, with a slope of 1"),
-    "broken link": (link, r"labelsTr/case_2\.nii\.gz is a link to /nowhere/label\.nii\.gz, which does not exist"),
+    "half a label": (of_values(lambda x: x / np.float32(2)), "holds values that are not integers, 0.5: round them"),
+    "NaN label": (of_values(lambda x: np.where(x == 1, np.nan, x)), "case_2.nii.gz holds NaN: repair the label map"),
+    "scaled label": (scaled, r"not integers, 1\.0000\d+: round them and save it as integers, with a slope of 1"),
+    "broken link": (link, r"labelsTr/case_2\.nii\.gz is a broken link to /nowhere/label\.nii\.gz: restore"),
     "no label": (lambda d: label_of(d, 2).unlink(), r"labelsTr/case_2\.nii\.gz is missing: every training image needs"),
 }
 
@@ -274,17 +281,77 @@ def test_refused(dataset, raw, name):
     assert not list((raw.parent / "nnUNet_preprocessed").iterdir())
 
 
+def test_all_faulty_cases_are_named(dataset):
+    lose_header(dataset, 0)
+    forget_pixdim(label_of(dataset, 2))
+    with pytest.raises(InputError, match=r"case_0\.nii\.gz does not lie on .* Other cases have faults, too: case_2\."):
+        check()
+
+
+@pytest.mark.parametrize("scale", [0.1, 10])
+def test_a_spacing_in_other_units(dataset, scale):
+    """In cm: every number is right but for a factor, which one case alone has."""
+    for file in files_of(dataset, 1):
+        write(file, array_of(file), np.diag([scale, scale, scale, 1]) @ RAS)
+    with pytest.raises(
+        InputError, match=r"case_1_0000\.nii\.gz shows .* mm by its header, the dataset's images 30 x 32 x 39"
+    ):
+        check()
+
+
+def test_fields_of_view_that_differ_along_one_axis(dataset):
+    """Of a chest and a whole body."""
+    for file in files_of(dataset, 1):
+        write(file, np.concatenate([array_of(file)] * 7, axis=2))
+    check()
+
+
+def test_a_label_that_no_case_shows(dataset, capsys):
+    for case in range(3):
+        write(label_of(dataset, case), np.where(array_of(label_of(dataset, case)) == 1, 1, 0).astype(np.uint8))
+    check()
+    assert warnings(capsys) == [f"Warning: No label map of {dataset} shows kidney_left."]
+
+
+def test_regions_that_hide_each_other(raw, capsys):
+    labels = {"background": 0, "kidney_left": 2, "kidneys": [1, 2]}
+    write_dataset(raw, labels=labels, regions_class_order=[2, 1])
+    check()
+    (warning,) = warnings(capsys)
+    assert "2 becomes 1. Outer regions come first" in warning
+
+
 def test_channels_on_other_grids(raw):
     dataset = write_dataset(raw, channel_names={"0": "CT", "1": "CT"})
     for case in range(3):
         shutil.copy(image_of(dataset, case), dataset / "imagesTr" / f"case_{case}_0001.nii.gz")
     second = dataset / "imagesTr" / "case_0_0001.nii.gz"
     files = [str(image_of(dataset, 0)), str(second)]
-    assert len(read_headers(files, "NibabelIOWithReorient")) == 2
-    image, _ = volume(0)
-    write(second, image, np.eye(4))
+    headers, offset = read_headers(files, "NibabelIOWithReorient")
+    assert len(headers) == 2 and offset == 0
+    shift(second, (0, 30, 40))
+    assert read_headers(files, "NibabelIOWithReorient")[1] == pytest.approx(50)
+    write(second, array_of(second), np.eye(4))
     with pytest.raises(InputError, match=r"case_0_0001\.nii\.gz does not lie on the grid of .*case_0_0000\.nii\.gz"):
         read_headers(files, "NibabelIOWithReorient")
+
+
+@pytest.mark.parametrize("what", ["pixdim", "rounded"])
+def test_channels_of_other_spacings(raw, what):
+    """nnU-Net's readers raise an error without a word; the command in the message mends it."""
+    dataset = write_dataset(raw)
+    second = dataset / "imagesTr" / "case_0_0001.nii.gz"
+    if what == "pixdim":
+        shutil.copy(image_of(dataset, 0), second)
+        forget_pixdim(second)
+    else:
+        write(second, array_of(image_of(dataset, 0)), RAS * np.array([1.001, 1.001, 1.001, 1]))
+    files = [str(image_of(dataset, 0)), str(second)]
+    with pytest.raises(InputError, match="case_0_0001.nii.gz has") as error:
+        read_headers(files, "NibabelIOWithReorient")
+    assert main(shlex.split("rewrite_header" + str(error.value).split("fseft rewrite_header")[1])) == 0
+    image, _ = read_image(NibabelIOWithReorient(), files)
+    np.testing.assert_array_equal(image[0], image[1])
 
 
 # ---- files that were replaced ----

@@ -233,14 +233,14 @@ def test_empty_environment_variables(work, monkeypatch, variable):
 def test_a_support_without_labels(work, cls, configuration):
     trainer = make_trainer(work, cls, configuration=configuration)
     edit_labels(work, trainer.do_split()[0], np.zeros_like)
-    with pytest.raises(InputError, match="None of the support cases case_.* shows a labelled structure.*--seed N"):
+    with pytest.raises(InputError, match="The support cases case_.* show no labelled structure.*--seed N"):
         trainer.run_training()
 
 
 def test_a_support_of_which_everything_is_ignored():
-    with pytest.raises(InputError, match="None of the support cases a shows"):
-        require_labels({"a": np.array([[-1, 0, 3]])}, ignore_label=3)
-    require_labels({"a": np.array([[-1, 0, 3]])}, ignore_label=None)
+    with pytest.raises(InputError, match="The support cases a show no"):
+        require_labels([("a", np.array([[-1, 0, 3]]))], ignore_label=3)
+    require_labels([("a", np.array([[-1, 0, 3]]))], ignore_label=None)
 
 
 def test_a_bank_that_cannot_be_written(work, monkeypatch):

@@ -298,7 +298,7 @@ def test_bad_input(workspace, tmp_path, capsys, monkeypatch):
     file.write_text(json.dumps(content))
     assert "out cannot be written (File exists): choose another output folder." in refused("-i", images)
     file.write_text("{")
-    assert "dataset.json is no dataset.json of nnU-Net's" in refused("-i", images)
+    assert "dataset.json is not an nnU-Net dataset.json" in refused("-i", images)
 
 
 def test_a_constant_image_shows_no_organ(workspace, tmp_path, capsys):
@@ -306,7 +306,7 @@ def test_a_constant_image_shows_no_organ(workspace, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     nib.save(nib.Nifti1Image(np.zeros(image.shape, np.int16), image.affine), tmp_path / "images" / "x_0000.nii.gz")
     assert main(["zero_shot", "-d", "77", "-i", str(tmp_path / "images"), "-o", str(tmp_path / "out")]) == 0
-    assert "x_0000.nii.gz holds the value 0 alone: nothing is segmented in it." in capsys.readouterr().out
+    assert "x_0000.nii.gz is constant (0): nothing is segmented in it." in capsys.readouterr().out
     made = nib.load(tmp_path / "out" / "x.nii.gz")
     assert made.shape == image.shape and not np.asarray(made.dataobj).any()
 

@@ -66,7 +66,7 @@ class BankTrainer(AdaptedTrainer):
                 f"Each channel of a crop is left out with a probability of {self.method.channel_dropout}."
             )
         self.segmentations = {case: self.load_case(case)[1][:] for case in self.run.support}
-        require_labels(self.segmentations, self.label_manager.ignore_label)
+        require_labels(self.segmentations.items(), self.label_manager.ignore_label)
         self.views = self.support_views()
         self.fill_bank()
         super().prepare_training()

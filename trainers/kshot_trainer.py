@@ -33,12 +33,16 @@ class KShotTrainer(WithoutMirroring):
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
         self.clock, self.run = StageClock(), None
-        self.require_folders(plans)
+        self._require_folders(plans)
         with refused_if_unwritable(folder_of("nnUNet_results")):
             super().__init__(plans, configuration, fold, dataset_json, device)
 
-    def require_folders(self, plans: dict) -> None:
-        """nnU-Net makes a folder of results for whatever the plans and the environment variables name."""
+    def _require_folders(self, plans: dict) -> None:
+        """nnU-Net makes a folder of results for whatever the plans and the environment variables name.
+
+        Raises:
+            InputError: if a variable is missing, or the plans were made for another dataset.
+        """
         name, preprocessed = plans["dataset_name"], folder_of("nnUNet_preprocessed")
         if not (preprocessed / name).is_dir():
             raise InputError(

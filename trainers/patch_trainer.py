@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -76,11 +76,14 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
         """One NaN turns all weights into NaN; nnU-Net's own preprocessing lets it pass."""
         folder = self.preprocessed_dataset_folder
         dataset = infer_dataset_class(folder)(folder, list(cases))
-        segmentations = {}
-        for case in cases:
-            image, segmentations[case] = (part[:] for part in dataset.load_case(case)[:2])
-            require_finite(image, [f"The preprocessed image of {case} in {folder}"] * len(image))
-        require_labels(segmentations, self.label_manager.ignore_label)
+
+        def label_maps() -> Iterator[tuple[str, np.ndarray]]:  # one case in memory at a time
+            for case in cases:
+                image, segmentation = (part[:] for part in dataset.load_case(case)[:2])
+                require_finite(image, [f"The preprocessed image of {case} in {folder}"] * len(image))
+                yield case, segmentation
+
+        require_labels(label_maps(), self.label_manager.ignore_label)
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()

@@ -95,7 +95,7 @@ def open_study(
     target.images_sha256, target.labels_sha256  # noqa: B018
     kind = device_named(device).type
     plans = read_json(file)
-    target.require_one_grid(plans["image_reader_writer"])
+    target.check_references(PlansManager(plans).image_reader_writer_class)
     work = _writable(output or Path("fseft_benchmark") / f"{name}_{plans_name}")
     experiment = OwnExperiment(work, name, plans_name, kind)
     study = Study(experiment, plans, splits, target, scratch_minutes)

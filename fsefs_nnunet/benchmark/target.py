@@ -9,11 +9,16 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
+from tqdm import tqdm
+
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
 from fsefs_nnunet.cases.folders import training_files
-from fsefs_nnunet.cases.images import list_images
+from fsefs_nnunet.cases.grids import shift_warnings
+from fsefs_nnunet.cases.images import check_label, list_images
+from fsefs_nnunet.cases.readers import in_axes_of
 from fsefs_nnunet.cases.soundness import check_headers
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.labels import label_values
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,23 @@ class Target:
                 raise InputError(f"{self.images} has no image of {case!r}, which the splits name: put it back.")
         return {case: found[case] for case in self.cases}
 
-    def require_one_grid(self, reader_name: str) -> None:
-        """Raises InputError where a reference segmentation does not lie on its image, as nnU-Net's reader has both."""
-        for case, files in self.image_files().items():
-            label = self.labels / f"{case}{self.dataset_json['file_ending']}"
-            check_headers(files, str(label), reader_name)
+    def check_references(self, reader: type) -> None:
+        """Check the reference segmentations of a test set; planning has checked those of the queries.
+
+        Raises:
+            InputError: where one does not lie on its image, as nnU-Net's `reader` has both, or holds other values than
+                dataset.json names.
+        """
+        if self.is_queries:
+            return
+        values = label_values(self.dataset_json["labels"])
+        offsets = {}
+        for case, files in tqdm(self.image_files().items(), desc="checking labels"):
+            label = str(self.labels / f"{case}{self.dataset_json['file_ending']}")
+            headers, offsets[case] = check_headers(files, label, reader.__name__)
+            check_label(reader(), label, in_axes_of(headers[0].shape, headers[0], reader.__name__), values)
+        for warning in shift_warnings(offsets):
+            print(f"Warning: {warning}")
 
     @cached_property
     def images_sha256(self) -> str:

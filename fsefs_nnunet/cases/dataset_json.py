@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import locale
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -33,31 +35,87 @@ def read_dataset_json(file: Path) -> dict:
     content = _content(Path(file))
     if problems := list(_problems(content)):
         raise InputError(f"{file}: {' '.join(problems)}")
-    labels = without_text(content["labels"])
     try:
-        LabelManager(labels, content.get("regions_class_order"))
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # what nnU-Net has learnt to refuse since
+        LabelManager(content["labels"], content.get("regions_class_order"))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # rules of newer versions of nnU-Net
         raise InputError(f"{file}: nnU-Net refuses its labels: {error}") from error
-    return {**content, "channel_names": channel_names(content), "labels": labels}
+    return {**content, "channel_names": channel_names(content), "labels": without_text(content["labels"])}
+
+
+def order_warnings(dataset_json: dict) -> list[str]:
+    """At most one sentence, of regions that hide each other: nnU-Net paints them one after the other."""
+    labels = foreground(dataset_json["labels"])
+    order = dataset_json.get("regions_class_order")
+    if not any(isinstance(value, list) for value in labels.values()) or not order:
+        return []
+    painted = {value: _painted(value, labels, order) for value in sorted(label_values(labels) - {0})}
+    wrong = [f"{value} becomes {made}" for value, made in painted.items() if made != value]
+    if not wrong:
+        return []
+    return [
+        f"By regions_class_order {order}, a segmentation that is right has other values than the label map: "
+        f"{', '.join(wrong)}. {_order_remedy(labels)}"
+    ]
+
+
+def _painted(value: int, labels: dict, order: list[int]) -> int:
+    """What nnU-Net writes for a voxel of `value` whose regions were all predicted right."""
+    made = 0
+    for region, paint in zip(labels.values(), order):
+        if value in (region if isinstance(region, list) else [region]):
+            made = paint
+    return made
+
+
+def _order_remedy(labels: dict) -> str:
+    """The lines of dataset.json with which every value is painted as itself, where there are such lines."""
+    regions = {name: value if isinstance(value, list) else [value] for name, value in labels.items()}
+    nested = dict(sorted(regions.items(), key=lambda item: -len(set(item[1]))))  # the outer ones first
+    names, order = list(nested), []
+    for i, name in enumerate(names):
+        inner = {value for other in names[i + 1 :] for value in nested[other]}
+        own = [value for value in nested[name] if value not in inner]
+        order.append((own or nested[name])[0])
+    lines = (
+        f"{_line('labels', {'background': 0, **{n: labels[n] for n in names}})}, {_line('regions_class_order', order)}"
+    )
+    if all(_painted(value, nested, order) == value for value in label_values(labels) - {0}):
+        return f"Outer regions come first: write {lines}."
+    return "Each region needs a value that no region after it has."
 
 
 def _content(file: Path) -> dict:
     try:
         raw = file.read_bytes()
-        text = raw.decode("utf-8")
-        content = json.loads(text)
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=partial(_named_once, file))
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} is no dataset.json of nnU-Net's ({error}): repair or replace it.") from error
+        raise InputError(f"{file} is not an nnU-Net dataset.json ({error}): repair or replace it.") from error
     if not isinstance(content, dict):
-        raise InputError(f"{file} is no dataset.json of nnU-Net's (it holds no object): repair or replace it.")
+        raise InputError(f"{file} is not an nnU-Net dataset.json (it holds no object): repair or replace it.")
     # nnU-Net opens it in the encoding of the locale
-    if not text.isascii() and "utf" not in locale.getpreferredencoding(False).lower():
-        odd = next(c for c in text if not c.isascii())
+    encoding = locale.getpreferredencoding(False)
+    try:
+        seen = json.loads(raw.decode(encoding))
+    except ValueError:
+        seen = None
+    if seen is None or any(
+        seen.get(key) != content.get(key) for key in ("labels", "channel_names", "modality", "dataset")
+    ):
         raise InputError(
-            f"{file} holds letters like {ascii(odd)}, which nnU-Net cannot read in this locale "
-            f"({locale.getpreferredencoding(False)}): export PYTHONUTF8=1, or spell the names in plain letters."
+            f"{file} has non-ASCII names, which nnU-Net reads wrongly in this locale ({encoding}): set PYTHONUTF8=1, "
+            "or use plain letters."
         )
     return content
+
+
+def _named_once(file: Path, pairs: list[tuple[str, object]]) -> dict:
+    """JSON takes the last one of two, as if the first had not been written."""
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
+        raise InputError(f"{file} names {twice[0]!r} twice: give each its own name.")
+    return dict(pairs)
 
 
 def _line(key: str, value: object) -> str:
@@ -72,9 +130,10 @@ def _problems(content: dict) -> Iterator[str]:
         yield from _of_labels(content["labels"])
         yield from _of_regions(content)
     else:
-        yield f"it has no labels: add {_line('labels', {'background': 0, 'NAME': 1})}."
-    if not isinstance(content.get("numTraining", 0), (int, str)) or not str(content.get("numTraining", 0)).isdecimal():
-        yield f"numTraining is {content['numTraining']!r}: give the number of training cases, or leave it out."
+        yield f"labels is missing: add {_line('labels', {'background': 0, 'NAME': 1})}."
+    stated = content.get("numTraining")
+    if stated is not None and not (_is_value(stated) and not isinstance(stated, list)):
+        yield f"numTraining is {stated!r}: give the number of training cases, or leave it out."
 
 
 def _of_channels(content: dict) -> Iterator[str]:
@@ -84,21 +143,24 @@ def _of_channels(content: dict) -> Iterator[str]:
         names_line = _line(key, {str(i): name for i, name in enumerate(names)})
         yield f"{key} is a list: write {names_line}."
     elif not isinstance(names, dict) or not names:
-        yield f"it does not say channel_names: add {_line('channel_names', {'0': 'CT'})}, or what the images are."
+        yield f"channel_names is missing: add {_line('channel_names', {'0': 'CT'})}, or what the images are."
     elif all(str(value).isdecimal() for value in names.values()) and not any(n.isdecimal() for n in names):
         turned = {str(value): name for name, value in sorted(names.items(), key=lambda item: int(item[1]))}
-        yield f"{key} has names and numbers the wrong way round: write {_line(key, turned)}."
+        yield f"{key} has names and numbers swapped: write {_line(key, turned)}."
     elif not all(isinstance(name, str) for name in names.values()):
-        yield f"{key} holds something else than names: write {_line(key, {str(i): 'NAME' for i in range(len(names))})}."
-    elif [str(number) for number in names] != [str(i) for i in range(len(names))]:
-        counted = {str(i): name for i, name in enumerate(names.values())}
-        yield f"{key} is not numbered 0, 1, 2, ... in this order: write {_line(key, counted)}, or what is meant."
+        yield f"{key} must map numbers to names: write {_line(key, {str(i): 'NAME' for i in range(len(names))})}."
+    elif all(n.isdecimal() for n in names) and list(names) != sorted(names, key=int):
+        ordered = {str(i): names[n] for i, n in enumerate(sorted(names, key=int))}
+        yield f"{key} is out of order, and nnU-Net goes by the order: write {_line(key, ordered)}."
 
 
 def _of_ending(content: dict) -> Iterator[str]:
     ending = content.get("file_ending")
     if not isinstance(ending, str) or not ending.strip("."):
-        yield f"it does not say file_ending: add {_line('file_ending', '.nii.gz')}, or what the files end with."
+        yield f"file_ending is missing: add {_line('file_ending', '.nii.gz')}, or what the files end with."
+    elif ending != ending.strip() or ending.lower() == ".gz":
+        right = ".nii.gz" if "gz" in ending else ending.strip()
+        yield f"file_ending is {ending!r}: write {_line('file_ending', right)}."
     elif not ending.startswith("."):
         yield f"file_ending {ending!r} has no dot: write {_line('file_ending', f'.{ending}')}."
 
@@ -106,7 +168,7 @@ def _of_ending(content: dict) -> Iterator[str]:
 def _of_labels(labels: dict) -> Iterator[str]:
     if all(name.isdecimal() for name in labels) and all(isinstance(value, str) for value in labels.values()):
         turned = {name: int(value) for value, name in sorted(labels.items(), key=lambda item: int(item[0]))}
-        yield f"labels has names and values the wrong way round: write {_line('labels', turned)}."
+        yield f"labels has names and values swapped: write {_line('labels', turned)}."
         return
     bad = [name for name, value in labels.items() if not _is_value(value)]
     if bad:
@@ -115,7 +177,15 @@ def _of_labels(labels: dict) -> Iterator[str]:
             "a region."
         )
         return
+    if isinstance(labels.get("background"), list):
+        yield f"background is {labels['background']}: it must be {_line('background', 0)}."
+        return
     labels = without_text(labels)
+    spelled = [name for name in labels if name != name.lower() and name.lower() in ("background", "ignore")]
+    if spelled:
+        right = spelled[0].lower()
+        yield f"nnU-Net knows {right!r} in small letters alone: write {_line(right, labels[spelled[0]])}."
+        return
     if labels.get("background") != 0:
         found = f"background is {labels['background']}" if "background" in labels else "labels has no background"
         yield f"{found}: it must be {_line('background', 0)}, in the label maps as well."
@@ -167,16 +237,17 @@ def _of_regions(content: dict) -> Iterator[str]:
         return  # nnU-Net ignores the order then
     order, names = content.get("regions_class_order"), [name for name, value in labels.items() if value != [0]]
     if not isinstance(order, list) or len(order) != len(names) or not all(type(value) is int for value in order):
-        proposed = [value[0] if isinstance(value, list) else value for value in (labels[name] for name in names)]
         found = "regions need regions_class_order" if order is None else f"regions_class_order is {order}"
         yield (
-            f"{found}: it must have one value for each of {', '.join(names)}, which a prediction writes for it, the "
-            f"innermost last; {_line('regions_class_order', proposed)}, perhaps."
+            f"{found}: it must have one value for each of {', '.join(names)}, which a prediction writes for it. "
+            f"{_order_remedy(labels)}"
         )
+    elif unknown := [value for value in order if value not in {0, *label_values(labels)}]:
+        yield f"regions_class_order has {unknown[0]}, which is no value of the labels. {_order_remedy(labels)}"
 
 
 def _is_value(value: object) -> bool:
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         # nnU-Net turns numbers in quotes into numbers, but not within regions
         return bool(value) and all(type(one) is int and one >= 0 for one in value)
     if isinstance(value, str):

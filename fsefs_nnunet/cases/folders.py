@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import locale
 import os
 import re
 from pathlib import Path
 
-from fsefs_nnunet.cases.headers import several
 from fsefs_nnunet.cases.images import broken_link, is_leftover, list_images
-from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.errors import InputError, several
 
 VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
@@ -35,7 +35,9 @@ def dataset_folders(dataset_id: int | str) -> tuple[str, Path, Path]:
     """
     raw, preprocessed = folder_of("nnUNet_raw"), folder_of("nnUNet_preprocessed")
     if not raw.is_dir():
-        raise InputError(f"nnUNet_raw is {raw}, which is no folder: correct the environment variable.")
+        raise InputError(f"nnUNet_raw is {raw}, which is not a folder: correct the environment variable.")
+    if not os.access(raw, os.R_OK | os.X_OK):
+        raise InputError(f"nnUNet_raw is {raw}, which cannot be read: check its permissions.")
     name = dataset_name(dataset_id, "nnUNet_raw")
     if not (raw / name / "dataset.json").exists():
         lacking = "is missing" if (raw / name).is_dir() else "does not exist, nor does its folder"
@@ -66,7 +68,7 @@ def dataset_name(dataset_id: int | str, variable: str) -> str:
         raise InputError(f"No dataset {text} in {where}: give an id, 4 for example, or a name, Dataset004_Name.")
     if not 0 < int(number) < 1000 or not (text.isdecimal() or len(number) == 3):
         raise InputError(
-            f"{text} is no name of a nnU-Net dataset: these are DatasetXXX_Name, with an id from 001 to 999 in three "
+            f"{text} is not an nnU-Net dataset name: these are DatasetXXX_Name, with an id from 001 to 999 in three "
             "digits. Rename its folder."
         )
     roots = [Path(os.environ[v]) for v in VARIABLES if os.environ.get(v)]
@@ -75,9 +77,8 @@ def dataset_name(dataset_id: int | str, variable: str) -> str:
     found = {path.name: path for path in reversed(there) if path.name.startswith(prefix)}
     if len(found) > 1:
         raise InputError(
-            f"The dataset id {int(number)} is not the dataset's own, nnU-Net takes "
-            f"{' and '.join(map(str, found.values()))} for it: rename all but one, in all three folders of nnU-Net's, "
-            "or move them away."
+            f"Dataset id {int(number)} is used by {' and '.join(map(str, found.values()))}: rename all but one in all "
+            "three folders of nnU-Net, or move them away."
         )
     if found and (text.isdecimal() or text in found):
         return next(iter(found))
@@ -97,13 +98,29 @@ def training_files(raw: Path, dataset_json: dict) -> dict[str, dict]:
     """Each training case's "images" and "label", as nnU-Net finds them, without the leftovers of a copy from macOS.
 
     Raises:
-        InputError: if there is none, or one that nnU-Net would pass over in silence or stumble upon.
+        InputError: if there is none, or one that nnU-Net would ignore or fail on.
     """
     if "dataset" in dataset_json:
-        return _listed_files(raw, dataset_json)
-    ending = dataset_json["file_ending"]
-    images = list_images(raw / "imagesTr", dataset_json).require_sound()
-    return {case: {"images": images[case], "label": str(raw / "labelsTr" / f"{case}{ending}")} for case in images}
+        cases = _listed_files(raw, dataset_json)
+    else:
+        ending = dataset_json["file_ending"]
+        images = list_images(raw / "imagesTr", dataset_json).require_sound()
+        cases = {c: {"images": images[c], "label": str(raw / "labelsTr" / f"{c}{ending}")} for c in images}
+    for case, files in cases.items():
+        _require_printable(raw, [case, *files["images"], files["label"]])
+    return cases
+
+
+def _require_printable(raw: Path, names: list[str]) -> None:
+    """Raises InputError for names that nnU-Net's workers could not print in this locale."""
+    encoding = locale.getpreferredencoding(False)
+    try:
+        "".join(names).encode(encoding)
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{ascii(str(raw))} has names that this locale ({encoding}) cannot write: set PYTHONUTF8=1, or use plain "
+            "letters."
+        ) from error
 
 
 def _listed_files(raw: Path, dataset_json: dict) -> dict[str, dict]:
@@ -135,11 +152,11 @@ def _expanded(raw: Path, case: str, name: str) -> str:
 
 
 def warnings_of_cases(raw: Path, dataset_json: dict, cases: dict[str, dict]) -> list[str]:
-    """What a user should hear of the number of cases; one sentence each."""
+    """Warnings about the number of cases, one sentence each."""
     made = []
-    told = dataset_json.get("numTraining")
-    if told is not None and int(told) != len(cases):
-        made.append(f"numTraining of {raw / 'dataset.json'} is {told}, {len(cases)} labelled cases were found.")
+    stated = dataset_json.get("numTraining")
+    if stated is not None and int(stated) != len(cases):
+        made.append(f"numTraining of {raw / 'dataset.json'} is {stated}, {len(cases)} labelled cases were found.")
     if "dataset" not in dataset_json:
         ending = dataset_json["file_ending"]
         stems = [file.name.removesuffix(ending) for file in (raw / "labelsTr").glob(f"*{ending}")]

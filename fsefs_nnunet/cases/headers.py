@@ -6,7 +6,10 @@ Affines map voxels i, j, k as stored to mm to the patient's right, front and hea
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import shlex
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,14 +18,14 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
-from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.errors import InputError, several
+from fsefs_nnunet.files import refused_if_unwritable
 
+HALF_VOXEL = 0.5
 PIXDIM_TOLERANCE = 0.01  # relative: some programs round pixdim to a few digits
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-REWRITE = (
-    "python -c \"import nibabel as n, numpy as np; i = n.load('{0}'); "
-    "n.save(n.Nifti1Image(np.asarray(i.dataobj), i.affine), '{0}')\""
-)
+# of a patient, or a part of one, along the longest axis; what lies outside is a spacing in other units than mm
+SMALLEST_MM, LARGEST_MM = 2.0, 5000.0
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Header:
     """shape and spacing (mm) are of i, j, k as stored; affine: (4, 4).
 
     pixdim: the spacing that nnU-Net's readers take, mm; differs from `spacing` where the header contradicts itself.
-    knows_sides: False where a NIfTI header has neither sform nor qform, and left and right are a guess.
+    knows_sides: False where the header does not say where the axes lead, and left and right are a guess.
     forms_agree: False where a NIfTI header's sform and qform place the voxels differently; `affine` is the sform.
     """
 
@@ -47,9 +50,9 @@ class Header:
         return tuple(nib.affines.voxel_sizes(self.affine).tolist())
 
     @property
-    def half_voxel(self) -> float:
-        """mm; what lies closer is the same, since headers of image and label map often differ by rounding."""
-        return min(self.sizes) / 2
+    def field_of_view(self) -> tuple[float, ...]:
+        """mm along each axis."""
+        return tuple(n * mm for n, mm in zip(self.shape, self.sizes))
 
     @property
     def spacing(self) -> tuple[float, ...]:
@@ -58,6 +61,24 @@ class Header:
     @property
     def pixdim_agrees(self) -> bool:
         return np.allclose(self.pixdim, self.sizes, rtol=PIXDIM_TOLERANCE, atol=0)
+
+    @property
+    def corners(self) -> np.ndarray:
+        """(8, 3), mm of the corner voxels' centres, in one order."""
+        ijk = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in self.shape))], float)
+        return (ijk @ self.affine.T)[:, :3]
+
+    def voxels(self, mm: np.ndarray) -> np.ndarray:
+        """Lengths (n, 3) in mm of the patient as voxels along i, j, k."""
+        return mm @ np.linalg.inv(self.affine[:3, :3]).T
+
+    def is_on_grid_of(self, other: Header) -> bool:
+        """Whether the voxels of both are the same, in the order in which they are stored: headers of image and label
+        map often differ by rounding, up to half a voxel is the same.
+        """
+        if tuple(self.shape) != tuple(other.shape):
+            return False
+        return bool(np.abs(other.voxels(self.corners - other.corners)).max() <= HALF_VOXEL)
 
     @property
     def codes(self) -> str:
@@ -90,11 +111,18 @@ def read_header(file: str | Path) -> Header:
         header = _nifti_header(str(file))
     else:
         header = _itk_header(str(file))
-    sound = np.isfinite(header.affine).all() and min(header.sizes) > 0
-    if not sound or np.linalg.matrix_rank(header.affine[:3, :3]) < 3:
+    if not np.isfinite(header.affine).all():
+        raise InputError(f"{file} has a header with NaN or infinite numbers: repair it, or leave the case out.")
+    if min(header.sizes) <= 0 or np.linalg.matrix_rank(header.affine[:3, :3]) < 3:
         raise InputError(
             f"{file} has a voxel spacing of {_times(header.sizes)} mm, which is not positive: repair its header, or "
             "leave the case out."
+        )
+    longest = max(header.field_of_view)
+    if not SMALLEST_MM <= longest <= LARGEST_MM:
+        raise InputError(
+            f"{file} shows {longest:.3g} mm by its header, voxels of {header.mm}: give the spacing in mm, or leave the "
+            "case out."
         )
     return header
 
@@ -105,7 +133,7 @@ def _nifti_header(file: str) -> Header:
         with nib.openers.ImageOpener(file) as stream:  # nibabel replaces a spacing of 0 by 1 without a word
             raw = type(image.header).from_fileobj(stream, check=False)
         codes = int(raw["sform_code"]), int(raw["qform_code"])
-    _require_volume(file, image.ndim)
+    _require_volume(file, image.shape)
     _require_numbers(file, image.get_data_dtype().kind)
     pixdim = np.asarray(raw["pixdim"][1:4], float)
     if not codes[0] and not (np.isfinite(pixdim).all() and (pixdim != 0).all()):
@@ -118,7 +146,7 @@ def _nifti_header(file: str) -> Header:
 
 def _forms_agree(image: nib.Nifti1Image, header: Header) -> bool:
     try:
-        return same_grid(replace(header, affine=image.get_qform()), header)
+        return replace(header, affine=image.get_qform()).is_on_grid_of(header)
     except nib.spatialimages.HeaderDataError:  # of a quaternion that is none
         return False
 
@@ -128,19 +156,28 @@ def _itk_header(file: str) -> Header:
     with refused_if_unreadable(file):
         reader.SetFileName(file)
         reader.ReadImageInformation()
-    _require_volume(file, reader.GetDimension())
+    _require_volume(file, reader.GetSize())
     components = "V" if reader.GetNumberOfComponents() > 1 else "f"
     _require_numbers(file, "c" if "complex" in sitk.GetPixelIDValueAsString(reader.GetPixelID()) else components)
     spacing = tuple(reader.GetSpacing())
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(reader.GetDirection(), (3, 3)) * spacing
     affine[:3, 3] = reader.GetOrigin()
-    return Header(file, tuple(reader.GetSize()), LPS_TO_RAS @ affine, spacing)
+    return Header(file, tuple(reader.GetSize()), LPS_TO_RAS @ affine, spacing, _says_axes(file, reader))
 
 
-def _require_volume(file: str, dimensions: int) -> None:
-    if dimensions != 3:
-        raise InputError(f"{file} has {dimensions} dimensions: give one file per volume and channel.")
+def _says_axes(file: str, reader: sitk.ImageFileReader) -> bool:
+    """Whether a file says where its axes lead; ITK takes them to lead to the left, the back and the head otherwise."""
+    if file.lower().endswith(".nrrd"):
+        return "NRRD_space" in reader.GetMetaDataKeys()
+    return not file.lower().endswith(".gipl")  # a format that has no field for it
+
+
+def _require_volume(file: str, shape: tuple[int, ...]) -> None:
+    if len(shape) == 4 and shape[3] == 1:
+        raise InputError(f"{file} has 4 dimensions, the last of length 1: save it without.")
+    if len(shape) != 3:
+        raise InputError(f"{file} has {len(shape)} dimensions: give one file per volume and channel.")
 
 
 @contextmanager
@@ -148,7 +185,7 @@ def refused_if_unreadable(*files: str) -> Iterator[None]:
     """Whatever libraries raise while they read `files` becomes an InputError that names them."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -158,106 +195,56 @@ def refused_if_unreadable(*files: str) -> Iterator[None]:
 def _require_numbers(file: str, kind: str) -> None:
     """Raises InputError for voxels of a kind (NumPy's letter) that readers reduce to numbers without a word."""
     if kind in "cV":
-        held = (
-            "complex numbers: save their magnitude"
-            if kind == "c"
-            else "several numbers a voxel, colours perhaps: save one"
-        )
+        colours = "several values per voxel (a colour image?): save one channel"
+        held = "complex numbers: save their magnitude" if kind == "c" else colours
         raise InputError(f"{file} holds {held}, or leave the case out.")
-
-
-# ---- two headers ----
-
-
-def _corners(shape: Sequence[int]) -> np.ndarray:
-    return np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in shape))], float)
-
-
-def distance_in_mm(a: Header, b: Header) -> float:
-    """Largest distance between the same corner voxel of both, along an axis; infinite for different shapes."""
-    if tuple(a.shape) != tuple(b.shape):
-        return float("inf")
-    return float(np.abs((_corners(a.shape) @ (a.affine - b.affine).T)[:, :3]).max())
-
-
-def same_grid(a: Header, b: Header) -> bool:
-    return distance_in_mm(a, b) <= b.half_voxel
-
-
-def shared_part(a: Header, b: Header, samples: int = 16) -> float:
-    """Part of the field of view of `a` that `b` shows as well, by points spread evenly over it."""
-    axes = [(np.arange(samples) + 0.5) / samples * n - 0.5 for n in a.shape]
-    points = np.stack([*(axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")), np.ones(samples**3)])
-    seen = (np.linalg.inv(b.affine) @ a.affine @ points)[:3]
-    inside = (seen >= -0.5) & (seen <= np.array(b.shape)[:, None] - 0.5)
-    return float(inside.all(0).mean())
-
-
-def offset_in_mm(label: Header, image: Header, reorients: bool) -> float:
-    """How far `label` lies from `image`, whose voxels nnU-Net pairs one by one; 0 where the grids are the same.
-
-    Args:
-        reorients: whether the reader turns both to RAS before it pairs them.
-
-    Raises:
-        InputError: if it would pair voxels that do not belong together, or the headers do not say.
-    """
-    a, b = (label.turned(), image.turned()) if reorients else (label, image)
-    if a.shape != b.shape:
-        raise InputError(_mismatch(label, image))
-    if same_grid(a, b) and label.knows_sides == image.knows_sides:
-        return 0.0
-    reach = np.abs((_corners(a.shape)[:, :3] - (np.array(a.shape) - 1) / 2) @ (a.affine - b.affine)[:3, :3].T).max()
-    if reach > b.half_voxel or label.codes != image.codes:
-        raise InputError(_mismatch(label, image))
-    centre = np.append((np.array(a.shape) - 1) / 2, 1)
-    return float(np.linalg.norm(((a.affine - b.affine) @ centre)[:3]))
-
-
-def _mismatch(label: Header, image: Header) -> str:
-    found = " against ".join(
-        f"{' x '.join(map(str, h.shape))} voxels of {h.mm}, axes {h.codes if h.knows_sides else 'unknown'}"
-        for h in (label, image)
-    )
-    text = f"{label.file} does not lie on the grid of {image.file}: {found}"
-    if tuple(label.shape) == tuple(image.shape):
-        return (
-            f"{text}. Both store as many voxels: if one header was lost and the voxels belong to each other in the "
-            "order of the files, give that file the other's header, with SimpleITK's `lost.CopyInformation(other)`; if "
-            "both headers are right, resample the first to the second. Look at both before "
-            "(documentation/broken_files.md)."
-        )
-    return (
-        f"{text}. Resample the first to the second if both headers are right, or leave the case out "
-        "(documentation/broken_files.md)."
-    )
-
-
-# ---- what a user should hear of headers that can be read ----
-
-
-def several(names: Iterable[str], most: int = 3) -> str:
-    """ "a, b, c and 2 more"."""
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def pixdim_remedy(header: Header) -> str:
     return (
-        f"{header.file} has a spacing of {_times(header.pixdim)} mm in pixdim and of "
-        f"{_times(header.sizes)} mm in its sform: nnU-Net takes one or the other. Write it "
-        f"anew, where the sform is right: {REWRITE.format(header.file)}"
+        f"{header.file} has a spacing of {_times(header.pixdim)} mm in pixdim and of {_times(header.sizes)} mm in its "
+        "sform: nnU-Net takes one or the other. If the sform is right, write the header anew: "
+        f"fseft rewrite_header {shlex.quote(header.file)}"
     )
+
+
+def rewrite_header(file: Path, other: Path | None = None) -> None:
+    """Write a volume anew, its voxels as they are, with a header that agrees with its affine, or with that of `other`.
+
+    A link becomes a file of its own.
+
+    Raises:
+        InputError: if a file cannot be read or written, or the shapes differ.
+    """
+    if file.suffix.lower() in (".mhd", ".nhdr", ".hdr"):
+        raise InputError(f"{file} keeps its voxels in another file: convert it to .nii.gz first.")
+    header = read_header(other or file)
+    if (shape := read_header(file).shape) != header.shape:
+        raise InputError(f"{file} has {_times(shape)} voxels, {other} {_times(header.shape)}: the header does not fit.")
+    with refused_if_unwritable(file.parent), tempfile.TemporaryDirectory(dir=file.parent, prefix=".") as folder:
+        made = Path(folder) / file.name
+        with refused_if_unreadable(str(file)):
+            if file.name.lower().endswith((".nii", ".nii.gz")):
+                data = np.asarray(nib.load(file, mmap=False).dataobj)
+                nib.save(nib.Nifti1Image(data, header.affine, dtype=data.dtype), made)
+            else:
+                image = sitk.ReadImage(str(file))
+                affine = LPS_TO_RAS @ header.affine
+                image.SetSpacing(header.sizes)
+                image.SetDirection((affine[:3, :3] / header.sizes).ravel().tolist())
+                image.SetOrigin(affine[:3, 3].tolist())
+                sitk.WriteImage(image, str(made), useCompression=True)
+        os.replace(made, file)
 
 
 def warnings_of(headers: Iterable[Header]) -> list[str]:
     """One sentence for each kind of oddity, naming the files."""
     headers = list(headers)
     made = []
-    if unknown := [h.file for h in headers if not h.knows_sides]:
+    if unknown := [h for h in headers if not h.knows_sides]:
         made.append(
-            f"{several(unknown)}: the header has neither sform nor qform and says nothing of left and right. The axes "
-            "are taken to lead to the left, the front and the head, as nibabel does."
+            f"{several(h.file for h in unknown)}: the header does not define the orientation. The axes are taken for "
+            f"{unknown[0].codes}, left and right are a guess."
         )
     if torn := [h.file for h in headers if not h.forms_agree]:
         made.append(f"{several(torn)}: sform and qform of the header disagree, the sform counts.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from fsefs_nnunet.cases.dataset_json import channel_names
-from fsefs_nnunet.cases.headers import (
-    Header,
-    offset_in_mm,
-    read_header,
-    refused_if_unreadable,
-    several,
-)
+from fsefs_nnunet.cases.grids import offset_in_mm
+from fsefs_nnunet.cases.headers import Header, pixdim_remedy, read_header, refused_if_unreadable
 from fsefs_nnunet.cases.preprocessed import require_finite
-from fsefs_nnunet.cases.readers import reorients, spacing_of
-from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.cases.readers import in_axes_of, reorients, spacing_of
+from fsefs_nnunet.errors import InputError, several
 from fsefs_nnunet.labels import values_in
 
 _VOLUMES = re.compile(r"(.+?)(_\d{4})?\.(nii|nii\.gz|mha|mhd|nrrd|nhdr|hdr|gipl)", re.IGNORECASE | re.DOTALL)
@@ -53,8 +50,8 @@ class ImageFolder:
     def require_sound(self) -> dict[str, list[str]]:
         """The cases. Raises InputError where the folder holds anything else."""
         if self.faults:
-            others = len(self.faults) - 1
-            raise InputError(str(next(iter(self.faults.values()))) + (f" {others} more like it." if others else ""))
+            first, *others = map(str, self.faults.values())
+            raise InputError(first + (f" {len(others)} more file(s) have faults." if others else ""))
         return self.cases
 
 
@@ -74,7 +71,7 @@ def list_images(folder: Path, dataset_json: dict) -> ImageFolder:
         found = "is a file, one image perhaps: give its folder" if folder.is_file() else "does not exist"
         raise InputError(f"{folder} {found}. Expected a folder of images named <case>_0000{ending}.")
     names = sorted(path.name for path in folder.iterdir() if not is_leftover(path.name))
-    listed, numbers, others = ImageFolder(), {}, {}
+    listed, numbers, others = ImageFolder(), {}, []
     for name in names:
         stem = name.removesuffix(ending)
         named = re.fullmatch(r"(.+)_(\d{4})", stem, re.DOTALL)
@@ -85,18 +82,19 @@ def list_images(folder: Path, dataset_json: dict) -> ImageFolder:
             what = f"has no channel number: expected nnU-Net's naming, {right} for the first channel."
             listed.faults[name] = Fault(folder / name, what)
         elif volume := _VOLUMES.fullmatch(name):
-            others[volume[1]] = name
+            others.append((volume[1], name))
     for case, found in sorted(numbers.items()):
         files = [f"{case}_{channel:04d}{ending}" for channel in range(channels)]
-        if case in others:
-            twice = f"lies there twice, as {others.pop(case)} as well: keep one of them."
-            listed.faults[case] = Fault(folder / files[0], twice)
+        if again := [name for of_case, name in others if of_case == case]:
+            listed.faults[case] = Fault(folder / files[0], f"is there twice, as {several(again)} as well: keep one.")
         elif fault := _fault(folder, files, {number: f"{case}_{number:04d}{ending}" for number in found}):
             listed.faults[case] = fault
         else:
             listed.cases[case] = [str(folder / file) for file in files]
-    for name in others.values():
-        what = f"does not end with {ending}, as dataset.json says of the images: convert it, or move it away."
+    for name in (name for case, name in others if case not in numbers):
+        what = (
+            f"does not end with {ending}, the file_ending of dataset.json: convert it, move it away, or correct that."
+        )
         listed.faults[name] = Fault(folder / name, what)
     if not listed.cases and not listed.faults:
         raise InputError(
@@ -110,7 +108,9 @@ def _fault(folder: Path, wanted: list[str], found: dict[int, str]) -> Fault | No
     """Why a case is not whole: the names of its channels' files, and those that lie there by their number."""
     for name in wanted:
         if name not in found.values():
-            return Fault(folder / name, f"is missing: every case needs {len(wanted)} channel(s).")
+            there = several(n for n in found.values() if n not in wanted)
+            there = f" Found {there}, which may be meant." if there else ""
+            return Fault(folder / name, f"is missing: every case needs {len(wanted)} channel(s).{there}")
         if not (folder / name).exists():
             return broken_link(folder / name)
     if extra := [name for number, name in sorted(found.items()) if number >= len(wanted)]:
@@ -119,23 +119,34 @@ def _fault(folder: Path, wanted: list[str], found: dict[int, str]) -> Fault | No
 
 
 def broken_link(file: Path) -> Fault:
-    """The fault of a link to nowhere."""
-    return Fault(file, f"is a link to {file.readlink()}, which does not exist: restore it, or take the case away.")
+    """The fault of a link whose target does not exist."""
+    return Fault(file, f"is a broken link to {file.readlink()}: restore that file, or remove the case.")
 
 
 # ---- reading them ----
 
 
-def read_headers(files: Sequence[str], reader_name: str) -> list[Header]:
-    """Of the channels of one image.
+def read_headers(files: Sequence[str], reader_name: str) -> tuple[list[Header], float]:
+    """Of the channels of one image, and how far the others lie from the first, in mm.
 
     Raises:
         InputError: as read_header, and if the channels do not lie on one grid.
     """
     headers = [read_header(file) for file in files]
-    for header in headers[1:]:
-        offset_in_mm(header, headers[0], reorients(reader_name))
-    return headers
+    offsets = [offset_in_mm(header, headers[0], reorients(reader_name)) for header in headers[1:]]
+    spacings = [in_axes_of(header.pixdim, header, reader_name) for header in headers]
+    for header, spacing in zip(headers[1:], spacings[1:]):
+        if not np.allclose(spacing, spacings[0]):  # nnU-Net's readers refuse it without a word
+            odd = [h for h in (headers[0], header) if not h.pixdim_agrees]
+            raise InputError(pixdim_remedy(odd[0]) if odd else _spacings_differ(header, headers[0]))
+    return headers, max(offsets, default=0.0)
+
+
+def _spacings_differ(header: Header, first: Header) -> str:
+    return (
+        f"{header.file} has voxels of {header.mm}, {first.file} of {first.mm}: nnU-Net expects one spacing of all "
+        f"channels. fseft rewrite_header {shlex.quote(header.file)} --from {shlex.quote(first.file)}"
+    )
 
 
 def read_image(reader, files: list[str]) -> tuple[np.ndarray, dict]:
@@ -148,7 +159,7 @@ def read_image(reader, files: list[str]) -> tuple[np.ndarray, dict]:
             some of which normalisation would hide.
     """
     name = type(reader).__name__
-    headers = read_headers(files, name)
+    headers, _ = read_headers(files, name)
     with refused_if_unreadable(*files):
         image, properties = reader.read_images(files)
     require_finite(image, files)
@@ -163,7 +174,7 @@ def is_constant(image: np.ndarray) -> bool:
 
 
 def constant_warning(file: str, image: np.ndarray) -> str:
-    return f"{file} holds the value {image[0].min():g} alone: nothing is segmented in it."
+    return f"{file} is constant ({image[0].min():g}): nothing is segmented in it."
 
 
 def lacks_air(image: np.ndarray) -> bool:
@@ -179,15 +190,17 @@ def offset_warning(files: Iterable[str]) -> str:
 
 def require_whole_numbers(values: Iterable[float], file: str | Path) -> None:
     """Raises InputError if the values of a label map are not, which nnU-Net would cut to the next smaller number."""
+    if any(math.isnan(value) for value in values):
+        raise InputError(f"{file} holds NaN: repair the label map, or leave the case out.")
     if odd := sorted(value for value in values if not float(value).is_integer()):
         raise InputError(
-            f"{file} holds values that are no whole numbers, {several(f'{value:.9g}' for value in odd)}: round them "
-            "and save it as integers, with a slope of 1."
+            f"{file} holds values that are not integers, {several(f'{value:.9g}' for value in odd)}: round them and "
+            "save it as integers, with a slope of 1."
         )
 
 
-def check_label(reader, file: str, shape: Sequence[int], values: set[int]) -> bool:
-    """Whether a label map shows more than background; `shape` is its image's, `values` those of dataset.json.
+def check_label(reader, file: str, shape: Sequence[int], values: set[int]) -> set[int]:
+    """The values of a label map; `shape` is its image's, `values` are those of dataset.json.
 
     Raises:
         InputError: if it cannot be read, has another shape, or holds other values.
@@ -200,7 +213,7 @@ def check_label(reader, file: str, shape: Sequence[int], values: set[int]) -> bo
     require_whole_numbers(found, file)
     if unknown := sorted(found - values):
         raise InputError(
-            f"{file} holds the values {several(f'{value:g}' for value in unknown)}, which dataset.json does not name: "
-            "add them to its labels, or repair the label map."
+            f"{file} holds the values {several(f'{value:g}' for value in unknown)}, dataset.json names "
+            f"{', '.join(map(str, sorted(values)))}: renumber the label map, or complete the labels of dataset.json."
         )
-    return bool(found - {0})
+    return {int(value) for value in found}

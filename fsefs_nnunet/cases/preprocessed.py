@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.errors import InputError, several
 
 
 def require_cases(cases: Iterable[str], folder: str | Path) -> None:
@@ -28,19 +28,24 @@ def refuse_missing(missing: Iterable[str], folder: str | Path, options: str = ""
         )
 
 
-def require_labels(segmentations: dict[str, np.ndarray], ignore_label: int | None) -> None:
+def require_labels(cases: Iterable[tuple[str, np.ndarray]], ignore_label: int | None) -> None:
     """Raises InputError if no label map of the support shows anything but background and what is ignored.
 
     Args:
-        segmentations: preprocessed label maps (1, X, Y, Z) by case, in which nnU-Net marks what it cropped by -1.
+        cases: names and preprocessed label maps (1, X, Y, Z), in which nnU-Net marks what it cropped by -1.
     """
-    for segmentation in segmentations.values():
-        if ((segmentation > 0) & (segmentation != (-1 if ignore_label is None else ignore_label))).any():
-            return
-    raise InputError(
-        f"None of the support cases {', '.join(segmentations)} shows a labelled structure, there is nothing to learn "
-        "from: label them, take another fold, or draw others with `fseft splits -d ID --seed N`."
-    )
+    names, shown = [], False
+    for name, segmentation in cases:
+        names.append(name)
+        labelled = segmentation > 0
+        if ignore_label is not None:
+            labelled &= segmentation != ignore_label
+        shown |= bool(labelled.any())
+    if not shown:
+        raise InputError(
+            f"The support cases {several(names, 10)} show no labelled structure, there is nothing to learn from: label "
+            "them, take another fold, or draw others with `fseft splits -d ID --seed N`."
+        )
 
 
 def require_finite(image: np.ndarray, files: Sequence[str]) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from fsefs_nnunet.cases.dataset_json import shows_ct
 from fsefs_nnunet.cases.headers import warnings_of
-from fsefs_nnunet.cases.images import is_constant, read_headers, read_image
+from fsefs_nnunet.cases.images import is_constant, lacks_air, offset_warning, read_headers, read_image
 from fsefs_nnunet.errors import InputError
 
 
@@ -39,19 +40,21 @@ class UnlabelledQueries:
             InputError: if an image cannot be read, or holds NaN, infinite values or one value alone; the earlier
                 queries stay then.
         """
+        reader = plans_manager.image_reader_writer_class()
+        headers = [header for files in images.values() for header in read_headers(files, type(reader).__name__)[0]]
+        for warning in warnings_of(headers):
+            print(f"Warning: {warning}")
         made = self.folder.with_name(f"{self.folder.name}.part")
         shutil.rmtree(made, ignore_errors=True)  # of a call that was interrupted
         made.mkdir(parents=True)
         preprocessor = configuration_manager.preprocessor_class(verbose=False)
-        reader = plans_manager.image_reader_writer_class()
-        headers = [header for files in images.values() for header in read_headers(files, type(reader).__name__)]
-        for warning in warnings_of(headers):
-            print(f"Warning: {warning}")
         try:
             for case, files in tqdm(images.items(), desc="preprocessing queries"):
                 image, properties = read_image(reader, files)
+                if shows_ct(dataset_json) and lacks_air(image):
+                    tqdm.write(f"Warning: {offset_warning(files[:1])}")
                 if is_constant(image):
-                    raise InputError(f"{files[0]} holds the value {image[0].min():g} alone: leave it out.")
+                    raise InputError(f"{files[0]} is constant ({image[0].min():g}): leave it out.")
                 data, _, _ = preprocessor.run_case_npy(
                     image, None, properties, plans_manager, configuration_manager, dataset_json
                 )

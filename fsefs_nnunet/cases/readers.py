@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
-from fsefs_nnunet.cases.headers import Header, read_header
+from fsefs_nnunet.cases.headers import Header
 from fsefs_nnunet.errors import InputError
 
 # Both turn images to RAS and give the same array and spacing (tests/test_readers.py), from different file types.
@@ -55,22 +55,12 @@ def reoriented_axes(header: Header) -> list[int]:
     return [2 - int(axis) for axis in stored[::-1]]
 
 
-def image_geometry(image_file: str | Path, reader_name: str) -> tuple[list[int], list[float]]:
-    """Shape in voxels and spacing in mm of the array that a reader gives, per axis z, y, x; reads the header alone.
-
-    Raises:
-        InputError: as read_header.
-    """
-    header = read_header(image_file)
-    return [int(n) for n in in_axes_of(header.shape, header, reader_name)], spacing_of(header, reader_name)
-
-
 def spacing_of(header: Header, reader_name: str) -> list[float]:
     """mm per axis z, y, x of the array that a reader gives; of the affine where pixdim disagrees with it."""
     return [float(x) for x in in_axes_of(header.spacing, header, reader_name)]
 
 
-def in_axes_of(values, header: Header, reader_name: str) -> list:
+def in_axes_of(values: Sequence, header: Header, reader_name: str) -> list:
     """`values` of the axes i, j, k as stored, for each axis z, y, x that a reader gives."""
     axes = reoriented_axes(header) if reorients(reader_name) else [0, 1, 2]
     return [values[::-1][axis] for axis in axes]

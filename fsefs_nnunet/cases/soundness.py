@@ -4,29 +4,34 @@ training without a word, and what it cannot read ends in a traceback of its work
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 from tqdm import tqdm
 
-from fsefs_nnunet.cases.dataset_json import shows_ct
+from fsefs_nnunet.cases.dataset_json import order_warnings, shows_ct
 from fsefs_nnunet.cases.folders import require_label_file, warnings_of_cases
-from fsefs_nnunet.cases.headers import Header, offset_in_mm, pixdim_remedy, read_header, several, warnings_of
+from fsefs_nnunet.cases.grids import offset_in_mm, shift_warnings
+from fsefs_nnunet.cases.headers import Header, pixdim_remedy, read_header, warnings_of
 from fsefs_nnunet.cases.images import check_label, is_constant, lacks_air, offset_warning, read_headers, read_image
 from fsefs_nnunet.cases.readers import reorients
-from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.labels import label_values
+from fsefs_nnunet.errors import InputError, several
+from fsefs_nnunet.labels import foreground, label_values
+
+Result = TypeVar("Result")
+FAR_OFF = 5.0  # times the usual field of view, along all axes: patients and protocols differ by less
 
 
 @dataclass(frozen=True)
-class Findings:
-    """Of one case that can be trained on."""
+class Voxels:
+    """Of a case that can be trained on: whether its CT cannot be in HU, and the values of its label map."""
 
-    headers: list[Header]  # of its images and its label map
-    offset_mm: float  # of the label map from the image
     lacks_air: bool
-    is_labelled: bool
+    values: set[int]
 
 
 def check_training_cases(
@@ -51,12 +56,17 @@ def check_training_cases(
     """
     values = label_values(dataset_json["labels"])
 
-    def check(case: str) -> Findings:
-        return check_case(cases[case]["images"], cases[case]["label"], values, reader)
+    def headers_of(case: str) -> tuple[list[Header], float]:
+        return check_headers(cases[case]["images"], cases[case]["label"], reader.__name__)
 
-    with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        found = dict(zip(cases, tqdm(pool.map(check, cases), total=len(cases), desc="checking cases")))
-    if not any(one.is_labelled for one in found.values()):
+    def voxels_of(case: str) -> Voxels:
+        return check_voxels(cases[case]["images"], cases[case]["label"], values, reader)
+
+    headers = check_all(headers_of, cases, num_threads, "checking headers")
+    require_one_scale({case: of_case[0] for case, (of_case, _) in headers.items()})
+    found = check_all(voxels_of, cases, num_threads, "checking cases")
+    shown = set.union(*(one.values for one in found.values()))
+    if not shown - {0}:
         raise InputError(f"No label map of {raw} shows anything but background: there is nothing to learn from.")
     if shows_ct(dataset_json) and (odd := [cases[case]["images"][0] for case, one in found.items() if one.lacks_air]):
         if not accept_positive_ct:
@@ -66,43 +76,84 @@ def check_training_cases(
                 "fseft_accept_positive_ct=1)."
             )
         print(f"Warning: {offset_warning(odd)}")
-    headers = [header for one in found.values() for header in one.headers]
-    warnings = [*warnings_of_cases(raw, dataset_json, cases), *warnings_of(headers)]
-    warnings += shift_warnings({case: one.offset_mm for case, one in found.items()})
+    all_headers = [header for of_case, _ in headers.values() for header in of_case]
+    warnings = [*order_warnings(dataset_json), *warnings_of_cases(raw, dataset_json, cases), *warnings_of(all_headers)]
+    labels = foreground(dataset_json["labels"])
+    if absent := [name for name in labels if not shown & label_values({name: labels[name]})]:
+        warnings.append(f"No label map of {raw} shows {', '.join(absent)}.")
+    warnings += shift_warnings({case: offset for case, (_, offset) in headers.items()})
     for warning in warnings:
         print(f"Warning: {warning}")
 
 
-def shift_warnings(offsets_mm: dict[str, float]) -> list[str]:
-    """At most one sentence; `offsets_mm`: of label map and image by case."""
-    shifted = {case: offset for case, offset in offsets_mm.items() if offset}
-    if not shifted:
-        return []
-    return [
-        f"The headers of {several(shifted)} place label map and image up to {max(shifted.values()):.3g} mm apart. They "
-        "are taken voxel by voxel, as nnU-Net takes them: look at them with nnUNetv2_plot_overlay_pngs."
-    ]
+def check_all(check: Callable[[str], Result], cases: Collection[str], num_threads: int, text: str) -> dict[str, Result]:
+    """What `check` gives of each case.
+
+    Raises:
+        InputError: the first one of a case, with the names of all other cases that were refused.
+    """
+
+    def attempt(case: str) -> Result | InputError:
+        try:
+            return check(case)
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
+        found = dict(zip(cases, tqdm(pool.map(attempt, cases), total=len(cases), desc=text)))
+    refused = {case: error for case, error in found.items() if isinstance(error, InputError)}
+    if refused:
+        first, *others = refused
+        also = f" Other cases have faults, too: {several(others)}." if others else ""
+        raise InputError(f"{refused[first]}{also}")
+    return found
+
+
+def require_one_scale(headers: dict[str, Header]) -> None:
+    """Raises InputError where one image's field of view is another order of magnitude along all axes: cm for mm.
+
+    Args:
+        headers: of an image of each case.
+    """
+    sizes = {case: np.sort(header.field_of_view) for case, header in headers.items()}
+    usual = np.median(list(sizes.values()), 0)
+    for case, mm in sizes.items():
+        if is_far_off(mm, usual):
+            raise InputError(
+                f"{headers[case].file} shows {_mm(mm)} by its header, the dataset's images {_mm(usual)}: is its "
+                "spacing in mm? Repair its header, or leave the case out."
+            )
+
+
+def is_far_off(mm: np.ndarray, usual: np.ndarray) -> bool:
+    """Whether a field of view is another order of magnitude along all axes; both sorted, (3,)."""
+    return bool((mm > FAR_OFF * usual).all() or (mm * FAR_OFF < usual).all())
+
+
+def _mm(values: np.ndarray) -> str:
+    return f"{' x '.join(f'{value:.3g}' for value in values)} mm"
 
 
 def check_headers(images: list[str], label: str, reader_name: str) -> tuple[list[Header], float]:
-    """The headers of a case's images and label map, and how far nnU-Net's reader sees these apart, in mm.
+    """The headers of a case's images and label map, and how far these lie from the first image, in mm.
 
     Raises:
         InputError: where one is missing or contradicts itself, or they do not belong to each other.
     """
     require_label_file(label)
-    headers = [*read_headers(images, reader_name), read_header(label)]
+    headers, offset = read_headers(images, reader_name)
+    headers.append(read_header(label))
     for header in headers:
         if not header.pixdim_agrees:
             raise InputError(pixdim_remedy(header))
-    return headers, offset_in_mm(headers[-1], headers[0], reorients(reader_name))
+    return headers, max(offset, offset_in_mm(headers[-1], headers[0], reorients(reader_name)))
 
 
-def check_case(images: list[str], label: str, values: set[int], reader: type) -> Findings:
+def check_voxels(images: list[str], label: str, values: set[int], reader: type) -> Voxels:
     """Raises InputError as check_training_cases."""
-    headers, offset = check_headers(images, label, reader.__name__)
     image, _ = read_image(reader(), images)
     if is_constant(image):
-        raise InputError(f"{images[0]} holds the value {image[0].min():g} alone: repair it, or leave the case out.")
-    is_labelled = check_label(reader(), label, image.shape[1:], values)
-    return Findings(headers, offset, lacks_air(image), is_labelled)
+        raise InputError(f"{images[0]} is constant ({image[0].min():g}): repair it, or leave the case out.")
+    shape, without_air = image.shape[1:], lacks_air(image)
+    del image  # a label map is read as large
+    return Voxels(without_air, check_label(reader(), label, shape, values))

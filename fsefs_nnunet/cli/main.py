@@ -17,11 +17,25 @@ from fsefs_nnunet.cli import (
     link,
     planning,
     predict,
+    rewrite_header,
     zero_shot,
 )
 from fsefs_nnunet.errors import InputError
 
-VERBS = (env, convert, assemble, planning, predict, zero_shot, benchmark, backbones, bank, link, demo)
+VERBS = (
+    env,
+    convert,
+    assemble,
+    planning,
+    predict,
+    zero_shot,
+    benchmark,
+    backbones,
+    bank,
+    rewrite_header,
+    link,
+    demo,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,6 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         args.function(args)
     except InputError as error:
         print(f"fseft: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        print(f"fseft: {error.filename} cannot be accessed ({error.strerror}): check its permissions.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fseft: Interrupted. What was finished stays; run the same command again.", file=sys.stderr)

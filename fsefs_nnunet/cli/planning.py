@@ -56,7 +56,9 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
         "-overwrite_target_spacing", nargs=3, type=positive_float, metavar="MM", help="as in nnU-Net: z y x"
     )
     parser.add_argument(
-        "--verify_dataset_integrity", action="store_true", help="as in nnU-Net; here all cases are checked in any case"
+        "--verify_dataset_integrity",
+        action="store_true",
+        help="accepted for nnU-Net's sake, no effect: planning always checks every case",
     )
     parser.add_argument(
         "--accept_positive_ct", action="store_true", help="train on CTs without a value below 0, which are hardly in HU"

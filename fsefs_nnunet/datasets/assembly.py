@@ -11,12 +11,14 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from tqdm import tqdm
 
 from fsefs_nnunet.cases.dataset_json import read_dataset_json, shows_ct
 from fsefs_nnunet.cases.folders import dataset_folders, training_files
+from fsefs_nnunet.cases.grids import shift_warnings
 from fsefs_nnunet.cases.headers import warnings_of
 from fsefs_nnunet.cases.images import lacks_air, offset_warning
-from fsefs_nnunet.cases.soundness import check_headers, shift_warnings
+from fsefs_nnunet.cases.soundness import check_headers
 from fsefs_nnunet.datasets.building import READER, RECORDS, UnfinishedDataset, new_dataset
 from fsefs_nnunet.datasets.common_labels import CommonLabels, common_labels
 from fsefs_nnunet.datasets.jobs import run_jobs
@@ -181,10 +183,10 @@ def conflicts(members: list[Member], common: CommonLabels) -> list[str]:
 def header_warnings(members: list[Member]) -> list[str]:
     """What the user should know of the files' headers. Raises InputError where label map and image do not belong."""
     headers, offsets = [], {}
-    for member in members:
-        for case, files in member.files.items():
-            of_case, offsets[f"{member.name}/{case}"] = check_headers(files["images"], files["label"], READER)
-            headers += of_case
+    jobs = [(f"{member.name}/{case}", files) for member in members for case, files in member.files.items()]
+    for case, files in tqdm(jobs, desc="checking headers"):
+        of_case, offsets[case] = check_headers(files["images"], files["label"], READER)
+        headers += of_case
     return [f"Warning: {text}" for text in (*warnings_of(headers), *shift_warnings(offsets))]
 
 

@@ -20,7 +20,7 @@ from fsefs_nnunet.datasets.building import READER, RECORDS
 from fsefs_nnunet.datasets.selection import Selection
 from fsefs_nnunet.datasets.sides import split_sides
 from fsefs_nnunet.datasets.source import Case, Labels, Source
-from fsefs_nnunet.datasets.volumes import OtherGrid, link_or_copy, read_volume, renumber, write_label
+from fsefs_nnunet.datasets.volumes import AS_IT_IS, OtherGrid, link_or_copy, read_volume, renumber, write_label
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import write_atomically
 from fsefs_nnunet.labels import values_in
@@ -74,7 +74,7 @@ def _write(job: Job, case: Case, folder: Path, label_file: Path | None) -> dict:
         image, *_ = [read_volume(file) for file in files]
         if len(image.shape) != 3:
             raise InputError(f"{case.image} has {len(image.shape)} axes: a volume is wanted.")
-        headers = read_headers(list(map(str, files)), READER)
+        headers, _ = read_headers(list(map(str, files)), READER)
         record = {
             "spacing": [round(float(x), 4) for x in headers[0].spacing],
             "oddities": oddities(job, image, headers),
@@ -128,7 +128,7 @@ def _reusable(job: Job, labels: Labels, case: Case, image: nib.Nifti1Image) -> b
         case.label.is_file()
         and case.label.name.endswith(job.ending)
         and job.selection.unchanged
-        and labels.placed == "as it is"
+        and labels.placed == AS_IT_IS
         and labels.volume.shape == image.shape
         and np.allclose(labels.volume.affine, image.affine, atol=1e-5)
     )

@@ -14,7 +14,7 @@ from fsefs_nnunet.datasets.jobs import run_jobs
 from fsefs_nnunet.datasets.selection import Selection, select
 from fsefs_nnunet.datasets.source import Case, Source
 from fsefs_nnunet.datasets.sources import find_source
-from fsefs_nnunet.datasets.volumes import REFUSED, OtherGrid
+from fsefs_nnunet.datasets.volumes import IMAGE_HEADER, REFUSED, RESAMPLED, OtherGrid
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json
 
@@ -127,8 +127,8 @@ def summarised(records: list[dict], selection: Selection) -> dict:
         },
         "images linked": sum(r["linked"] for r in whole),
         "images written": sum(not r["linked"] for r in whole),
-        "labels resampled": sorted(r["case"] for r in labelled if r["placed"] == "resampled"),
-        "labels given their image's header": sorted(r["case"] for r in labelled if r["placed"] == "image's header"),
+        "labels resampled": sorted(r["case"] for r in labelled if r["placed"] == RESAMPLED),
+        "labels given their image's header": sorted(r["case"] for r in labelled if r["placed"] == IMAGE_HEADER),
         "voxels in several masks (the later class has them)": {
             r["case"]: r["overlap"] for r in labelled if r["overlap"]
         },

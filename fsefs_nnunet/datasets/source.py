@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 
 from fsefs_nnunet.datasets.tables import tables
-from fsefs_nnunet.datasets.volumes import OtherGrid, integers, on_grid, read_volume
+from fsefs_nnunet.datasets.volumes import AS_IT_IS, OtherGrid, integers, on_grid, read_volume
 from fsefs_nnunet.errors import InputError
 
 
@@ -73,7 +73,7 @@ class Source:
 class Labels:
     volume: nib.Nifti1Image
     data: np.ndarray  # integers (X, Y, Z)
-    placed: str = "as it is"  # how it came to lie on the image's grid, as Placed says
+    placed: str = AS_IT_IS  # as Placed.how
     overlap: int = 0  # voxels that several masks claimed
 
 

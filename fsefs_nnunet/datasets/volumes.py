@@ -15,7 +15,8 @@ import nibabel as nib
 import numpy as np
 from nibabel.processing import resample_from_to
 
-from fsefs_nnunet.cases.headers import Header, same_grid, shared_part
+from fsefs_nnunet.cases.grids import shared_part
+from fsefs_nnunet.cases.headers import Header
 from fsefs_nnunet.cases.images import require_whole_numbers
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import values_in
@@ -73,11 +74,15 @@ class OtherGrid:
 REFUSED = OtherGrid()
 
 
+# how a label map came to lie on its image's grid
+AS_IT_IS, RESAMPLED, IMAGE_HEADER = "as it is", "resampled", "image's header"
+
+
 class Placed(NamedTuple):
-    """A label map on its image's grid, and how it got there: "as it is", "resampled" or "image's header"."""
+    """A label map on its image's grid; how: one of the above."""
 
     volume: nib.Nifti1Image
-    how: str = "as it is"
+    how: str = AS_IT_IS
 
 
 def on_grid(label: nib.Nifti1Image, image: nib.Nifti1Image, file: Path, other_grid: OtherGrid) -> Placed:
@@ -91,47 +96,48 @@ def on_grid(label: nib.Nifti1Image, image: nib.Nifti1Image, file: Path, other_gr
     """
     if len(label.shape) != 3:
         raise InputError(f"{file} has {len(label.shape)} axes: a volume is wanted.")
-    grids = _grid(label, file), _grid(image, file)
-    if same_grid(*grids):
+    grids = _grid(label), _grid(image)
+    if grids[0].is_on_grid_of(grids[1]):
         return Placed(label)
-    if label.shape == image.shape and other_grid.image_header:
-        return Placed(nib.Nifti1Image(label.dataobj, image.affine, label.header), "image's header")
-    adopt = " Its header may have been lost, the shape is the same: --image_header gives it the image's."
-    adopt = adopt if label.shape == image.shape else ""
+    if grids[0].turned().is_on_grid_of(grids[1].turned()):  # stored along other axes
+        turn = nib.orientations.ornt_transform(nib.io_orientation(label.affine), nib.io_orientation(image.affine))
+        return Placed(label.as_reoriented(turn))
+    same_shape = label.shape == image.shape
+    if same_shape and other_grid.image_header:
+        return Placed(nib.Nifti1Image(label.dataobj, image.affine, label.header), IMAGE_HEADER)
+    lost = " Its header may have been lost, the shape is the same: --image_header gives it the image's."
     if not other_grid.resample:
         raise InputError(
-            f"{file} lies on another grid than its image.{adopt} If its header is right, --resample_labels brings it "
-            "to the image's grid (nearest)."
+            f"{file} lies on another grid than its image.{lost if same_shape else ''} If its header is right, "
+            "--resample_labels brings it to the image's grid (nearest)."
         )
     # fields of view of one shape that differ are a lost header rather than a choice of whoever labelled
     parts = shared_part(*grids), shared_part(*reversed(grids))
-    if min(parts) < 0.9 if adopt else max(parts) < 0.5:
+    overlap, needed = (min(parts), 0.9) if same_shape else (max(parts), 0.5)
+    if overlap < needed:
         raise InputError(
             f"{file} shows another part of the patient than its image, of which it covers {parts[1]:.0%}: resampling "
-            f"would lose labels.{adopt or ' Leave the case out, or repair the header.'}"
+            f"would lose labels.{lost if same_shape else ' Leave the case out, or repair the header.'}"
         )
     made = resample_from_to(label, (image.shape[:3], image.affine), order=0)
     _require_volumes(label, made, file)
-    return Placed(made, "resampled")
+    return Placed(made, RESAMPLED)
 
 
-def _grid(image: nib.Nifti1Image, file: Path) -> Header:
-    return Header(str(file), image.shape[:3], image.affine, tuple(nib.affines.voxel_sizes(image.affine)))
+def _grid(image: nib.Nifti1Image) -> Header:
+    return Header("", image.shape[:3], image.affine, tuple(nib.affines.voxel_sizes(image.affine)))
 
 
 def _require_volumes(before: nib.Nifti1Image, after: nib.Nifti1Image, file: Path) -> None:
     """Raises InputError where a label has lost a tenth of its volume: more than nearest neighbours take or give."""
-    volumes = []
-    for image in (before, after):
-        values, counts = np.unique(np.rint(np.asarray(image.dataobj)), return_counts=True)
-        voxel = abs(np.linalg.det(image.affine[:3, :3])) / 1000
-        volumes.append((dict(zip(values.tolist(), (counts * voxel).tolist())), voxel))
-    (then, small), (now, large) = volumes
-    for value, ml in then.items():
-        left = now.get(value, 0.0)
-        if value and (not left or ml - left > max(0.1 * ml, 8 * max(small, large))):
+    then, now = (np.bincount(integers(image, file).clip(0).ravel()) for image in (before, after))
+    voxels = [abs(np.linalg.det(image.affine[:3, :3])) / 1000 for image in (before, after)]
+    for value in filter(None, np.flatnonzero(then).tolist()):
+        ml = then[value] * voxels[0]
+        left = now[value] * voxels[1] if value < len(now) else 0.0
+        if not left or ml - left > max(0.1 * ml, 8 * max(voxels)):
             raise InputError(
-                f"{file}: of {ml:.3g} ml of label {value:g}, resampling to the image's grid would leave {left:.3g}. "
+                f"{file}: of {ml:.3g} ml of label {value}, resampling to the image's grid would leave {left:.3g}. "
                 "Leave the case out, or resample it yourself."
             )
 

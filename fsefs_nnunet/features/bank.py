@@ -139,14 +139,15 @@ class FeatureBank:
             How many entries this process computed.
 
         Raises:
-            InputError: if an image holds NaN or infinite values, the disk or the cap is too small, or read-only.
+            InputError: if an image holds NaN or infinite values, the disk or the cap is too small, or the folder is
+                read-only.
         """
         with refused_if_unwritable(self.root):
             return self._fill(list(requests), cap_gb, log)
 
     def _fill(self, requests: list[Request], cap_gb: float | None, log: Callable[[str], None]) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with suppress(PermissionError):  # a whole bank of somebody else's serves as well
+        with suppress(OSError):  # a whole bank that cannot be written serves as well
             os.utime(self.folder)  # last used
         keys, images = [], {}
         for request in requests:

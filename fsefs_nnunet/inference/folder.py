@@ -6,11 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.files import read_json, write_atomically
-from fsefs_nnunet.inference.images import images_to_segment, not_segmented
+from fsefs_nnunet.cases.headers import Header
+from fsefs_nnunet.cases.soundness import is_far_off
+from fsefs_nnunet.errors import InputError, several
+from fsefs_nnunet.files import value_in, write_atomically
+from fsefs_nnunet.inference.images import images_to_segment, not_segmented, refuse_output
 from fsefs_nnunet.inference.prediction import QueryPredictor
 from fsefs_nnunet.inference.weights import sha256_of_weights
 
@@ -18,12 +21,11 @@ MADE_OF = "made_of"  # in a volume's report: with what it was predicted, so that
 OF_ADAPTATION = ("loss", "predict_lambda", "predict_gamma", "predict_lr", "predict_steps")  # settings that it heeds
 
 
-def _made_of(sizes: Path) -> dict | None:
-    """What `predict_folder` wrote of the weights and options of a report; None without one that can be read."""
-    try:
-        return read_json(sizes).get(MADE_OF)
-    except (FileNotFoundError, InputError):
-        return None
+def scale_warnings(headers: dict[str, list[Header]], plans: dict) -> list[str]:
+    """One sentence, of images whose field of view is far from that of the training cases, in cm for mm perhaps."""
+    shape, spacing = (np.array(plans[f"original_median_{key}_after_transp"]) for key in ("shape", "spacing"))
+    odd = [h[0].file for h in headers.values() if is_far_off(np.sort(h[0].field_of_view), np.sort(shape * spacing))]
+    return [f"{several(odd)}: a field of view far from the training cases'. Is the spacing in mm?"] if odd else []
 
 
 def predict_folder(
@@ -43,11 +45,14 @@ def predict_folder(
         Why cases failed, one sentence each.
 
     Raises:
-        InputError: for a folder without such images, or an output folder that cannot be written.
+        InputError: for a folder without such images, or an output folder that cannot be written or holds a dataset's.
     """
     model = predictor.model
+    refuse_output(output, images)
     reader = type(predictor.reader).__name__
     found = images_to_segment(images, model.dataset_json, reader, num_parts, part_id)
+    for warning in scale_warnings(found.headers, model.plans_manager.plans):
+        tqdm.write(warning)
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name in ("plans.json", "dataset.json"):
@@ -68,7 +73,7 @@ def predict_folder(
         sizes = output / f"{case}_sizes.json"
         try:
             wanted = [segmentation] + [output / f"{case}.npz"] * predictor.save_probabilities
-            if continue_prediction and all(file.exists() for file in wanted) and _made_of(sizes) == made_of:
+            if continue_prediction and all(file.exists() for file in wanted) and value_in(sizes, MADE_OF) == made_of:
                 continue
             report = predictor.predict(files, segmentation, keep_largest)
             write_atomically(sizes, json.dumps({**report, MADE_OF: made_of}, indent=1))

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
+from fsefs_nnunet.cases.grids import shift_warnings
 from fsefs_nnunet.cases.headers import Header, warnings_of
 from fsefs_nnunet.cases.images import list_images, read_headers
 from fsefs_nnunet.errors import InputError
-
-ABSENT = -100.0  # the logit of what is not there: far below any that a network gives
 
 
 @dataclass
@@ -32,6 +30,16 @@ def not_segmented(file: str | Path, error: object) -> str:
     return f"{file} was not segmented: {text}"
 
 
+def refuse_output(output: Path, images: Path) -> None:
+    """Raises InputError for a folder in which segmentations would replace images, or labels drawn by hand."""
+    folder = Path(output).resolve()
+    in_dataset = (
+        folder.name in ("imagesTr", "labelsTr", "imagesTs", "labelsTs") and (folder.parent / "dataset.json").exists()
+    )
+    if folder == Path(images).resolve() or in_dataset or (folder / "imagesTr").exists():
+        raise InputError(f"{output} holds images or labels of a dataset: choose another output folder.")
+
+
 def images_to_segment(
     folder: Path, dataset_json: dict, reader_name: str, num_parts: int = 1, part_id: int = 0
 ) -> ImagesToSegment:
@@ -40,26 +48,21 @@ def images_to_segment(
     Raises:
         InputError: for a folder without images.
     """
-    listed, made = list_images(folder, dataset_json), ImagesToSegment()
+    listed, made, offsets = list_images(folder, dataset_json), ImagesToSegment(), {}
     for case in sorted({*listed.cases, *listed.faults})[part_id::num_parts]:
         if case in listed.faults:
+            if case.removesuffix(dataset_json["file_ending"]) in listed.cases:
+                continue  # a label map beside its image
             made.failures[case] = not_segmented(listed.faults[case].file, listed.faults[case])
             continue
         files = listed.cases[case]
         try:
-            made.headers[case] = read_headers(files, reader_name)
+            made.headers[case], offsets[case] = read_headers(files, reader_name)
         except InputError as error:
             made.failures[case] = not_segmented(files[0], error)
         else:
             made.cases[case] = files
-    for sentence in (*made.failures.values(), *warnings_of(h for headers in made.headers.values() for h in headers)):
+    headers = [header for of_case in made.headers.values() for header in of_case]
+    for sentence in (*made.failures.values(), *warnings_of(headers), *shift_warnings(offsets)):
         tqdm.write(sentence)
     return made
-
-
-def empty_logits(label_manager, shape: tuple[int, ...]) -> torch.Tensor:
-    """Logits (outputs, X, Y, Z) that make nnU-Net write background, for an image that shows nothing."""
-    logits = torch.full((label_manager.num_segmentation_heads, *shape), ABSENT)
-    if not label_manager.has_regions:
-        logits[0] = 0
-    return logits

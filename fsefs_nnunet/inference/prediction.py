@@ -21,7 +21,6 @@ from fsefs_nnunet.cases.images import constant_warning, is_constant, lacks_air, 
 from fsefs_nnunet.device import reduced_precision
 from fsefs_nnunet.features.layout import pooled, pooling_factor
 from fsefs_nnunet.features.windows import extract_features, window_starts
-from fsefs_nnunet.inference.images import empty_logits
 from fsefs_nnunet.inference.trained_model import TrainedModel
 from fsefs_nnunet.losses.segmentation import segmentation_loss
 from fsefs_nnunet.methods.network import AdaptedNetwork
@@ -158,7 +157,9 @@ class QueryPredictor:
 
     def _segment_nothing(self, volume: Volume, output: Path, keep_largest: bool) -> dict:
         shape = volume.properties["shape_after_cropping_and_before_resampling"]
-        logits = empty_logits(self.model.label_manager, shape)
+        logits = torch.full((self.model.label_manager.num_segmentation_heads, *shape), -100.0)
+        if not self.has_regions:
+            logits[0] = 0  # the background's
         sizes = sizes_of(logits, self.voxel_ml, self.has_regions)
         self._export(logits, volume.properties, output, keep_largest)
         return self._report([Prediction(sizes, sizes)] * len(self.model.weights))

@@ -24,10 +24,11 @@ from fsefs_nnunet.device import device_named
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.windows import extract_features
 from fsefs_nnunet.files import write_atomically
-from fsefs_nnunet.inference.images import ABSENT, empty_logits, images_to_segment, not_segmented
+from fsefs_nnunet.inference.images import images_to_segment, not_segmented, refuse_output
 from fsefs_nnunet.labels import foreground_names, match_labels
 
 CONFIGURATION = "3d_fullres"
+ABSENT = -100.0  # the logit of a label that the head does not know: far below any other
 
 
 class ZeroShotNetwork(nn.Module):
@@ -152,6 +153,7 @@ def predict_zero_shot(
             the backbone does not take, images of which none can be read, and an output folder that cannot be written.
     """
     target = device_named(device)
+    refuse_output(output, images_folder)
     name, raw, _ = dataset_folders(dataset_id)
     dataset_json = read_dataset_json(raw / "dataset.json")
     backbone = FrozenBackbone(backbone_id, "last")
@@ -206,21 +208,19 @@ class ZeroShotPredictor:
             InputError: if the image cannot be read, or holds NaN or infinite values.
         """
         image, properties = read_image(self.reader, files)
-        constant = is_constant(image)
-        if constant:
+        if is_constant(image):
             tqdm.write(constant_warning(files[0], image))
-        elif shows_ct(self.dataset_json) and lacks_air(image):
+            output = f"{stem}{self.dataset_json['file_ending']}"
+            self.reader.write_seg(np.zeros(image.shape[1:], np.uint8), output, properties)
+            return
+        if shows_ct(self.dataset_json) and lacks_air(image):
             tqdm.write(offset_warning(files[:1]))
         context = (self.plans_manager, self.configuration, self.dataset_json)
         image, _, properties = self.preprocessor.run_case_npy(image, None, properties, *context)
         window = tuple(self.configuration.patch_size)
         with torch.no_grad():
-            if constant:
-                manager = self.plans_manager.get_label_manager(self.dataset_json)
-                logits = empty_logits(manager, properties["shape_after_cropping_and_before_resampling"])
-            else:
-                logits = extract_features(self.network, torch.from_numpy(np.asarray(image)), window, self.device)
-                logits = self.network.outputs(self._resampled(row[None], properties)[0] for row in logits)
+            logits = extract_features(self.network, torch.from_numpy(np.asarray(image)), window, self.device)
+            logits = self.network.outputs(self._resampled(row[None], properties)[0] for row in logits)
         threads = torch.get_num_threads()
         export_prediction_from_logits(
             logits, properties, self.configuration, self.plans_manager, self.dataset_json, str(stem), False, threads

@@ -36,7 +36,7 @@ def query_images(raw: Path, folder: str | None, labelled_queries: bool) -> dict[
     images = list_images(Path(folder), dataset_json).require_sound()
     clash = sorted(set(images) & set(labelled_cases(raw, dataset_json)))
     if clash:
-        raise InputError(f"{folder} and imagesTr share case names, e.g. {clash[0]}: rename the queries.")
+        raise InputError(f"{folder} has cases of imagesTr, e.g. {clash[0]}: give other images, or rename them.")
     return images
 
 

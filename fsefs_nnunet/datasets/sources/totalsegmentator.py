@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 
 from fsefs_nnunet.datasets.source import Case, Labels, Source
-from fsefs_nnunet.datasets.volumes import OtherGrid, integers, on_grid, read_volume
+from fsefs_nnunet.datasets.volumes import AS_IT_IS, OtherGrid, integers, on_grid, read_volume
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import values_in
 
@@ -31,7 +31,7 @@ class TotalSegmentator(Source):
         return [Case(name, *(path if path.exists() else None for path in paths)) for name, *paths in parts]
 
     def label(self, case: Case, image: nib.Nifti1Image, wanted: dict[str, int], other_grid: OtherGrid) -> Labels:
-        merged, overlap, how = np.zeros(image.shape[:3], np.uint8), 0, "as it is"
+        merged, overlap, how = np.zeros(image.shape[:3], np.uint8), 0, AS_IT_IS
         for name, value in wanted.items():
             file = case.label / f"{name}.nii.gz"
             volume = read_volume(file)
@@ -41,5 +41,5 @@ class TotalSegmentator(Source):
                 raise InputError(f"{file} holds values other than 0 and 1: a mask is wanted.")
             overlap += int(np.count_nonzero(merged[data == 1]))
             merged[data == 1] = value
-            how = how if placed is volume else of_mask
+            how = how if of_mask == AS_IT_IS else of_mask
         return Labels(image, merged, how, overlap)

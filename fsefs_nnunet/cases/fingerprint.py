@@ -11,8 +11,7 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor impo
 
 from fsefs_nnunet.cases.headers import read_header
 from fsefs_nnunet.cases.readers import reoriented_axes, reorients
-from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.files import read_json, write_json
+from fsefs_nnunet.files import value_in, write_json
 
 FINGERPRINT_FILE = "dataset_fingerprint.json"
 MADE_OF = "fseft_made_of"  # our key in it, which nnU-Net does not read
@@ -27,7 +26,7 @@ def require_fingerprint(
     the files since.
     """
     file, made_of = preprocessed / FINGERPRINT_FILE, state_of(cases)
-    if _made_of(file) == made_of:
+    if value_in(file, MADE_OF) == made_of:
         return
     extractor = DatasetFingerprintExtractor(name, num_processes)
     extractor.dataset_json = {**dataset_json, "overwrite_image_reader_writer": reader.__name__}
@@ -58,13 +57,6 @@ def in_axes(fingerprint: dict, cases: dict[str, dict], reoriented: bool, wanted:
                     new[axis] = old[position]
             values.append(new)
     return {**fingerprint, **made}
-
-
-def _made_of(file: Path) -> str | None:
-    try:
-        return read_json(file).get(MADE_OF)
-    except (FileNotFoundError, InputError):
-        return None
 
 
 def state_of(cases: dict[str, dict]) -> str:
