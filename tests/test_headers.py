@@ -225,6 +225,16 @@ def test_the_header_of_another_file(tmp_path, ending):
     np.testing.assert_array_equal(shown, volume(0)[1])
 
 
+def test_a_header_that_cannot_be_read_is_replaced(tmp_path, file):
+    """Its own spacing is 0, which other commands refuse."""
+    write(tmp_path / "other.nii.gz", volume(0)[1], LPS)
+    before = nib.load(file).get_fdata()
+    set_pixdim(file, 1, 0)
+    assert fseft(f"fseft rewrite_header {file} --from {tmp_path / 'other.nii.gz'}") == 0
+    assert read_header(file).codes == "LPS" and read_header(file).mm == "2 x 2 x 3 mm"
+    np.testing.assert_array_equal(nib.load(file).get_fdata(), before)
+
+
 def test_a_header_of_another_shape(tmp_path, file):
     write(tmp_path / "y.nii.gz", np.zeros((16, 15, 12), np.uint8))
     before = file.read_bytes()

@@ -87,7 +87,7 @@ class Header:
 
     @property
     def mm(self) -> str:
-        return f"{_times(self.spacing)} mm"
+        return f"{times(self.spacing)} mm"
 
     def turned(self) -> Header:
         """The grid as nnU-Net's reorienting readers give it: axes to the right, the front and the head."""
@@ -98,12 +98,14 @@ class Header:
         return replace(self, shape=tuple(shape.tolist()), affine=affine, pixdim=tuple(nib.affines.voxel_sizes(affine)))
 
 
-def _times(values: Iterable[float]) -> str:
+def times(values: Iterable[float]) -> str:
+    """ "2 x 2 x 3"."""
     return " x ".join(f"{float(x):.4g}" for x in values)
 
 
 def read_header(file: str | Path) -> Header:
-    """
+    """Read no voxels.
+
     Raises:
         InputError: if the file cannot be read, is no single volume, or its spacing is not positive.
     """
@@ -115,7 +117,7 @@ def read_header(file: str | Path) -> Header:
         raise InputError(f"{file} has a header with NaN or infinite numbers: repair it, or leave the case out.")
     if min(header.sizes) <= 0 or np.linalg.matrix_rank(header.affine[:3, :3]) < 3:
         raise InputError(
-            f"{file} has a voxel spacing of {_times(header.sizes)} mm, which is not positive: repair its header, or "
+            f"{file} has a voxel spacing of {times(header.sizes)} mm, which is not positive: repair its header, or "
             "leave the case out."
         )
     longest = max(header.field_of_view)
@@ -138,7 +140,7 @@ def _nifti_header(file: str) -> Header:
     pixdim = np.asarray(raw["pixdim"][1:4], float)
     if not codes[0] and not (np.isfinite(pixdim).all() and (pixdim != 0).all()):
         raise InputError(
-            f"{file} has a voxel spacing (pixdim) of {_times(pixdim)} mm: repair its header, or leave the case out."
+            f"{file} has a voxel spacing (pixdim) of {times(pixdim)} mm: repair its header, or leave the case out."
         )
     header = Header(file, image.shape, image.affine, tuple(np.abs(pixdim).tolist()), any(code > 0 for code in codes))
     return replace(header, forms_agree=not all(code > 0 for code in codes) or _forms_agree(image, header))
@@ -202,7 +204,7 @@ def _require_numbers(file: str, kind: str) -> None:
 
 def pixdim_remedy(header: Header) -> str:
     return (
-        f"{header.file} has a spacing of {_times(header.pixdim)} mm in pixdim and of {_times(header.sizes)} mm in its "
+        f"{header.file} has a spacing of {times(header.pixdim)} mm in pixdim and of {times(header.sizes)} mm in its "
         "sform: nnU-Net takes one or the other. If the sform is right, write the header anew: "
         f"fseft rewrite_header {shlex.quote(header.file)}"
     )
@@ -218,22 +220,25 @@ def rewrite_header(file: Path, other: Path | None = None) -> None:
     """
     if file.suffix.lower() in (".mhd", ".nhdr", ".hdr"):
         raise InputError(f"{file} keeps its voxels in another file: convert it to .nii.gz first.")
-    header = read_header(other or file)
-    if (shape := read_header(file).shape) != header.shape:
-        raise InputError(f"{file} has {_times(shape)} voxels, {other} {_times(header.shape)}: the header does not fit.")
+    header, is_nifti = read_header(other or file), file.name.lower().endswith((".nii", ".nii.gz"))
+    with refused_if_unreadable(str(file)):
+        image = nib.load(file, mmap=False) if is_nifti else sitk.ReadImage(str(file))
+        shape = tuple(image.shape if is_nifti else image.GetSize())
+        if shape != tuple(header.shape):
+            raise InputError(
+                f"{file} has {times(shape)} voxels, {other} {times(header.shape)}: the header does not fit."
+            )
+        voxels = np.asarray(image.dataobj) if is_nifti else image
     with refused_if_unwritable(file.parent), tempfile.TemporaryDirectory(dir=file.parent, prefix=".") as folder:
         made = Path(folder) / file.name
-        with refused_if_unreadable(str(file)):
-            if file.name.lower().endswith((".nii", ".nii.gz")):
-                data = np.asarray(nib.load(file, mmap=False).dataobj)
-                nib.save(nib.Nifti1Image(data, header.affine, dtype=data.dtype), made)
-            else:
-                image = sitk.ReadImage(str(file))
-                affine = LPS_TO_RAS @ header.affine
-                image.SetSpacing(header.sizes)
-                image.SetDirection((affine[:3, :3] / header.sizes).ravel().tolist())
-                image.SetOrigin(affine[:3, 3].tolist())
-                sitk.WriteImage(image, str(made), useCompression=True)
+        if is_nifti:
+            nib.save(nib.Nifti1Image(voxels, header.affine, dtype=voxels.dtype), made)
+        else:
+            affine = LPS_TO_RAS @ header.affine
+            voxels.SetSpacing(header.sizes)
+            voxels.SetDirection((affine[:3, :3] / header.sizes).ravel().tolist())
+            voxels.SetOrigin(affine[:3, 3].tolist())
+            sitk.WriteImage(voxels, str(made), useCompression=True)
         os.replace(made, file)
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fsefs_nnunet.cases.dataset_json import order_warnings, shows_ct
 from fsefs_nnunet.cases.folders import require_label_file, warnings_of_cases
 from fsefs_nnunet.cases.grids import offset_in_mm, shift_warnings
-from fsefs_nnunet.cases.headers import Header, pixdim_remedy, read_header, warnings_of
+from fsefs_nnunet.cases.headers import Header, pixdim_remedy, read_header, times, warnings_of
 from fsefs_nnunet.cases.images import check_label, is_constant, lacks_air, offset_warning, read_headers, read_image
 from fsefs_nnunet.cases.readers import reorients
 from fsefs_nnunet.errors import InputError, several
@@ -120,18 +120,14 @@ def require_one_scale(headers: dict[str, Header]) -> None:
     for case, mm in sizes.items():
         if is_far_off(mm, usual):
             raise InputError(
-                f"{headers[case].file} shows {_mm(mm)} by its header, the dataset's images {_mm(usual)}: is its "
-                "spacing in mm? Repair its header, or leave the case out."
+                f"{headers[case].file} shows {times(mm)} mm by its header, the dataset's images {times(usual)} mm: is "
+                "its spacing in mm? Repair its header, or leave the case out."
             )
 
 
 def is_far_off(mm: np.ndarray, usual: np.ndarray) -> bool:
     """Whether a field of view is another order of magnitude along all axes; both sorted, (3,)."""
     return bool((mm > FAR_OFF * usual).all() or (mm * FAR_OFF < usual).all())
-
-
-def _mm(values: np.ndarray) -> str:
-    return f"{' x '.join(f'{value:.3g}' for value in values)} mm"
 
 
 def check_headers(images: list[str], label: str, reader_name: str) -> tuple[list[Header], float]:
