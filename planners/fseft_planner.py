@@ -206,6 +206,21 @@ class FSEFTPlanner(ExperimentPlanner):
             if changed:
                 print(f"Planned anew in {name}: {', '.join(changed)}. Edit the plans again if you had changed them.")
 
+    def plan_experiment(self):
+        """As nnU-Net's, also where `nnUNet_n_proc_DA` is 0.
+
+        Raises:
+            InputError: if the preprocessed folder cannot be written.
+        """
+        # nnU-Net takes the number of training's workers for that of its threads, and 0 is right for the former
+        workers = os.environ.pop("nnUNet_n_proc_DA", None)
+        try:
+            with refused_if_unwritable(join(nnUNet_preprocessed, self.dataset_name)):
+                return super().plan_experiment()
+        finally:
+            if workers is not None:
+                os.environ["nnUNet_n_proc_DA"] = workers
+
     def save_plans(self, plans):
         """Turn nnU-Net's plans into ours just before they are written; called by plan_experiment."""
         if "3d_fullres" not in plans["configurations"]:

@@ -191,7 +191,9 @@ def test_backbone_from_the_environment(workspace, tmp_path, monkeypatch, contrac
     save_backbone(replace(contract, id="other"), load_weights(contract), tmp_path / "backbones")
     monkeypatch.setenv("fseft_backbones", str(tmp_path / "backbones"))
     monkeypatch.setenv("fseft_backbone", "other")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # with which nnU-Net's own planner fails
     plans, name = plan_experiment_dataset(77, FSEFTPlanner)
+    assert os.environ["nnUNet_n_proc_DA"] == "0"
     assert name == plans["plans_name"] == "FSEFTPlans_other"
     assert plans["configurations"]["3d_fullres_5shot"]["fseft_backbone"] == "other"
     monkeypatch.setenv("fseft_backbone", "swin")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,14 +36,7 @@ def plan(
         num_processes=num_processes,
         accept_positive_ct=accept_positive_ct,
     )
-    # nnU-Net's planner takes the number of training's workers for that of its threads, and 0 is right for the former
-    workers = os.environ.pop("nnUNet_n_proc_DA", None)
-    try:
-        with refused_if_unwritable(dataset_folders(dataset_id)[2]):
-            planner.plan_experiment()
-    finally:
-        if workers is not None:
-            os.environ["nnUNet_n_proc_DA"] = workers
+    planner.plan_experiment()
     return planner.plans_identifier
 
 
