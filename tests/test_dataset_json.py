@@ -78,7 +78,7 @@ REFUSED = {
     "no background": ({"labels": {"a": 1}}, 'labels has no background: it must be "background": 0'),
     "background alone": ({"labels": {"background": 0}}, "names nothing but background"),
     "no labels": ({"labels": None}, 'labels is missing: add "labels": {"background": 0, "NAME": 1}.'),
-    "labels as a list": ({"labels": ["background", "a"]}, "labels is missing: add"),
+    "labels as numbers": ({"labels": [0, 1]}, "labels is missing: add"),
     "names and values reversed": (
         {"labels": {"0": "background", "10": "a", "2": "b"}},
         'labels has names and values swapped: write "labels": {"background": 0, "b": 2, "a": 10}.',
@@ -94,7 +94,24 @@ REFUSED = {
     "ignore beyond a gap": ({"labels": {"background": 0, "a": 1, "ignore": 255}}, '"a": 1, "ignore": 2}'),
     "ignore as a list": (
         {"labels": {**REGIONS, "ignore": [3, 4]}, "regions_class_order": [1, 2]},
-        'the ignore label must be one number: write "ignore": 3.',
+        'ignore is [3, 4]: it must be one number, write "ignore": 3.',
+    ),
+    "ignore in quotes": (
+        {"labels": {"background": 0, "a": 1, "ignore": "2"}},
+        "ignore is '2': it must be one number, write \"ignore\": 2.",
+    ),
+    "labels as names alone": (
+        {"labels": ["background", "a"]},
+        'labels is a list: write "labels": {"background": 0, "a": 1}.',
+    ),
+    "a pattern for an ending": ({"file_ending": "*.nii.gz"}, 'write "file_ending": ".nii.gz".'),
+    "an order, and an ignore label": (
+        {"labels": {"background": 0, "inner": 1, "whole": [1, 2], "ignore": 3}},
+        'write "labels": {"background": 0, "whole": [1, 2], "inner": 1, "ignore": 3}, "regions_class_order": [2, 1].',
+    ),
+    "a gap among regions without order": (
+        {"labels": {"background": 0, "a": 2, "w": [2, 4]}},
+        '"a": 1, "w": [1, 2]} and renumber the label maps.',
     ),
     "regions without order": (
         {"labels": REGIONS},
@@ -149,7 +166,13 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path):
     assert all(part in str(error.value) for part in ('{"0": "CT"}', '".nii"', '{"background": 0, "a": 1}'))
 
 
-@pytest.mark.parametrize("text", [b"{", b"[1]", b"3", "ü".encode("latin-1"), b"\xef\xbb\xbf{}"])
+def test_a_byte_order_mark(tmp_path):
+    (tmp_path / "dataset.json").write_text(json.dumps(SOUND), "utf-8-sig")
+    with pytest.raises(InputError, match="starts with a byte order mark: save it as UTF-8 without"):
+        read_dataset_json(tmp_path / "dataset.json")
+
+
+@pytest.mark.parametrize("text", [b"{", b"[1]", b"3", "ü".encode("latin-1")])
 def test_what_is_no_dataset_json(tmp_path, text):
     (tmp_path / "dataset.json").write_bytes(text)
     with pytest.raises(InputError, match=rf"^{tmp_path}/dataset\.json is not an nnU-Net dataset\.json \(.+\): repair"):
@@ -173,6 +196,15 @@ def test_a_name_that_is_there_twice(tmp_path):
         ({"background": 0, "left": 2, "both": [1, 2]}, [2, 1], "2 becomes 1. Outer regions come first"),
         ({"background": 0, "all": [1, 2], "a": 1, "b": 2}, [0, 1, 2], None),  # as assemblies have it
         ({"background": 0, "a": [1, 2], "b": [2, 3]}, [1, 3], "2 becomes 3. Each region needs a value that no"),
+        ({"background": 0, "a": [1, 3], "b": [2, 3], "c": 3}, [1, 2, 3], None),
+        ({"background": 0, "zero": [0], "whole": [1, 2], "r": 1}, [2, 1], None),  # nnU-Net does not paint [0]
+        ({"background": 0, "whole": [1, 2]}, [1], None),  # nothing could tell 1 from 2
+        (
+            {"background": 0, "r": 1, "whole": [1, 2], "ignore": 3},
+            [1, 2],
+            '{"background": 0, "whole": [1, 2], "r": 1, "ignore": 3}, "regions_class_order": [2, 1].',
+        ),
+        ({"background": 0, "a": [2, 3], "b": [3, 1], "c": 2}, [3, 1, 2], '"b": [3, 1], "a": [2, 3], "c": 2}'),
         (SOUND["labels"], [1, 2], None),
     ],
 )

@@ -1,7 +1,11 @@
 """What headers say of where voxels lie, and how they are written anew."""
 
+import errno
+import gzip
+import os
 import re
 import shlex
+import struct
 
 import nibabel as nib
 import numpy as np
@@ -196,6 +200,55 @@ def test_the_remedy_for_pixdim_is_right(tmp_path, name, dtype):
     np.testing.assert_array_equal(np.asarray(nib.load(file).dataobj), array)
     np.testing.assert_array_equal(nib.load(file).affine, RAS)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_nothing_but_the_geometry_changes(tmp_path):
+    """Scaling, units, extensions, NIfTI-2, permissions."""
+    file = tmp_path / "x.nii.gz"
+    image = nib.Nifti2Image(np.arange(24, dtype=np.int16).reshape(2, 3, 4), None)
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = b"a scanner"
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"kept"))
+    image.set_sform(RAS, 1)
+    nib.save(image, file)
+    content = bytearray(gzip.decompress(file.read_bytes()))
+    content[176:192] = struct.pack("<dd", 2.0, -1024.0)  # slope and intercept
+    file.write_bytes(gzip.compress(content)), file.chmod(0o640)
+    before = nib.load(file)
+    rewrite_header(file)
+    after = nib.load(file)
+    assert read_header(file).pixdim_agrees and isinstance(after, nib.Nifti2Image)
+    assert after.get_data_dtype() == np.int16 and (after.dataobj.slope, after.dataobj.inter) == (2, -1024)
+    np.testing.assert_array_equal(after.get_fdata(), before.get_fdata())
+    assert after.header.get_xyzt_units()[0] == "mm" and bytes(after.header["descrip"]).startswith(b"a scanner")
+    assert [e.get_content() for e in after.header.extensions] == [e.get_content() for e in before.header.extensions]
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("name", ["x.gipl", "x.mhd", "x.img", "gone.nii", "."])
+def test_what_is_not_rewritten(tmp_path, name):
+    if name not in ("gone.nii", "."):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"is not a file\.|is not \.nii, \.nii\.gz, \.mha or \.nrrd: convert it first"):
+        rewrite_header(tmp_path / name)
+
+
+def test_a_guess_is_not_written_down(file):
+    """Nobody would be warned of it any more."""
+    forget_sides(file)
+    with pytest.raises(InputError, match="does not define the orientation: give a file that does with --from"):
+        rewrite_header(file)
+
+
+def test_a_full_disk(file, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = file.read_bytes()
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InputError, match=r"x\.nii\.gz cannot be written anew \(.*No space left on device"):
+        rewrite_header(file)
+    assert file.read_bytes() == before and [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 def test_a_link_becomes_a_file(tmp_path):

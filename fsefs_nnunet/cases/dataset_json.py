@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import locale
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import foreground, label_values, without_text
+
+MOST_TRIED = 6  # regions whose sequences are all tried for a right one
 
 
 def channel_names(dataset_json: dict) -> dict[str, str]:
@@ -44,49 +48,61 @@ def read_dataset_json(file: Path) -> dict:
 
 def order_warnings(dataset_json: dict) -> list[str]:
     """At most one sentence, of regions that hide each other: nnU-Net paints them one after the other."""
-    labels = foreground(dataset_json["labels"])
-    order = dataset_json.get("regions_class_order")
-    if not any(isinstance(value, list) for value in labels.values()) or not order:
+    regions, order = _regions(dataset_json["labels"]), dataset_json.get("regions_class_order")
+    if not any(isinstance(value, list) for value in dataset_json["labels"].values()) or not order:
         return []
-    painted = {value: _painted(value, labels, order) for value in sorted(label_values(labels) - {0})}
-    wrong = [f"{value} becomes {made}" for value, made in painted.items() if made != value]
+    wrong = _hidden(regions, order)
     if not wrong:
         return []
+    changes = ", ".join(f"{value} becomes {made}" for value, made in wrong.items())
     return [
-        f"By regions_class_order {order}, a segmentation that is right has other values than the label map: "
-        f"{', '.join(wrong)}. {_order_remedy(labels)}"
+        f"By regions_class_order {order}, a segmentation that is right has other values than the label map: {changes}. "
+        f"{_order_remedy(dataset_json['labels'])}"
     ]
 
 
-def _painted(value: int, labels: dict, order: list[int]) -> int:
-    """What nnU-Net writes for a voxel of `value` whose regions were all predicted right."""
-    made = 0
-    for region, paint in zip(labels.values(), order):
-        if value in (region if isinstance(region, list) else [region]):
-            made = paint
-    return made
+def _regions(labels: dict) -> dict[str, list[int]]:
+    """The regions that nnU-Net paints: it leaves out what is background alone."""
+    values = {name: value if isinstance(value, list) else [value] for name, value in foreground(labels).items()}
+    return {name: value for name, value in values.items() if set(value) != {0}}
+
+
+def _hidden(regions: dict[str, list[int]], order: list[int]) -> dict[int, int]:
+    """Values that nnU-Net paints as others, and as which, where all regions are predicted right.
+
+    Values that lie in the same regions cannot be told apart, whatever the order: they may become each other.
+    """
+    of_value = {v: tuple(v in region for region in regions.values()) for region in regions.values() for v in region}
+    hidden = {}
+    for value, inside in sorted(of_value.items()):
+        made = [paint for paint, is_in in zip(order, inside) if is_in][-1]
+        if value and of_value.get(made) != inside:
+            hidden[value] = made
+    return hidden
 
 
 def _order_remedy(labels: dict) -> str:
     """The lines of dataset.json with which every value is painted as itself, where there are such lines."""
-    regions = {name: value if isinstance(value, list) else [value] for name, value in labels.items()}
-    nested = dict(sorted(regions.items(), key=lambda item: -len(set(item[1]))))  # the outer ones first
-    names, order = list(nested), []
-    for i, name in enumerate(names):
-        inner = {value for other in names[i + 1 :] for value in nested[other]}
-        own = [value for value in nested[name] if value not in inner]
-        order.append((own or nested[name])[0])
-    lines = (
-        f"{_line('labels', {'background': 0, **{n: labels[n] for n in names}})}, {_line('regions_class_order', order)}"
-    )
-    if all(_painted(value, nested, order) == value for value in label_values(labels) - {0}):
-        return f"Outer regions come first: write {lines}."
+    regions = _regions(labels)
+    outer_first = sorted(regions, key=lambda name: -len(set(regions[name])))
+    for names in permutations(outer_first) if len(outer_first) <= MOST_TRIED else [outer_first]:
+        order = []
+        for i, name in enumerate(names):
+            later = {value for other in names[i + 1 :] for value in regions[other]}
+            order.append(next((value for value in regions[name] if value and value not in later), regions[name][0]))
+        if not _hidden({name: regions[name] for name in names}, order):
+            others = {name: value for name, value in labels.items() if name not in regions and name != "ignore"}
+            ignore = {"ignore": labels["ignore"]} if "ignore" in labels else {}
+            ordered = {**others, **{name: labels[name] for name in names}, **ignore}
+            return f"Outer regions come first: write {_line('labels', ordered)}, {_line('regions_class_order', order)}."
     return "Each region needs a value that no region after it has."
 
 
 def _content(file: Path) -> dict:
     try:
         raw = file.read_bytes()
+        if raw.startswith(BOM_UTF8):
+            raise InputError(f"{file} starts with a byte order mark: save it as UTF-8 without (BOM).")
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=partial(_named_once, file))
     except InputError:
         raise
@@ -126,9 +142,12 @@ def _problems(content: dict) -> Iterator[str]:
     """What is wrong, one sentence each."""
     yield from _of_channels(content)
     yield from _of_ending(content)
-    if isinstance(content.get("labels"), dict) and content["labels"]:
-        yield from _of_labels(content["labels"])
-        yield from _of_regions(content)
+    labels = content.get("labels")
+    if isinstance(labels, dict) and labels:
+        problems = list(_of_labels(labels))
+        yield from problems or _of_regions(content)
+    elif isinstance(labels, list) and labels and all(isinstance(name, str) for name in labels):
+        yield f"labels is a list: write {_line('labels', {name: i for i, name in enumerate(labels)})}."
     else:
         yield f"labels is missing: add {_line('labels', {'background': 0, 'NAME': 1})}."
     stated = content.get("numTraining")
@@ -158,8 +177,8 @@ def _of_ending(content: dict) -> Iterator[str]:
     ending = content.get("file_ending")
     if not isinstance(ending, str) or not ending.strip("."):
         yield f"file_ending is missing: add {_line('file_ending', '.nii.gz')}, or what the files end with."
-    elif ending != ending.strip() or ending.lower() == ".gz":
-        right = ".nii.gz" if "gz" in ending else ending.strip()
+    elif ending != ending.strip(" *") or ending.lower() == ".gz":
+        right = ".nii.gz" if "gz" in ending else ending.strip(" *")
         yield f"file_ending is {ending!r}: write {_line('file_ending', right)}."
     elif not ending.startswith("."):
         yield f"file_ending {ending!r} has no dot: write {_line('file_ending', f'.{ending}')}."
@@ -176,6 +195,10 @@ def _of_labels(labels: dict) -> Iterator[str]:
             f"label {bad[0]!r} has the value {labels[bad[0]]!r}: write a whole number from 0 on, or a list of them for "
             "a region."
         )
+        return
+    if "ignore" in labels and type(labels["ignore"]) is not int:
+        highest = max(label_values(without_text({n: v for n, v in labels.items() if n != "ignore"})), default=0)
+        yield f"ignore is {labels['ignore']!r}: it must be one number, write {_line('ignore', highest + 1)}."
         return
     if isinstance(labels.get("background"), list):
         yield f"background is {labels['background']}: it must be {_line('background', 0)}."
@@ -214,9 +237,7 @@ def _of_order(labels: dict) -> Iterator[str]:
     }
     if "ignore" in labels:
         renumbered["ignore"] = len(values)
-    if isinstance(labels.get("ignore"), list):
-        yield f"the ignore label must be one number: write {_line('ignore', len(values))}."
-    elif labels.get("ignore", max(values) + 1) <= max(values):
+    if labels.get("ignore", max(values) + 1) <= max(values):
         yield (
             f"the ignore label is {labels['ignore']}, it must be the highest value: write "
             f"{_line('labels', renumbered)} and renumber the label maps."
@@ -230,12 +251,10 @@ def _of_order(labels: dict) -> Iterator[str]:
 
 
 def _of_regions(content: dict) -> Iterator[str]:
-    if not all(_is_value(value) for value in content["labels"].values()):
-        return
-    labels = foreground(without_text(content["labels"]))
+    labels = without_text(content["labels"])
     if not any(isinstance(value, list) for value in labels.values()):
         return  # nnU-Net ignores the order then
-    order, names = content.get("regions_class_order"), [name for name, value in labels.items() if value != [0]]
+    order, names = content.get("regions_class_order"), list(_regions(labels))
     if not isinstance(order, list) or len(order) != len(names) or not all(type(value) is int for value in order):
         found = "regions need regions_class_order" if order is None else f"regions_class_order is {order}"
         yield (

@@ -8,10 +8,12 @@ from __future__ import annotations
 import itertools
 import os
 import shlex
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 
 import nibabel as nib
@@ -211,35 +213,65 @@ def pixdim_remedy(header: Header) -> str:
 
 
 def rewrite_header(file: Path, other: Path | None = None) -> None:
-    """Write a volume anew, its voxels as they are, with a header that agrees with its affine, or with that of `other`.
+    """Let the header of a volume agree with its affine, or with that of `other`; all else stays as it is.
 
     A link becomes a file of its own.
 
     Raises:
-        InputError: if a file cannot be read or written, or the shapes differ.
+        InputError: if a file cannot be read or written, the shapes differ, or nothing defines the orientation.
     """
-    if file.suffix.lower() in (".mhd", ".nhdr", ".hdr"):
-        raise InputError(f"{file} keeps its voxels in another file: convert it to .nii.gz first.")
-    header, is_nifti = read_header(other or file), file.name.lower().endswith((".nii", ".nii.gz"))
-    with refused_if_unreadable(str(file)):
-        image = nib.load(file, mmap=False) if is_nifti else sitk.ReadImage(str(file))
-        shape = tuple(image.shape if is_nifti else image.GetSize())
-        if shape != tuple(header.shape):
-            raise InputError(
-                f"{file} has {times(shape)} voxels, {other} {times(header.shape)}: the header does not fit."
-            )
-        voxels = np.asarray(image.dataobj) if is_nifti else image
+    ending = next((e for e in (".nii", ".nii.gz", ".mha", ".nrrd") if file.name.lower().endswith(e)), None)
+    if not file.is_file() or ending is None:
+        reason = "is not a file" if not file.is_file() else "is not .nii, .nii.gz, .mha or .nrrd: convert it first"
+        raise InputError(f"{file} {reason}.")
+    header = read_header(other or file)
+    if not header.knows_sides:
+        raise InputError(f"{header.file} does not define the orientation: give a file that does with --from.")
+    write = _write_nifti_header if ending.startswith(".nii") else _write_itk_header
     with refused_if_unwritable(file.parent), tempfile.TemporaryDirectory(dir=file.parent, prefix=".") as folder:
         made = Path(folder) / file.name
-        if is_nifti:
-            nib.save(nib.Nifti1Image(voxels, header.affine, dtype=voxels.dtype), made)
-        else:
-            affine = LPS_TO_RAS @ header.affine
-            voxels.SetSpacing(header.sizes)
-            voxels.SetDirection((affine[:3, :3] / header.sizes).ravel().tolist())
-            voxels.SetOrigin(affine[:3, 3].tolist())
-            sitk.WriteImage(voxels, str(made), useCompression=True)
-        os.replace(made, file)
+        try:
+            write(file, header, made)
+            shutil.copymode(file, made)
+            os.replace(made, file)
+        except PermissionError:
+            raise
+        except (OSError, RuntimeError) as error:  # of a full disk, SimpleITK's is no OSError
+            raise InputError(f"{file} cannot be written anew ({' '.join(str(error).split())}).") from error
+
+
+def _require_shape(file: Path, shape: tuple[int, ...], header: Header) -> None:
+    if shape != tuple(header.shape):
+        raise InputError(
+            f"{file} has {times(shape)} voxels, {header.file} {times(header.shape)}: the header does not fit."
+        )
+
+
+def _write_nifti_header(file: Path, header: Header, made: Path) -> None:
+    """The geometry alone changes: not the type of the voxels, their scaling, units or extensions."""
+    with refused_if_unreadable(str(file)):
+        with nib.openers.ImageOpener(file) as stream:
+            content = stream.read()
+        # as it is stored; that of an image that was loaded has lost where the voxels begin, and their scaling
+        new = type(nib.load(file).header).from_fileobj(BytesIO(content), check=False)
+    _require_shape(file, new.get_data_shape(), header)
+    code = int(new["sform_code"])
+    new.set_qform(header.affine, 0)  # sets pixdim
+    new.set_sform(header.affine, code if code > 0 else 2)
+    with nib.openers.ImageOpener(made, "wb") as stream:
+        stream.write(new.binaryblock)
+        stream.write(content[len(new.binaryblock) :])
+
+
+def _write_itk_header(file: Path, header: Header, made: Path) -> None:
+    with refused_if_unreadable(str(file)):
+        image = sitk.ReadImage(str(file))
+    _require_shape(file, image.GetSize(), header)
+    affine = LPS_TO_RAS @ header.affine
+    image.SetSpacing(header.sizes)
+    image.SetDirection((affine[:3, :3] / header.sizes).ravel().tolist())
+    image.SetOrigin(affine[:3, 3].tolist())
+    sitk.WriteImage(image, str(made), useCompression=True)
 
 
 def warnings_of(headers: Iterable[Header]) -> list[str]:

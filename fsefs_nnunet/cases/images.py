@@ -14,9 +14,9 @@ import numpy as np
 
 from fsefs_nnunet.cases.dataset_json import channel_names
 from fsefs_nnunet.cases.grids import offset_in_mm
-from fsefs_nnunet.cases.headers import Header, pixdim_remedy, read_header, refused_if_unreadable
+from fsefs_nnunet.cases.headers import Header, read_header, refused_if_unreadable
 from fsefs_nnunet.cases.preprocessed import require_finite
-from fsefs_nnunet.cases.readers import in_axes_of, reorients, spacing_of
+from fsefs_nnunet.cases.readers import reorients, spacing_of
 from fsefs_nnunet.errors import InputError, several
 from fsefs_nnunet.labels import values_in
 
@@ -134,19 +134,21 @@ def read_headers(files: Sequence[str], reader_name: str) -> tuple[list[Header], 
     """
     headers = [read_header(file) for file in files]
     offsets = [offset_in_mm(header, headers[0], reorients(reader_name)) for header in headers[1:]]
-    spacings = [in_axes_of(header.pixdim, header, reader_name) for header in headers]
-    for header, spacing in zip(headers[1:], spacings[1:]):
-        if not np.allclose(spacing, spacings[0]):  # nnU-Net's readers refuse it without a word
-            odd = [h for h in (headers[0], header) if not h.pixdim_agrees]
-            raise InputError(pixdim_remedy(odd[0]) if odd else _spacings_differ(header, headers[0]))
     return headers, max(offsets, default=0.0)
 
 
-def _spacings_differ(header: Header, first: Header) -> str:
-    return (
-        f"{header.file} has voxels of {header.mm}, {first.file} of {first.mm}: nnU-Net expects one spacing of all "
-        f"channels. fseft rewrite_header {shlex.quote(header.file)} --from {shlex.quote(first.file)}"
-    )
+def _spacings_differ(headers: Sequence[Header]) -> str | None:
+    """What to do about channels whose spacings differ by rounding, which nnU-Net's readers refuse without a word."""
+    first = headers[0]
+    for other in headers[1:]:
+        one, two = (np.sort((*header.pixdim, *header.sizes)) for header in (first, other))
+        if not np.allclose(one, two):
+            files = [shlex.quote(header.file) for header in (first, other)]
+            return (
+                f"{other.file} has another spacing than {first.file}, nnU-Net expects one of all channels. Write both "
+                f"anew: fseft rewrite_header {files[0]} && fseft rewrite_header {files[1]} --from {files[0]}"
+            )
+    return None
 
 
 def read_image(reader, files: list[str]) -> tuple[np.ndarray, dict]:
@@ -160,8 +162,11 @@ def read_image(reader, files: list[str]) -> tuple[np.ndarray, dict]:
     """
     name = type(reader).__name__
     headers, _ = read_headers(files, name)
-    with refused_if_unreadable(*files):
-        image, properties = reader.read_images(files)
+    try:
+        with refused_if_unreadable(*files):
+            image, properties = reader.read_images(files)
+    except InputError as error:
+        raise (InputError(text) if (text := _spacings_differ(headers)) else error) from error
     require_finite(image, files)
     if not headers[0].pixdim_agrees:
         properties["spacing"] = spacing_of(headers[0], name)

@@ -10,15 +10,17 @@ def register(verb) -> None:
     parser = verb(
         "rewrite_header",
         rewrite_header,
-        "Write volumes anew, voxels as they are: with the spacing of their sform, or with another file's header.",
+        "Mend the geometry in headers: the spacing that the sform says, or the place of another file's voxels.",
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="replaced; a link becomes a file")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help=".nii, .nii.gz, .mha or .nrrd; a link becomes a file"
+    )
     parser.add_argument(
         "--from",
         type=Path,
         dest="other",
         metavar="OTHER",
-        help="file whose header the others get: of the same voxels in the same order, an image for its label map",
+        help="file of as many voxels in the same order, which says where they lie: an image, for its label map",
     )
 
 

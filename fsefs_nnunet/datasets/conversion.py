@@ -77,6 +77,8 @@ def convert(
         license="see reference",
     )
     print("\n".join(summary_lines(summary)))
+    if summary["left out"]:
+        print(f"To convert what was left out, delete {target} or choose another -d.")
     return target
 
 
