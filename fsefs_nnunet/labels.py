@@ -102,7 +102,7 @@ def match_labels(names: list[str], classes: tuple[str, ...], file: str = "datase
     return matches
 
 
-def without_text(labels: dict) -> dict[str, int | list[int]]:
+def as_numbers(labels: dict) -> dict[str, int | list[int]]:
     """`labels` of a dataset.json as nnU-Net understands them: "1" is 1, and so is [1] where there are no regions."""
     has_regions = any(isinstance(value, (list, tuple)) and len(value) > 1 for value in labels.values())
     made = {}
@@ -116,7 +116,7 @@ def without_text(labels: dict) -> dict[str, int | list[int]]:
 
 def foreground(labels: dict) -> dict[str, int | list[int]]:
     """`labels` of a dataset.json without background and ignore label, as numbers."""
-    return {name: value for name, value in without_text(labels).items() if name not in ("background", "ignore")}
+    return {name: value for name, value in as_numbers(labels).items() if name not in ("background", "ignore")}
 
 
 def values_in(label_map: np.ndarray) -> set[int]:

@@ -1,4 +1,4 @@
-"""A sound miniature dataset that tests spoil in one way each."""
+"""A sound miniature dataset that tests spoil in one way each, and what planning makes of it."""
 
 import gzip
 import json
@@ -7,6 +7,9 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+from fsefs_nnunet.cli.main import main
 
 NAME = "Dataset004_Field"
 SHAPE = (16, 15, 13)
@@ -121,3 +124,29 @@ def set_pixdim(file: Path, axis: int, value: float) -> None:
 def add_offset(file: Path) -> None:
     """HU + 1024, as unsigned integers."""
     write(file, np.clip(array_of(file) + 1024, 0, None).astype(np.uint16))
+
+
+# ---- planned and preprocessed ----
+
+
+def plan_and_preprocess(*options) -> int:
+    return main(["plan_and_preprocess", "-d", "4", "--shots", "1", "--num_queries", "2", "-np", "1", *options])
+
+
+def preprocessed(raw) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    folder = str(raw.parent / "nnUNet_preprocessed" / NAME / "FSEFTPlans_3d_fullres")
+    dataset = infer_dataset_class(folder)(folder)
+    return {case: tuple(part[:][0] for part in dataset.load_case(case)[:2]) for case in dataset.identifiers}
+
+
+def bright_dice(image: np.ndarray, label: np.ndarray) -> float:
+    """Overlap of the label map with the bright organs, of images in [0, 1]."""
+    bright, labelled = image > 0.67, label > 0
+    return 2 * (bright & labelled).sum() / (bright.sum() + labelled.sum())
+
+
+def assert_aligned(raw) -> None:
+    """Label 1 lies right of label 2 in every case, each on its bright organ."""
+    for image, label in preprocessed(raw).values():
+        assert bright_dice(image, label) == 1
+        assert np.argwhere(label == 1)[:, 0].mean() > np.argwhere(label == 2)[:, 0].mean() + 3

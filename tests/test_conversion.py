@@ -373,7 +373,12 @@ def test_a_damaged_header_costs_its_case_alone(tree, raw):
     (reason,) = (why for why in left_out(raw).values() if image.name in why and "cannot be read" in why)
 
 
-# ---- headers of labels that were lost ----
+def test_a_ct_with_an_offset_is_told(tree, raw, capsys):
+    file = tree.folder / "RawData" / "Training" / "img" / "img0001.nii.gz"
+    save(file, np.abs(np.asarray(nib.load(file).dataobj)), tree.affines["img0001"])
+    assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 1) == 0
+    line = "CT without a value below 0: another modality, or stored with an offset (of 1024): img0001"
+    assert any(told.startswith(line) for told in capsys.readouterr().out.splitlines())
 
 
 def lose_header(tree: Tree) -> np.ndarray:
@@ -399,54 +404,3 @@ def test_a_lost_header(tree, raw):
     np.testing.assert_allclose(label.affine, image.affine)
     summary = json.loads((out / "conversion.json").read_text())
     assert summary["labels given their image's header"] == ["img0001"] and not summary["labels resampled"]
-
-
-@pytest.fixture
-def image():
-    return nib.Nifti1Image(np.zeros((20, 20, 20), np.int16), np.diag([2.0, 2, 2, 1]))
-
-
-def resampled(label, affine, image) -> np.ndarray:
-    placed, how = volumes.on_grid(nib.Nifti1Image(label, affine), image, Path("x"), volumes.OtherGrid(resample=True))
-    assert how == "resampled"
-    return np.asarray(placed.dataobj)
-
-
-def test_a_label_around_its_organ(image):
-    """Cropped by whoever labelled: another shape, another part of the field of view, nothing lost."""
-    affine = np.diag([2.0, 2, 2, 1])
-    affine[:3, 3] = (8, 8, 8)
-    expected = np.zeros((20, 20, 20), np.uint8)
-    expected[5:10, 5:10, 5:10] = 3
-    np.testing.assert_array_equal(resampled(expected[4:12, 4:12, 4:12], affine, image), expected)
-
-
-@pytest.mark.parametrize("what", ["a lesion of one voxel", "an organ beyond the image"])
-def test_resampling_loses_no_label(image, what):
-    label = np.zeros((40, 40, 40), np.uint8)
-    label[10:20, 10:20, 10:20] = 1
-    affine = np.diag([1.0, 1, 1, 1])
-    if what == "a lesion of one voxel":
-        label[5, 5, 5] = 2
-        said = "of 0.001 ml of label 2, resampling to the image's grid would leave 0"
-    else:
-        affine[:3, 3] = (15, 0, 0)
-        label[30:40, 10:20, 10:20] = 2
-        said = "of 1 ml of label 2, resampling to the image's grid would leave 0"
-    with pytest.raises(InputError, match=said):
-        resampled(label, affine, image)
-
-
-def test_grids_that_hardly_overlap(image):
-    affine = np.diag([2.0, 2, 2, 1])
-    affine[:3, 3] = (30, 0, 0)
-    with pytest.raises(InputError, match="of which it covers 25%: resampling would lose labels. Leave the case out"):
-        resampled(np.ones((16, 20, 20), np.uint8), affine, image)
-
-
-def test_a_ct_with_an_offset_is_told(tree, raw, capsys):
-    file = tree.folder / "RawData" / "Training" / "img" / "img0001.nii.gz"
-    save(file, np.abs(np.asarray(nib.load(file).dataobj)), tree.affines["img0001"])
-    assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 1) == 0
-    line = "CT without a value below 0: another modality, or stored with an offset (of 1024): img0001"
-    assert any(told.startswith(line) for told in capsys.readouterr().out.splitlines())

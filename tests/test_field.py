@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from test_soundness import assert_aligned
+from field_files import assert_aligned
 
 from fsefs_nnunet.cli.main import main
 

@@ -1,7 +1,6 @@
 """What the planner says of training cases, by nnU-Net's command as by ours: nothing is planned from what misleads."""
 
 import json
-import os
 import shlex
 import shutil
 from dataclasses import replace
@@ -15,6 +14,7 @@ from field_files import (
     SHAPE,
     add_offset,
     array_of,
+    assert_aligned,
     disagree,
     files_of,
     forget_pixdim,
@@ -22,6 +22,8 @@ from field_files import (
     image_of,
     label_of,
     lose_header,
+    plan_and_preprocess,
+    preprocessed,
     set_pixdim,
     shift,
     turn,
@@ -29,7 +31,6 @@ from field_files import (
     write_dataset,
 )
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from fsefs_nnunet.backbones.store import load_weights, save_backbone
@@ -51,29 +52,6 @@ def check() -> FSEFTPlanner:
 
 def warnings(capsys) -> list[str]:
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: ")]
-
-
-def plan_and_preprocess(*options) -> int:
-    return main(["plan_and_preprocess", "-d", "4", "--shots", "1", "--num_queries", "2", "-np", "1", *options])
-
-
-def preprocessed(raw) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    folder = str(raw.parent / "nnUNet_preprocessed" / NAME / "FSEFTPlans_3d_fullres")
-    dataset = infer_dataset_class(folder)(folder)
-    return {case: tuple(part[:][0] for part in dataset.load_case(case)[:2]) for case in dataset.identifiers}
-
-
-def bright_dice(image: np.ndarray, label: np.ndarray) -> float:
-    """Overlap of the label map with the bright organs, of images in [0, 1]."""
-    bright, labelled = image > 0.67, label > 0
-    return 2 * (bright & labelled).sum() / (bright.sum() + labelled.sum())
-
-
-def assert_aligned(raw) -> None:
-    """Label 1 lies right of label 2 in every case, each on its bright organ."""
-    for image, label in preprocessed(raw).values():
-        assert bright_dice(image, label) == 1
-        assert np.argwhere(label == 1)[:, 0].mean() > np.argwhere(label == 2)[:, 0].mean() + 3
 
 
 # ---- what is fine ----
@@ -353,60 +331,3 @@ def test_channels_of_other_spacings(raw, what):
         assert main(shlex.split(command.removeprefix("fseft "))) == 0
     image, _ = read_image(NibabelIOWithReorient(), files)
     np.testing.assert_array_equal(image[0], image[1])
-
-
-# ---- files that were replaced ----
-
-
-def replace_by_older(dataset) -> None:
-    """The same arrays at 1 mm, with dates long before the fingerprint, as a copy keeps them."""
-    for case in range(3):
-        for file in files_of(dataset, case):
-            write(file, array_of(file)[::-1].copy(), np.eye(4))
-            os.utime(file, (10**9, 10**9))
-
-
-@pytest.mark.slow
-def test_cases_replaced_by_older_files(dataset, raw):
-    assert plan_and_preprocess() == 0
-    folder = raw.parent / "nnUNet_preprocessed" / NAME
-    replace_by_older(dataset)
-    assert plan_and_preprocess() == 0
-    assert json.loads((folder / "dataset_fingerprint.json").read_text())["spacings"] == [[1, 1, 1]] * 3
-    for case in range(3):
-        kept = folder / "gt_segmentations" / f"case_{case}.nii.gz"
-        assert kept.read_bytes() == label_of(dataset, case).read_bytes()
-
-
-def test_the_fingerprint_stays_while_the_files_do(dataset, raw):
-    check()
-    file = raw.parent / "nnUNet_preprocessed" / NAME / "dataset_fingerprint.json"
-    made = file.stat().st_mtime_ns
-    check()
-    assert file.stat().st_mtime_ns == made
-    # one file's date, and nothing else
-    os.utime(label_of(dataset, 1), (10**9, 10**9))
-    check()
-    assert file.stat().st_mtime_ns > made
-
-
-def test_the_fingerprint_follows_cases_that_go(dataset):
-    assert len(check().dataset_fingerprint["spacings"]) == 3
-    for file in files_of(dataset, 1):
-        file.unlink()
-    assert len(check().dataset_fingerprint["spacings"]) == 2
-
-
-@pytest.mark.parametrize("stock", ["NibabelIO", "NibabelIOWithReorient"])
-def test_the_file_keeps_the_axes_that_nnunet_expects(raw, stock):
-    """Its own planner may read it later; ours has it in the axes of the backbone's reader."""
-    dataset = write_dataset(raw, overwrite_image_reader_writer=stock)
-    for case in range(3):
-        for file in files_of(dataset, case):
-            turn(file, "SRA")  # z, y, x of a plain reader: to the front, the right, the head
-    planner = check()
-    content = json.loads((raw.parent / "nnUNet_preprocessed" / NAME / "dataset_fingerprint.json").read_text())
-    stored = ([2, 2, 3], [15, 16, 13]) if stock == "NibabelIO" else ([3, 2, 2], [13, 15, 16])
-    assert (content["spacings"][0], content["shapes_after_crop"][0]) == stored
-    assert planner.dataset_fingerprint["spacings"][0] == [3, 2, 2]
-    assert planner.dataset_fingerprint["shapes_after_crop"][0] == [13, 15, 16]

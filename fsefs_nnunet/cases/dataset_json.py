@@ -14,7 +14,7 @@ from pathlib import Path
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.labels import foreground, label_values, without_text
+from fsefs_nnunet.labels import as_numbers, foreground, label_values
 
 MOST_TRIED = 6  # regions whose sequences are all tried for a right one
 
@@ -43,7 +43,7 @@ def read_dataset_json(file: Path) -> dict:
         LabelManager(content["labels"], content.get("regions_class_order"))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # rules of newer versions of nnU-Net
         raise InputError(f"{file}: nnU-Net refuses its labels: {error}") from error
-    return {**content, "channel_names": channel_names(content), "labels": without_text(content["labels"])}
+    return {**content, "channel_names": channel_names(content), "labels": as_numbers(content["labels"])}
 
 
 def order_warnings(dataset_json: dict) -> list[str]:
@@ -197,13 +197,13 @@ def _of_labels(labels: dict) -> Iterator[str]:
         )
         return
     if "ignore" in labels and type(labels["ignore"]) is not int:
-        highest = max(label_values(without_text({n: v for n, v in labels.items() if n != "ignore"})), default=0)
+        highest = max(label_values(as_numbers({n: v for n, v in labels.items() if n != "ignore"})), default=0)
         yield f"ignore is {labels['ignore']!r}: it must be one number, write {_line('ignore', highest + 1)}."
         return
     if isinstance(labels.get("background"), list):
         yield f"background is {labels['background']}: it must be {_line('background', 0)}."
         return
-    labels = without_text(labels)
+    labels = as_numbers(labels)
     spelled = [name for name in labels if name != name.lower() and name.lower() in ("background", "ignore")]
     if spelled:
         right = spelled[0].lower()
@@ -251,7 +251,7 @@ def _of_order(labels: dict) -> Iterator[str]:
 
 
 def _of_regions(content: dict) -> Iterator[str]:
-    labels = without_text(content["labels"])
+    labels = as_numbers(content["labels"])
     if not any(isinstance(value, list) for value in labels.values()):
         return  # nnU-Net ignores the order then
     order, names = content.get("regions_class_order"), list(_regions(labels))

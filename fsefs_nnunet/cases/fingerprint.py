@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
 from fsefs_nnunet.cases.headers import read_header
@@ -25,7 +26,7 @@ def require_fingerprint(
     nnU-Net takes it with the reader that it would choose itself, and goes on with one that is there, whatever became of
     the files since.
     """
-    file, made_of = preprocessed / FINGERPRINT_FILE, state_of(cases)
+    file, made_of = preprocessed / FINGERPRINT_FILE, state_of(cases, stock_reorients(dataset_json))
     if value_in(file, MADE_OF) == made_of:
         return
     extractor = DatasetFingerprintExtractor(name, num_processes)
@@ -49,23 +50,18 @@ def in_axes(fingerprint: dict, cases: dict[str, dict], reoriented: bool, wanted:
     made = {"spacings": [], "shapes_after_crop": []}
     for i, case in enumerate(cases.values()):
         axes = reoriented_axes(read_header(case["images"][0]))
+        axes = axes if wanted else np.argsort(axes)
         for key, values in made.items():
-            old = list(fingerprint[key][i])
-            new = [old[axis] for axis in axes]
-            if not wanted:  # the other way round
-                for position, axis in enumerate(axes):
-                    new[axis] = old[position]
-            values.append(new)
+            values.append([fingerprint[key][i][axis] for axis in axes])
     return {**fingerprint, **made}
 
 
-def state_of(cases: dict[str, dict]) -> str:
-    """A hash of names, sizes, dates and headers of all files: of content, scans are too large to be read for it."""
-    states = [
-        (case, [_state(Path(file)) for file in (*files["images"], files["label"])])
-        for case, files in sorted(cases.items())
-    ]
-    return hashlib.sha256(json.dumps(states, sort_keys=True).encode()).hexdigest()
+def state_of(cases: dict[str, dict], reoriented: bool) -> str:
+    """A hash of what a fingerprint is of: names, sizes, dates and headers of all files, since scans are too large to be
+    read for it, and whether its axes are those of a reader that reorients images.
+    """
+    states = {case: [_state(Path(f)) for f in (*files["images"], files["label"])] for case, files in cases.items()}
+    return hashlib.sha256(json.dumps([states, reoriented], sort_keys=True).encode()).hexdigest()
 
 
 def _state(file: Path) -> tuple[str, int, int, str]:

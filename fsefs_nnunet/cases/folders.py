@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
 from fsefs_nnunet.cases.images import broken_link, is_leftover, list_images
 from fsefs_nnunet.errors import InputError, several
 
@@ -73,8 +75,8 @@ def dataset_name(dataset_id: int | str, variable: str) -> str:
         )
     roots = [Path(os.environ[v]) for v in VARIABLES if os.environ.get(v)]
     there = [path for root in roots if root.is_dir() for path in sorted(root.glob("Dataset*")) if path.is_dir()]
-    prefix = f"Dataset{int(number):03d}"
-    found = {path.name: path for path in reversed(there) if path.name.startswith(prefix)}
+    candidates = find_candidate_datasets(int(number))
+    found = {path.name: path for path in reversed(there) if path.name in candidates}
     if len(found) > 1:
         raise InputError(
             f"Dataset id {int(number)} is used by {' and '.join(map(str, found.values()))}: rename all but one in all "
@@ -85,7 +87,7 @@ def dataset_name(dataset_id: int | str, variable: str) -> str:
     remedy = f"there are {several(sorted({path.name for path in there}), 5) or 'none'}."
     near = [path for path in there if re.match(rf"Dataset0*{int(number)}_", path.name)]
     if near and not found:
-        right = f"{prefix}_{near[0].name.split('_', 1)[1]}"
+        right = f"Dataset{int(number):03d}_{near[0].name.split('_', 1)[1]}"
         remedy = f"nnU-Net's ids have three digits, rename {near[0]} to {right}."
     raise InputError(f"No dataset {text} in {folder_of(variable)}: {remedy}")
 
@@ -95,7 +97,7 @@ def labelled_cases(raw: Path, dataset_json: dict) -> list[str]:
 
 
 def training_files(raw: Path, dataset_json: dict) -> dict[str, dict]:
-    """Each training case's "images" and "label", as nnU-Net finds them, without the leftovers of a copy from macOS.
+    """Each training case's "images" and "label" by name, as nnU-Net finds them, without leftovers of a copy from macOS.
 
     Raises:
         InputError: if there is none, or one that nnU-Net would ignore or fail on.
@@ -108,7 +110,7 @@ def training_files(raw: Path, dataset_json: dict) -> dict[str, dict]:
         cases = {c: {"images": images[c], "label": str(raw / "labelsTr" / f"{c}{ending}")} for c in images}
     for case, files in cases.items():
         _require_printable(raw, [case, *files["images"], files["label"]])
-    return cases
+    return dict(sorted(cases.items()))
 
 
 def _require_printable(raw: Path, names: list[str]) -> None:
