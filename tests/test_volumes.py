@@ -51,3 +51,29 @@ def test_grids_that_hardly_overlap(image):
     affine[:3, 3] = (30, 0, 0)
     with pytest.raises(InputError, match="of which it covers 25%: resampling would lose labels. Leave the case out"):
         resampled(np.ones((16, 20, 20), np.uint8), affine, image)
+
+
+def centred(axes: str) -> nib.Nifti1Image:
+    """With as many voxels on each side of the origin, where nibabel puts a volume of which it knows no place."""
+    affine = np.diag([2.0, 2, 2, 1])
+    affine[:3, 3] = -19
+    label = np.zeros((20, 20, 20), np.uint8)
+    label[2:6, 3:9, 10:15] = 1
+    turn = nib.orientations.axcodes2ornt(axes)
+    return nib.Nifti1Image(label, affine).as_reoriented(turn)
+
+
+def test_a_label_along_other_axes():
+    placed, how = volumes.on_grid(centred("LPS"), centred("RAS"), Path("x"), volumes.REFUSED)
+    assert how == volumes.AS_IT_IS
+    np.testing.assert_array_equal(placed.dataobj, centred("RAS").dataobj)
+
+
+def test_axes_that_are_a_guess_are_not_turned():
+    """It would swap left and right of a label map that has only lost its header."""
+    lost = nib.Nifti1Image(np.asarray(centred("RAS").dataobj), None)
+    lost.header.set_zooms((2, 2, 2))
+    lost = nib.Nifti1Image(np.asarray(lost.dataobj), lost.header.get_best_affine(), lost.header)
+    assert not lost.header["sform_code"] and nib.aff2axcodes(lost.affine) == ("L", "A", "S")
+    with pytest.raises(InputError, match="lies on another grid than its image. Its header may have been lost"):
+        volumes.on_grid(lost, centred("RAS"), Path("x"), volumes.REFUSED)

@@ -99,7 +99,8 @@ def on_grid(label: nib.Nifti1Image, image: nib.Nifti1Image, file: Path, other_gr
     grids = _grid(label), _grid(image)
     if grids[0].is_on_grid_of(grids[1]):
         return Placed(label)
-    if grids[0].turned().is_on_grid_of(grids[1].turned()):  # stored along other axes
+    # stored along other axes, unless these are a guess
+    if all(g.knows_sides for g in grids) and grids[0].turned().is_on_grid_of(grids[1].turned()):
         turn = nib.orientations.ornt_transform(nib.io_orientation(label.affine), nib.io_orientation(image.affine))
         return Placed(label.as_reoriented(turn))
     same_shape = label.shape == image.shape
@@ -125,7 +126,8 @@ def on_grid(label: nib.Nifti1Image, image: nib.Nifti1Image, file: Path, other_gr
 
 
 def _grid(image: nib.Nifti1Image) -> Header:
-    return Header("", image.shape[:3], image.affine, tuple(nib.affines.voxel_sizes(image.affine)))
+    pixdim, codes = tuple(nib.affines.voxel_sizes(image.affine)), ("sform_code", "qform_code")
+    return Header("", image.shape[:3], image.affine, pixdim, any(int(image.header[code]) > 0 for code in codes))
 
 
 def _require_volumes(before: nib.Nifti1Image, after: nib.Nifti1Image, file: Path) -> None:
