@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
@@ -23,7 +24,7 @@ from fsefs_nnunet.cases.readers import find_reader, reorients
 from fsefs_nnunet.cases.soundness import check_training_cases
 from fsefs_nnunet.cases.splits import fitting_shots
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.features.layout import pooling_factor
+from fsefs_nnunet.features.layout import MAX_POOLED_VOXELS, pooled_blocks
 from fsefs_nnunet.files import refused_if_unwritable, write_json
 from fsefs_nnunet.labels import foreground, match_labels
 from fsefs_nnunet.methods.settings import Settings
@@ -158,7 +159,12 @@ class FSEFTPlanner(ExperimentPlanner):
             shots=shots,
             crop_size=tuple(int(n) for n in crop),
             crops_per_step=min(Settings.crops_per_step, fitting),
-            pool=max(Settings.pool, pooling_factor(parent["median_image_size_in_voxels"])),
+            pool=pooled_blocks(
+                parent["median_image_size_in_voxels"],
+                parent["spacing"],
+                large=any(n > 2 * w for n, w in zip(parent["median_image_size_in_voxels"], self.contract.patch_size)),
+                most=None if torch.cuda.is_available() else MAX_POOLED_VOXELS,
+            ),
         )
         return {
             "inherits_from": "3d_fullres",

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from torch import nn
+from tqdm import tqdm
 
 from fsefs_nnunet.backbones.store import find_backbone
 from fsefs_nnunet.backbones.untrained_decoder import refuse_untrained_decoder
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.inference.logits import logits_in_one_look
 from fsefs_nnunet.losses.segmentation import segmentation_loss
 from fsefs_nnunet.methods.network import build_network, trains_decoder
 from fsefs_nnunet.methods.registry import Method
-from fsefs_nnunet.methods.run_file import RunFile
+from fsefs_nnunet.methods.run_file import VALIDATION, RunFile
 from fsefs_nnunet.methods.schedules import WarmupCosineScheduler, at_plateau
 from fsefs_nnunet.methods.settings import Settings, is_k_shot
 from fsefs_nnunet.trainers.kshot_trainer import KShotTrainer
@@ -132,6 +138,52 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
             losses = [self.logger.get_value("train_losses", step=epoch) for epoch in range(self.current_epoch)]
             if at_plateau(losses):
                 raise StopTraining("the training loss no longer falls")
+
+    # ---- validation ----
+
+    def query_logits(self, case: str, image: np.ndarray) -> torch.Tensor:
+        """Logits (outputs, X, Y, Z) of a labelled query, whose preprocessed image is (channels, X, Y, Z)."""
+        window = self.configuration_manager.patch_size
+        logits, windows = logits_in_one_look(self.network, image, window, self.device)
+        self.validation_windows += windows
+        return logits
+
+    def validate_queries(self, save_probabilities: bool) -> None:
+        """As nnU-Net's, but over windows that start at multiples of the maps' strides, and without processes of its own
+        for a handful of small volumes."""
+        self.network.eval()
+        folder = Path(self.output_folder, VALIDATION)
+        folder.mkdir(parents=True, exist_ok=True)
+        dataset = self.dataset_class(self.preprocessed_dataset_folder, self.do_split()[1])
+        for case in tqdm(dataset.identifiers, desc="final validation"):
+            image, _, _, properties = dataset.load_case(case)
+            export_prediction_from_logits(
+                self.query_logits(case, image[:]),
+                properties,
+                self.configuration_manager,
+                self.plans_manager,
+                self.dataset_json,
+                str(folder / case),
+                save_probabilities,
+                torch.get_num_threads(),
+            )
+        manager = self.label_manager
+        metrics = compute_metrics_on_folder(
+            str(Path(self.preprocessed_dataset_folder_base, "gt_segmentations")),
+            str(folder),
+            str(folder / "summary.json"),
+            self.plans_manager.image_reader_writer_class(),
+            self.dataset_json["file_ending"],
+            manager.foreground_regions if manager.has_regions else manager.foreground_labels,
+            manager.ignore_label,
+            chill=True,
+        )
+        for label, of_label in metrics["mean"].items():
+            self.logger.log_summary(f"final_val/class_{label}_dice", of_label["Dice"])
+        dice = metrics["foreground_mean"]["Dice"]
+        self.logger.log_summary("final_val/foreground_dice", dice)
+        self.print_to_log_file("Validation complete", also_print_to_console=True)
+        self.print_to_log_file("Mean Validation Dice: ", dice, also_print_to_console=True)
 
     def on_train_end(self):
         self.optimizer.state.clear()  # the final checkpoint holds the trained weights alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -9,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fsefs_nnunet.cases.preprocessed import require_labels
+from fsefs_nnunet.cases.preprocessed import files_of, require_labels
 from fsefs_nnunet.cases.splits import fold_seed
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.bank import FeatureBank, Request
 from fsefs_nnunet.features.crops import CropLoader, region_transform
-from fsefs_nnunet.features.disk import cap_in_gb
-from fsefs_nnunet.features.layout import Layout, support_layout
+from fsefs_nnunet.features.disk import cap_in_gb, has_space
+from fsefs_nnunet.features.layout import Layout, support_layout, whole_layout, whole_name
 from fsefs_nnunet.features.views import SupportViews
+from fsefs_nnunet.features.volume import VolumeFeatures
+from fsefs_nnunet.inference.logits import logits_of
 from fsefs_nnunet.priors.objective import objective, support_loss
 from fsefs_nnunet.trainers.adapted_trainer import AdaptedTrainer
 
@@ -40,10 +43,17 @@ class BankTrainer(AdaptedTrainer):
         """Preprocessed image (channels, X, Y, Z) of a training case."""
         return self.load_case(case)[0][:]
 
-    def make_view(self, view: str) -> np.ndarray:
-        """Image (channels, X, Y, Z) of a view of a support case; keeps its label map."""
-        image, self.segmentations[view] = self.views.make(view)
-        return image
+    def shape_of(self, case: str) -> tuple[int, ...]:
+        """Of a preprocessed training case, (X, Y, Z)."""
+        return tuple(self.load_case(case)[0].shape[1:])
+
+    def hash_of(self, case: str, with_labels: bool = False) -> str:
+        """Of the image of a training case, `with_labels` of its label map as well."""
+        image, labels = self.load_case(case)[:2]
+        digest = hashlib.sha256(np.ascontiguousarray(image[:]))
+        if with_labels:
+            digest.update(np.ascontiguousarray(labels[:]))
+        return digest.hexdigest()
 
     def get_dataloaders(self):
         settings, ignored = self.settings, self.label_manager.ignore_label
@@ -79,18 +89,48 @@ class BankTrainer(AdaptedTrainer):
         )
         self.clock.lap(self.run, "start")
         self.bank.fill(self.requests(), cap_in_gb(self.settings.bank_gb), self.print_to_log_file)
+        self.segmentations |= {view: self.bank[view].labels for view in self.views.names}
         self.clock.lap(self.run, "feature bank")
         self.run.windows += self.bank.windows
+        self.bank.windows = 0
+        self.run.feature_precisions = self.bank.precisions
+        self.print_to_log_file(
+            f"The backbone ran over {self.run.windows} windows for this training; stored features were computed in "
+            f"{' and '.join(self.run.feature_precisions)}."
+        )
 
     def requests(self) -> list[Request]:
         """The volumes whose features are needed."""
         return [
-            *(Request(case, partial(self.load_image, case), partial(self.kept_of, case)) for case in self.run.support),
-            *(Request(view, partial(self.make_view, view), partial(self.kept_of, view)) for view in self.views.names),
+            *(self.request(case, self.kept_of(case), statistics=True) for case in self.run.support),
+            *(self.request_of_view(view) for view in self.views.names),
         ]
 
-    def kept_of(self, case: str, shape: tuple[int, ...]) -> Layout:
-        """What the bank keeps of a support case or view of `shape`."""
+    def request(self, case: str, layout: Layout, name: str | None = None, statistics: bool = False) -> Request:
+        """A preprocessed training case, in the bank under `name`."""
+        image_files, _ = files_of(self.preprocessed_dataset_folder, case)
+        content, image = partial(self.hash_of, case), partial(self.load_image, case)
+        return Request(name or case, image_files, content, image, layout, statistics=statistics)
+
+    def request_of_view(self, view: str) -> Request:
+        case, made = self.views.names[view][0], {}
+
+        def image() -> np.ndarray:
+            made["image"], made["labels"] = self.views.make(view)
+            return made["image"]
+
+        return Request(
+            view,
+            [file for files in files_of(self.preprocessed_dataset_folder, case) for file in files],
+            partial(self.hash_of, case, with_labels=True),
+            image,
+            whole_layout(self.views.window_in(self.segmentations[case].shape[1:])),
+            self.views.describe(view),
+            lambda: made["labels"],
+        )
+
+    def kept_of(self, case: str) -> Layout:
+        """What the bank keeps of a support case."""
         labels, ignored = self.segmentations[case][0], self.label_manager.ignore_label
         return support_layout(case, labels, self.settings.crop_size, self.configuration_manager.patch_size, ignored)
 
@@ -182,3 +222,33 @@ class BankTrainer(AdaptedTrainer):
             return super().validation_step(batch)
         finally:
             self.network = network
+
+    # ---- final validation ----
+
+    def whole_queries(self) -> list[Request]:
+        """The labelled queries, whose final validation reads the bank; none where it has no room for them.
+
+        Folds and methods share them.
+        """
+        requests = [
+            self.request(case, whole_layout(self.shape_of(case)), whole_name(case)) for case in self.do_split()[1]
+        ]
+        cap = cap_in_gb(self.settings.bank_gb)
+        return requests if has_space(self.bank.root, self.bank.lacks(requests), cap) else []
+
+    def validate_queries(self, save_probabilities: bool) -> None:
+        if not hasattr(self, "bank"):  # `--val` has not trained
+            preprocessed = Path(self.preprocessed_dataset_folder_base)
+            self.bank = FeatureBank.of_configuration(
+                preprocessed, self.network.backbone, self.configuration_manager, self.device
+            )
+        requests = self.whole_queries()
+        self.bank.fill(requests, cap_in_gb(self.settings.bank_gb), self.print_to_log_file)
+        self.stored_queries = {request.case for request in requests}
+        self.validation_windows += self.bank.windows
+        super().validate_queries(save_probabilities)
+
+    def query_logits(self, case: str, image: np.ndarray) -> torch.Tensor:
+        if whole_name(case) not in self.stored_queries:
+            return super().query_logits(case, image)
+        return logits_of(self.network, VolumeFeatures.stored(self.bank[whole_name(case)], self.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -75,24 +76,28 @@ class FSEFTTrainer(BankTrainer):
         spacing, ignored = self.configuration_manager.spacing, self.label_manager.ignore_label
         self.support_labels = SupportLabels(support, self.classes, spacing, ignored)
         self.pooled_support = {}
-        if self.settings.pool > 1:  # without prior, too: a later training with it needs no second pass
+        if max(self.settings.pool) > 1:  # without prior, too: a later training with it needs no second pass
             cases = calibration_cases(self.support_labels.sizes_ml, len(self.classes))
             self.pooled_support = {pooled_name(case): case for case in cases}
         super().fill_bank()
         self.estimate_prior()
 
     def requests(self) -> list[Request]:
-        pooled = [
-            Request(name, partial(self.load_image, case), self.pooled) for name, case in self.pooled_support.items()
-        ]
-        if self.wants_prior:
-            labelled = [(case, self.load_image) for case in self.run.labelled_queries]
-            unlabelled = [(case, self.unlabelled.load) for case in self.unlabelled_queries]
-            pooled += [Request(case, partial(load, case), self.pooled) for case, load in (*labelled, *unlabelled)]
-        return [*super().requests(), *pooled]
+        pooled = [self.request(case, self.pooled(case), name) for name, case in self.pooled_support.items()]
+        if not self.wants_prior:
+            return [*super().requests(), *pooled]
+        # of one pass: what the prior looks at, and what the final validation will look at
+        whole = self.whole_queries() if self.validates else []
+        labelled = [self.request(case, self.pooled(case)) for case in self.run.labelled_queries]
+        return [*super().requests(), *pooled, *labelled, *whole, *map(self.unlabelled_request, self.unlabelled_queries)]
 
-    def pooled(self, shape: tuple[int, ...]) -> Layout:
-        return query_layout(shape, self.settings.pool)
+    def unlabelled_request(self, case: str) -> Request:
+        image = partial(self.unlabelled.load, case)
+        layout = query_layout(self.unlabelled.shape_of(case), self.settings.pool)
+        return Request(case, [self.unlabelled.file(case)], lambda: sha256(image()).hexdigest(), image, layout)
+
+    def pooled(self, case: str) -> Layout:
+        return query_layout(self.shape_of(case), self.settings.pool)
 
     def estimate_prior(self) -> None:
         """From the support labels alone."""

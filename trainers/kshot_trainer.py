@@ -32,7 +32,7 @@ class KShotTrainer(WithoutMirroring):
     """
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
-        self.clock, self.run = StageClock(), None
+        self.clock, self.run, self.validation_windows = StageClock(), None, 0
         self._require_folders(plans)
         with refused_if_unwritable(folder_of("nnUNet_results")):
             super().__init__(plans, configuration, fold, dataset_json, device)
@@ -179,12 +179,16 @@ class KShotTrainer(WithoutMirroring):
 
     # ---- validation ----
 
+    @property
+    def validates(self) -> bool:
+        return os.environ.get("fseft_final_validation") != "0"
+
     def perform_actual_validation(self, save_probabilities: bool = False):
         queries = self.do_split()[1]
         if not queries:
             self.print_to_log_file("No labelled queries: the final validation is skipped.")
             return
-        if os.environ.get("fseft_final_validation") == "0":
+        if not self.validates:
             self.print_to_log_file("The final validation is skipped: fseft_final_validation is 0.")
             return
         # nnU-Net averages over every segmentation that lies there, those of earlier draws as well
@@ -192,7 +196,7 @@ class KShotTrainer(WithoutMirroring):
             if file.name.removesuffix(self.dataset_json["file_ending"]) not in queries:
                 file.unlink()
         self.clock = StageClock()
-        super().perform_actual_validation(save_probabilities)
+        self.validate_queries(save_probabilities)
         self.print_to_log_file(f"Validation results: {join(self.output_folder, 'validation', 'summary.json')}")
         try:
             self.run = self.run or RunFile.load(self.output_folder)  # `--val` has not trained
@@ -200,4 +204,9 @@ class KShotTrainer(WithoutMirroring):
             self.print_to_log_file(f"The time of the validation is not kept: {error}")
         else:
             self.run.seconds.pop(VALIDATION, None)
+            self.run.validation_windows = self.validation_windows
             self.save_run(VALIDATION)
+
+    def validate_queries(self, save_probabilities: bool) -> None:
+        """Segment the labelled queries into `validation`, and write its summary.json."""
+        super().perform_actual_validation(save_probabilities)

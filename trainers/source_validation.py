@@ -11,10 +11,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import nn
 
+from fsefs_nnunet.backbones.maps import FeatureMap
 from fsefs_nnunet.device import reduced_precision
+from fsefs_nnunet.features.volume import VolumeFeatures
 from fsefs_nnunet.files import write_atomically
 
 FILE = "zero_shot.csv"
@@ -28,22 +31,31 @@ def first_cases(sources: dict[str, dict], held_out: list[str], most: int) -> dic
     return {name: some for name, some in cases.items() if some}
 
 
+class LogitMap(nn.Module):
+    """A segmentation network as one that gives a single map, its logits."""
+
+    def __init__(self, network: nn.Module, label_manager: LabelManager):
+        super().__init__()
+        self.network, self.maps = network, [FeatureMap(label_manager.num_segmentation_heads)]
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """image (B, input_channels, X, Y, Z) -> one map (B, outputs, X, Y, Z)."""
+        with reduced_precision(image.device):
+            return [self.network(image).float()]
+
+
 def volume_dice(trainer: nnUNetTrainer, case: str) -> np.ndarray:
     """Dice (K,) of each region in the preprocessed volume of a case; NaN for one that neither side shows."""
-    predictor = nnUNetPredictor(
-        use_mirroring=False,
-        perform_everything_on_device=trainer.device.type == "cuda",
-        device=trainer.device,
-        allow_tqdm=False,
-    )
     # DDP's wrapper expects every process to call it equally often
     network = trainer.network.module if trainer.is_ddp else trainer.network
-    plans, configuration = trainer.plans_manager, trainer.configuration_manager
-    predictor.manual_initialization(network, plans, configuration, None, trainer.dataset_json, "", None)
     data, segmentation, *_ = trainer.dataset_class(trainer.preprocessed_dataset_folder, [case]).load_case(case)
-    with torch.no_grad(), reduced_precision(trainer.device):
-        logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(data[:]))
-    predicted = logits.cpu() > 0
+    window = trainer.configuration_manager.patch_size
+    features = VolumeFeatures(LogitMap(network, trainer.label_manager), data[:], window, trainer.device)
+    tiling, planes = features.tiling, []
+    for slab in features.slabs():
+        planes.append((slab.maps[0] > 0).cpu())
+    inside = tuple(slice(b, b + n) for b, n in zip(tiling.before, tiling.shape))
+    predicted = torch.cat(planes, 1)[(slice(None), *inside)]
     regions = ConvertSegmentationToRegionsTransform(trainer.label_manager.foreground_regions, channel_in_seg=0)
     true = regions(segmentation=torch.from_numpy(segmentation[:]))["segmentation"].bool()
     both, either = ((predicted & true).sum((1, 2, 3)), predicted.sum((1, 2, 3)) + true.sum((1, 2, 3)))

@@ -15,7 +15,7 @@ from fsefs_nnunet.benchmark.cells import Cell, Spent
 from fsefs_nnunet.device import device_named
 from fsefs_nnunet.evaluation.tables import duration
 from fsefs_nnunet.files import write_atomically
-from fsefs_nnunet.inference.prediction import QueryPredictor
+from fsefs_nnunet.inference.prediction import QueryPredictor, part_folder
 from fsefs_nnunet.inference.support import memories_of
 from fsefs_nnunet.inference.trained_model import TrainedModel
 
@@ -89,19 +89,22 @@ def _predict_together(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, in
     readers = dict(predictors)
     for case, files in tqdm(images.items(), desc=title, disable=not predictors):
         waiting = [cell for cell in predictors if not _segmented(cell, case)]
-        try:
-            volume = predictors[waiting[0]].read(files) if waiting else None
-        except Exception as error:  # readers of broken files raise whatever they like
-            failures |= dict.fromkeys(predictors, f"{files[0]} was not segmented: {error}")
-            break
-        for cell in waiting:
+        if not waiting:
+            continue
+        with part_folder(waiting[0].predictions / case, "features") as folder:
             try:
-                report = predictors[cell].segment(volume, cell.predictions / f"{case}{_ending(cell)}")
-                if cell.method.transductive:
-                    write_atomically(cell.predictions / f"{case}_sizes.json", json.dumps(report, indent=1))
-            except Exception as error:
-                failures[cell] = f"{files[0]} was not segmented: {error}"
-                del predictors[cell]
+                volume = predictors[waiting[0]].read(files, folder)
+            except Exception as error:  # readers of broken files raise whatever they like
+                failures |= dict.fromkeys(predictors, f"{files[0]} was not segmented: {error}")
+                break
+            for cell in waiting:
+                try:
+                    report = predictors[cell].segment(volume, cell.predictions / f"{case}{_ending(cell)}")
+                    if cell.method.transductive:
+                        write_atomically(cell.predictions / f"{case}_sizes.json", json.dumps(report, indent=1))
+                except Exception as error:
+                    failures[cell] = f"{files[0]} was not segmented: {error}"
+                    del predictors[cell]
     for cell in [cell for cell in predictors if cell not in failures]:
         try:
             cell.count_dice()

@@ -12,6 +12,16 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from fsefs_nnunet.errors import InputError, several
 
 
+def files_of(folder: str | Path, case: str) -> tuple[list[Path], list[Path]]:
+    """The files in nnU-Net's preprocessed `folder` that hold the image of a case, and its label map."""
+    endings = (".b2nd", ".npz", ".npy")
+    image, labels = (
+        [file for ending in endings if (file := Path(folder) / f"{name}{ending}").exists()]
+        for name in (case, f"{case}_seg")
+    )
+    return image, labels or image
+
+
 def require_cases(cases: Iterable[str], folder: str | Path) -> None:
     """Raises InputError if nnU-Net's preprocessed `folder` lacks one of `cases`, which the K-shot folds name."""
     folder = str(folder)

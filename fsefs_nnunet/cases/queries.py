@@ -28,8 +28,15 @@ class UnlabelledQueries:
     def cases(self) -> list[str]:
         return sorted(file.stem for file in self.folder.glob("*.npy"))
 
+    def file(self, case: str) -> Path:
+        return self.folder / f"{case}.npy"
+
     def load(self, case: str) -> np.ndarray:
-        return np.load(self.folder / f"{case}.npy")
+        return np.load(self.file(case))
+
+    def shape_of(self, case: str) -> tuple[int, ...]:
+        """(X, Y, Z)."""
+        return np.load(self.file(case), mmap_mode="r").shape[1:]
 
     def preprocess(
         self, images: dict[str, list[str]], plans_manager, configuration_manager, dataset_json: dict

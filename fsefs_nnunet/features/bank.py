@@ -1,13 +1,14 @@
-"""FeatureBank: the frozen backbone runs once over each volume; every fold, shot, seed and adapter reads the result."""
+"""FeatureBank: the frozen backbone runs over each volume; every fold, shot, seed and adapter reads what it gave."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,25 +20,57 @@ from tqdm import tqdm
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.cases.preprocessed import require_finite
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.disk import BANK_FOLDER, require_space, used_bytes
 from fsefs_nnunet.features.layout import Layout
-from fsefs_nnunet.features.windows import TILE_STEP_SIZE, extract_features, window_starts
-from fsefs_nnunet.files import PART, gigabytes, refused_if_unwritable, replacing, write_atomically
+from fsefs_nnunet.features.map_crops import MapCrops
+from fsefs_nnunet.features.memory import memory_warnings
+from fsefs_nnunet.features.packing import Blocks, Boxes, Overflow, Packing, Sums, as_half
+from fsefs_nnunet.features.tiling import TILE_STEP_SIZE, Tiling
+from fsefs_nnunet.features.windows import run_windows
+from fsefs_nnunet.files import PART, gigabytes, refused_if_unwritable, replacing, sha256_of, write_atomically
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-FORMAT = 2  # raise it when the entries change: older ones are left alone then
+FORMAT = 3  # raise it when the entries change: older ones are left alone then
+
+
+@dataclass(frozen=True)
+class Request:
+    """A volume whose features are needed.
+
+    files: what the image is made of; while their sizes and times stay, nothing is read to see that they are the same.
+    content: hash of what they hold, for where they do not.
+    image: gives the preprocessed image (channels, X, Y, Z).
+    made: of a view, everything that it depends on beside the files.
+    labels: of a view, its label map (1, X, Y, Z), called after `image`; the entry keeps it.
+    statistics: whether the sums of the channels are needed.
+    """
+
+    case: str
+    files: Sequence[Path]
+    content: Callable[[], str]
+    image: Callable[[], np.ndarray]
+    layout: Layout
+    made: dict = field(default_factory=dict)
+    labels: Callable[[], np.ndarray] | None = None
+    statistics: bool = False
+
+    @property
+    def volume(self) -> tuple:
+        """Requests of one volume share a pass of the backbone."""
+        return tuple(map(str, self.files)), json.dumps(self.made, sort_keys=True)
 
 
 @dataclass(frozen=True)
 class EntryKey:
-    """Everything that an entry depends on: another image, label region or window is another entry."""
+    """What an entry depends on beside its files."""
 
     recipe: dict
     case: str
-    image_sha256: str
     layout: Layout
+    made: dict
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -51,46 +84,48 @@ def short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def stamp_of(file: Path) -> list[int]:
+    """Size and time of a file."""
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
 @dataclass(frozen=True)
 class Entry:
     """Stored features of a volume.
 
-    boxes: one (C, x, y, z) float16 array for each box of `layout`, memory-mapped.
-    sums, square_sums: (C,) over all voxels of the volume, the stored ones or not.
+    arrays: what `packing` unpacks, by box and map, memory-mapped.
+    sums, square_sums: (C,) over the volume, None where nobody asked for them.
+    labels: (1, X, Y, Z) of a view.
+    precision: in which the backbone ran.
     """
 
-    layout: Layout
-    boxes: list[np.ndarray]
-    sums: np.ndarray
-    square_sums: np.ndarray
+    packing: Packing
+    arrays: list[list[np.ndarray]]
+    sums: np.ndarray | None = None
+    square_sums: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    precision: str = ""
 
-    def crop(self, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
-        """Features (C, *size) float16 from voxel `start` of the volume on; IndexError if no box holds this crop."""
-        start, stop = np.array(start), np.add(start, size)
-        for (first, end), box in zip(self.layout.boxes, self.boxes):
-            if (start >= first).all() and (stop <= end).all():
-                return box[(slice(None), *map(slice, start - first, stop - first))]
-        raise IndexError(f"The crop from {start.tolist()} to {stop.tolist()} is not stored.")
+    @property
+    def layout(self) -> Layout:
+        return self.packing.layout
 
+    def crop(self, start: Sequence[int], size: Sequence[int]) -> MapCrops:
+        """The crop from voxel `start` of the volume on; IndexError if no box holds it."""
+        return self.packing.crop(self.arrays, start, size)
 
-@dataclass(frozen=True)
-class Request:
-    """A volume whose features are needed.
-
-    image: gives the preprocessed image (channels, X, Y, Z); a bank may ask for it twice.
-    layout: what to keep of a volume of (X, Y, Z) voxels; called after `image`.
-    """
-
-    case: str
-    image: Callable[[], np.ndarray]
-    layout: Callable[[tuple[int, ...]], Layout]
+    @property
+    def blocks(self) -> np.ndarray:
+        """(C, *blocks) of a query."""
+        return self.arrays[0][0]
 
 
 class FeatureBank:
-    """fp16 features on disk: for each entry a flat `<name>.npy` as its layout packs it, and a `<name>.json`.
+    """Features on disk: for each entry a flat `<name>.npy` as its layout packs it, and a `<name>.json`.
 
-    The names carry the hash of everything that the features depend on. The JSON, written last, says it in full and
-    holds the hash of the features; an entry that does not verify is computed again, by one process at a time.
+    Numbers are float16, or float32 where that is too small for one. The JSON, written last, says in full what the entry
+    was made of; an entry whose files are not as it says is computed again.
     """
 
     def __init__(
@@ -124,13 +159,18 @@ class FeatureBank:
         """The entry of a case that `fill` was called with."""
         return self._entries[case]
 
-    def fill(
-        self,
-        requests: Iterable[Request],
-        cap_gb: float | None = None,
-        log: Callable[[str], None] = print,
-    ) -> int:
-        """Verify the entries of `requests` and compute those that are missing.
+    @property
+    def precisions(self) -> list[str]:
+        """In which the backbone ran for the entries in use."""
+        return sorted({entry.precision for entry in self._entries.values()})
+
+    def packing(self, layout: Layout) -> Packing:
+        return Packing(layout, Tiling.of(layout.shape, self.patch_size, self.backbone.maps))
+
+    # ---- filling ----
+
+    def fill(self, requests: Iterable[Request], cap_gb: float | None = None, log: Callable[[str], None] = print) -> int:
+        """Open the entries of `requests` and compute those that are missing.
 
         Args:
             cap_gb: what all banks in `root` may take.
@@ -145,93 +185,171 @@ class FeatureBank:
         with refused_if_unwritable(self.root):
             return self._fill(list(requests), cap_gb, log)
 
+    def lacks(self, requests: Iterable[Request]) -> int:
+        """Bytes that the entries of `requests` that are not there would take in float16."""
+        return sum(2 * self.packing(r.layout).size for r in requests if not self._open(r))
+
     def _fill(self, requests: list[Request], cap_gb: float | None, log: Callable[[str], None]) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # a whole bank that cannot be written serves as well
             os.utime(self.folder)  # last used
-        keys, images = [], {}
-        for request in requests:
-            image = _finite_image(request.case, request.image)
-            if image.min() == image.max():
-                log(f"The image of {request.case} is constant: there is nothing in it to tell voxels apart.")
-            sha256 = hashlib.sha256(image).hexdigest()
-            images[sha256] = request.image
-            keys.append(EntryKey(self.recipe, request.case, sha256, request.layout(image.shape[1:])))
-        missing = [key for key in keys if not self._open(key)]
-        volumes: dict[str, list[EntryKey]] = {}  # a case may be kept in several ways
-        for key in missing:
-            volumes.setdefault(key.image_sha256, []).append(key)
-        if missing:
-            needed = sum(key.layout.voxels for key in missing) * self.backbone.out_channels * 2
-            log(
-                f"Feature bank {self.folder}: {len(volumes)} volumes and views to go through the frozen backbone, "
-                f"once; their features take {gigabytes(needed)}."
-            )
-            self._tell_odd(missing, log)
-            require_space(self.root, needed, cap_gb)
-        progress = tqdm(volumes.values(), desc="feature bank", disable=not missing)
-        computed = sum(self._compute(keys, images[keys[0].image_sha256]) for keys in progress)
+        missing = [request for request in requests if not self._open(request)]
+        if not missing:
+            return 0
+        volumes: dict[tuple, list[Request]] = {}  # a case may be kept in several ways
+        for request in missing:
+            volumes.setdefault(request.volume, []).append(request)
+        needed = sum(2 * self.packing(request.layout).size for request in missing)
+        log(
+            f"Feature bank {self.folder}: {len(volumes)} volumes and views to go through the frozen backbone; their "
+            f"features take {gigabytes(needed)}."
+        )
+        self._tell_odd(missing, log)
+        require_space(self.root, needed, cap_gb)
+        largest = max((self.packing(r.layout).tiling for r in missing), key=lambda tiling: tiling.slab_values)
+        for warning in memory_warnings(largest, len(self.backbone.contract.channel_names), self.device):
+            log(warning)
+        computed = 0
+        total = sum(self.packing(of_volume[0].layout).tiling.num_windows for of_volume in volumes.values())
+        with tqdm(total=total, desc="feature bank, windows") as progress:
+            for of_volume in volumes.values():
+                computed += self._compute(of_volume, log, progress)
         log(f"Feature bank {self.folder} takes {gigabytes(used_bytes(self.folder))}.")
         return computed
 
-    def _tell_odd(self, missing: list[EntryKey], log: Callable[[str], None]) -> None:
-        files = {key.name: [self.folder / f"{key.name}{ending}" for ending in (".npy", ".json")] for key in missing}
-        damaged = [name for name, of_entry in files.items() if any(file.exists() for file in of_entry)]
+    def _key(self, request: Request) -> EntryKey:
+        return EntryKey(self.recipe, request.case, request.layout, request.made)
+
+    def _tell_odd(self, missing: list[Request], log: Callable[[str], None]) -> None:
+        names = [self._key(request).name for request in missing]
+        damaged = [n for n in names if any((self.folder / f"{n}{ending}").exists() for ending in (".npy", ".json"))]
         if damaged:
-            log(f"{len(damaged)} entries were not whole, or altered, and are computed again: {', '.join(damaged)}.")
-        small = sum(any(n < w for n, w in zip(key.layout.shape, self.patch_size)) for key in missing)
+            log(
+                f"{len(damaged)} entries were not whole, or their files were altered, and are computed again: "
+                f"{', '.join(damaged)}."
+            )
+        small = sum(any(n < w for n, w in zip(r.layout.shape, self.patch_size)) for r in missing)
         if small:
             log(f"{small} of them are smaller than the window of {self.patch_size} voxels: padded with zeros.")
 
-    def _compute(self, keys: list[EntryKey], load_image: Callable[[], np.ndarray]) -> int:
+    def _compute(self, requests: list[Request], log: Callable[[str], None], progress: tqdm) -> int:
         """Entries of one volume; returns how many this process computed."""
-        # the kernel releases the lock when its holder dies; the empty file stays
-        with FileLock(self.folder / f"{keys[0].image_sha256[:12]}.lock"):
-            missing = [key for key in keys if not self._open(key)]
-            if not missing:
-                return 0  # another training computed them meanwhile
-            image = torch.from_numpy(_finite_image(keys[0].case, load_image))
-            features = extract_features(self.backbone, image, self.patch_size, self.device)
-            self.windows += len(window_starts(image.shape[1:], self.patch_size))
-            for key in missing:
-                self._write(key, features)
-        for key in missing:
-            if not self._open(key):
-                raise OSError(f"{self.folder / key.name}.npy does not read as it was written: the disk may be failing.")
+        with self._locked(short_hash(repr(requests[0].volume))):
+            missing = [request for request in requests if not self._open(request)]
+            if not missing:  # another training computed them meanwhile
+                progress.update(self.packing(requests[0].layout).tiling.num_windows)
+                return 0
+            stamps = [[stamp_of(file) for file in request.files] for request in missing]
+            image = np.ascontiguousarray(missing[0].image(), dtype=np.float32)
+            case = missing[0].case
+            require_finite(image, [f"The preprocessed image of {case}"] * len(image))
+            if image.min() == image.max():
+                log(f"The image of {case} is constant: there is nothing in it to tell voxels apart.")
+            try:
+                try:
+                    self._write(missing, stamps, image, np.float16, progress)
+                except Overflow:
+                    log(f"Features of {case} are too large for float16: they are stored in float32.")
+                    self._write(missing, stamps, image, np.float32, progress)
+            except InputError as error:
+                raise InputError(f"{case}: {error}") from error
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise InputError(
+                    f"The disk of {self.folder} is full: free some of it, clear old banks with `fseft bank -d ID "
+                    "--clear`, and start again; what is stored so far is kept."
+                ) from error
+        for request in missing:
+            if not self._open(request):
+                name = self._key(request).name
+                raise OSError(f"{self.folder / name}.npy does not read as it was written: the disk may be failing.")
         return len(missing)
 
-    def _write(self, key: EntryKey, features: torch.Tensor) -> None:
-        for left in self.folder.glob(f".{escape(key.name)}.*{PART}"):  # of a killed process; this one has the lock
-            left.unlink(missing_ok=True)
-        array = key.layout.pack(features)
-        sums, square_sums = [], []
-        for channel in features:  # one at a time: float64 of a whole volume is four times what is stored
-            channel = channel.half().double().flatten()
-            sums.append(channel.sum().item())
-            square_sums.append(torch.dot(channel, channel).item())
-        content = {
-            "key": asdict(key),
-            "features_sha256": hashlib.sha256(array).hexdigest(),
-            "sums": sums,
-            "square_sums": square_sums,
-        }
-        with replacing(self.folder / f"{key.name}.npy") as part, open(part, "wb") as f:
-            np.save(f, array)
-        write_atomically(self.folder / f"{key.name}.json", json.dumps(content))
-
-    def _open(self, key: EntryKey) -> bool:
-        """Read and verify an entry; whether it is sound."""
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Of several processes one computes a volume. Without locks in the file system they may all do: whoever is last
+        replaces what is the same."""
+        # the kernel releases the lock when its holder dies; the empty file stays
+        lock = FileLock(self.folder / f"{name}.lock")
         try:
-            content = json.loads((self.folder / f"{key.name}.json").read_text("utf-8"))
-            array = np.load(self.folder / f"{key.name}.npy", mmap_mode="r")
-            sound = content["features_sha256"] == hashlib.sha256(array).hexdigest()
-            if not sound or json.dumps(content["key"], sort_keys=True) != key.to_json():
+            lock.acquire()
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            lock = None
+        try:
+            yield
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def _write(self, requests: list[Request], stamps: list, image: np.ndarray, dtype: type, progress: tqdm) -> None:
+        packings = [self.packing(request.layout) for request in requests]
+        tiling, names = packings[0].tiling, [self._key(request).name for request in requests]
+        for name in names:
+            for left in self.folder.glob(f".{escape(name)}.*{PART}"):  # of a killed process; this one has the lock
+                left.unlink(missing_ok=True)
+        with _files([self.folder / f"{name}.npy" for name in names], [p.size for p in packings], dtype) as flats:
+            sums = Sums(tiling) if any(request.statistics for request in requests) else None
+            keep = [
+                Boxes(packing, flat) if packing.layout.pool is None else Blocks(tiling, packing.layout, self.device)
+                for packing, flat in zip(packings, flats)
+            ]
+            for slab in run_windows(self.backbone, torch.from_numpy(image), tiling, self.device):
+                for consumer in [*keep, *([sums] if sums else [])]:
+                    consumer.add(slab)
+                progress.update(tiling.num_windows // len(tiling.starts[0]))
+            self.windows += tiling.num_windows
+            for packing, flat, consumer in zip(packings, flats, keep):
+                if packing.layout.pool is not None:
+                    values = consumer.result().cpu()
+                    flat[:] = (as_half(values) if dtype == np.float16 else values).numpy().ravel()
+        for request, name, of_files in zip(requests, names, stamps):
+            npy = self.folder / f"{name}.npy"
+            content = {
+                "key": asdict(self._key(request)),
+                "files": of_files,
+                "content_sha256": request.content(),
+                "features": stamp_of(npy),
+                "features_sha256": sha256_of(npy),
+                "precision": "float16 autocast" if self.device.type == "cuda" else "float32",
+                "sums": sums.sums.tolist() if sums else None,
+                "square_sums": sums.square_sums.tolist() if sums else None,
+            }
+            if request.labels is not None:
+                with replacing(self.folder / f"{name}.labels.npy") as part, open(part, "wb") as f:
+                    np.save(f, request.labels())
+            write_atomically(self.folder / f"{name}.json", json.dumps(content))
+
+    # ---- reading ----
+
+    def _open(self, request: Request) -> bool:
+        """Open an entry; whether it is there and of the files that lie there now."""
+        key, packing = self._key(request), self.packing(request.layout)
+        json_file, npy = (self.folder / f"{key.name}{ending}" for ending in (".json", ".npy"))
+        try:
+            content = json.loads(json_file.read_text("utf-8"))
+            if json.dumps(content["key"], sort_keys=True) != key.to_json():
                 return False
-            boxes = key.layout.unpack(array)
-            # mapped from here on: what was verified is what is read, even if the bank is cleared meanwhile
-            self._entries[key.case] = Entry(
-                key.layout, boxes, np.array(content["sums"]), np.array(content["square_sums"])
-            )
+            if request.statistics and content["sums"] is None:
+                return False
+            # another time does not mean another content: the bank or the dataset may have been copied
+            now = {"features": stamp_of(npy), "files": [stamp_of(file) for file in request.files]}
+            if content["features"] != now["features"] and sha256_of(npy) != content["features_sha256"]:
+                return False
+            if content["files"] != now["files"] and request.content() != content["content_sha256"]:
+                return False
+            if content != content | now:
+                with suppress(OSError):  # of others, whom it serves as well
+                    write_atomically(json_file, json.dumps(content | now))
+            flat = _mapped(npy)
+            if flat.shape != (packing.size,):
+                return False
+            labels = None if request.labels is None else np.load(self.folder / f"{key.name}.labels.npy")
+            sums = [content[name] and np.array(content[name]) for name in ("sums", "square_sums")]
+            # mapped from here on: what was opened is what is read, even if the bank is cleared meanwhile
+            self._entries[key.case] = Entry(packing, packing.unpack(flat), *sums, labels, content["precision"])
         except (OSError, EOFError, ValueError, KeyError, TypeError):
             return False
         return True
@@ -248,7 +366,42 @@ class FeatureBank:
         return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
 
 
-def _finite_image(case: str, load_image: Callable[[], np.ndarray]) -> np.ndarray:
-    image = np.ascontiguousarray(load_image(), dtype=np.float32)
-    require_finite(image, [f"The preprocessed image of {case}"] * len(image))
-    return image
+@contextmanager
+def _files(files: Sequence[Path], sizes: Sequence[int], dtype: type) -> Iterator[list[np.ndarray]]:
+    """Flat arrays that become `files` (.npy) at the end; none of them after an error."""
+    if not files:
+        yield []
+        return
+    with replacing(files[0]) as part, _files(files[1:], sizes[1:], dtype) as others:
+        array = new_array(part, sizes[0], dtype)
+        yield [array, *others]
+        if isinstance(array, np.memmap):
+            array.flush()
+        else:
+            np.save(part.open("wb"), array)
+
+
+def new_array(file: Path, size: int, dtype: type) -> np.ndarray:
+    """A flat array in a new .npy `file`, mapped; in memory where the file system cannot map files.
+
+    Raises:
+        OSError: if the disk cannot hold it, now and not while it is written, which a mapped file would not survive.
+    """
+    try:
+        array = np.lib.format.open_memmap(file, "w+", dtype, (size,))
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        return np.zeros(size, dtype)
+    if hasattr(os, "posix_fallocate"):
+        with open(file, "r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, max(file.stat().st_size, 1))
+    return array
+
+
+def _mapped(npy: Path) -> np.ndarray:
+    """Content of an .npy file, mapped so that nothing of ours changes it; in memory where it cannot be mapped."""
+    try:
+        return np.load(npy, mmap_mode="c")
+    except OSError:
+        return np.load(npy)

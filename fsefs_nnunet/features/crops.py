@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
 
 from fsefs_nnunet.features.bank import FeatureBank
-from fsefs_nnunet.features.layout import annotated_voxels, flat_indices, foreground_of
+from fsefs_nnunet.features.layout import Voxels, annotated_in, foreground_of
+from fsefs_nnunet.features.map_crops import MapCrops
 
 
 class CropLoader:
     """Iterates over batches like nnU-Net's data loaders: 'data', 'target' and 'keys'.
 
-    'data' is (B, C, X, Y, Z) float16 features, 'target' (B, 1, X, Y, Z) the label map, or what `transform` makes of it.
+    'data' are crops of the maps, 'target' (B, 1, X, Y, Z) is the label map, or what `transform` makes of it.
     A resumed training draws what an uninterrupted one would have drawn: call `start_epoch` before each epoch.
     Half of the crops are centred on a random foreground voxel, if there is one (foreground : background 1 : 1, as
     published). The others lie anywhere, as far as the bank holds the volume: in a block that it keeps for them. Where
@@ -36,10 +38,11 @@ class CropLoader:
         self.bank = bank
         self.cases = sorted(segmentations)
         self.segmentations = segmentations
-        self.foreground = {
-            case: flat_indices(foreground_of(seg[0], ignore_label)) for case, seg in segmentations.items()
+        shown, annotated = (partial(f, ignore_label=ignore_label) for f in (foreground_of, annotated_in))
+        self.foreground = {case: Voxels(seg[0], shown) for case, seg in segmentations.items()}
+        self.annotated = {
+            case: [] if ignore_label is None else Voxels(seg[0], annotated) for case, seg in segmentations.items()
         }
-        self.annotated = {case: annotated_voxels(seg[0], ignore_label) for case, seg in segmentations.items()}
         shapes = np.array([seg.shape[1:] for seg in segmentations.values()])
         # crops of a batch share a shape: no axis is longer than the smallest support volume
         self.crop_size = np.minimum(crop_size, shapes.min(0))
@@ -64,9 +67,9 @@ class CropLoader:
         keys = [self.cases[i] for i in order[: self.batch_size]]
         first = (self.step - 1) * self.batch_size
         data, target = zip(*(self._crop(rng, case, (first + b) % 2 == 0) for b, case in enumerate(keys)))
-        return {"data": torch.stack(data), "target": torch.stack(target), "keys": keys}
+        return {"data": MapCrops.join(data), "target": torch.stack(target), "keys": keys}
 
-    def _crop(self, rng: np.random.Generator, case: str, on_foreground: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _crop(self, rng: np.random.Generator, case: str, on_foreground: bool) -> tuple[MapCrops, torch.Tensor]:
         seg, foreground, annotated, entry = (
             kept[case] for kept in (self.segmentations, self.foreground, self.annotated, self.bank)
         )
@@ -83,12 +86,11 @@ class CropLoader:
         target = torch.from_numpy(np.maximum(seg[box], 0).astype(np.int16))
         if self.transform is not None:
             target = self.transform(**{"segmentation": target})["segmentation"]
-        # a copy: the file is mapped read-only
-        return torch.from_numpy(np.array(entry.crop(start, self.crop_size))), target
+        return entry.crop(start, self.crop_size.tolist()), target
 
-    def _around(self, rng: np.random.Generator, voxels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """First voxel of a crop of a volume (X, Y, Z), around one of `voxels`, by flat indices."""
-        centre = np.array(np.unravel_index(voxels[rng.integers(len(voxels))], shape))
+    def _around(self, rng: np.random.Generator, voxels: Voxels, shape: tuple[int, ...]) -> np.ndarray:
+        """First voxel of a crop of a volume (X, Y, Z), around one of `voxels`."""
+        centre = voxels[rng.integers(len(voxels))]
         return np.clip(centre - self.crop_size // 2, 0, np.array(shape) - self.crop_size)
 
 

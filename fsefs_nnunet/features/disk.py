@@ -45,7 +45,7 @@ def cap_in_gb(planned: float | None) -> float | None:
 
 def require_space(root: Path, needed: int, cap_gb: float | None) -> None:
     """Raises InputError if `needed` more bytes in `root`, the folder of all banks, exceed the cap or the disk."""
-    used, free = used_bytes(root), shutil.disk_usage(root).free
+    used, free = _used_and_free(root)
     figures = f"The feature bank needs {gigabytes(needed)} more in {root}, which holds {gigabytes(used)}"
     remedies = (
         "clear old banks with `fseft bank -d ID --clear`, draw fewer queries with `fseft splits -d ID --num_queries "
@@ -55,6 +55,16 @@ def require_space(root: Path, needed: int, cap_gb: float | None) -> None:
         raise InputError(f"{figures}; fseft_bank_gb allows {gigabytes(cap_gb * 1e9)}: raise it, {remedies}")
     if needed > free:
         raise InputError(f"{figures}; the disk has {gigabytes(free)} free: free some, {remedies}")
+
+
+def has_space(root: Path, needed: int, cap_gb: float | None) -> bool:
+    """Whether `needed` more bytes in `root` leave the cap and half of the free disk alone."""
+    used, free = _used_and_free(root)
+    return needed <= free / 2 and (cap_gb is None or used + needed <= cap_gb * 1e9)
+
+
+def _used_and_free(root: Path) -> tuple[int, int]:
+    return used_bytes(root), shutil.disk_usage(root if root.exists() else root.parent).free
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
 
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+
+from fsefs_nnunet.features.layout import Voxels, annotated_in
 
 SEPARATOR = "__view"
 MOST_VOXELS = 10_000  # of a class, to draw from, as nnU-Net keeps them
@@ -54,12 +58,28 @@ class SupportViews:
         self.window, self.initial_patch, self.seed = window, initial_patch, seed
         self._voxels: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
 
+    def window_in(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape (X, Y, Z) of a view of a volume of `shape`."""
+        return tuple(np.minimum(self.window, shape).tolist())
+
+    def describe(self, name: str) -> dict:
+        """What a view depends on beside the image and the label map of its case."""
+        return {
+            "view": self.names[name][1],
+            "seed": self.seed,
+            "window": [int(n) for n in self.window],
+            "initial_patch": [int(n) for n in self.initial_patch],
+            "labels": [int(label) for label in self.labels],
+            "ignore_label": self.ignore_label,
+            "made_by": {package: version(package) for package in ("nnunetv2", "batchgeneratorsv2")},
+        }
+
     def make(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Image (channels, X, Y, Z) and label map (1, X, Y, Z) of a view, a function of the seed."""
         case, view = self.names[name]
         image, segmentation = self.load_case(case)[:2]
         shape = segmentation.shape[1:]
-        window = np.minimum(self.window, shape)
+        window = np.array(self.window_in(shape))
         if case not in self._voxels:
             self._voxels[case] = self._voxels_of(segmentation[:])
         around_labels, anywhere = self._voxels[case]
@@ -79,8 +99,8 @@ class SupportViews:
         around_labels = class_voxels(segmentation, self.labels)
         if self.ignore_label is None:
             return around_labels, []
-        annotated = (segmentation >= 0) & (segmentation != self.ignore_label)
-        return around_labels, class_voxels(annotated.astype(np.int8), [1])
+        annotated = Voxels(segmentation[0], partial(annotated_in, ignore_label=self.ignore_label))
+        return around_labels, [annotated.at_most(MOST_VOXELS)] if len(annotated) else []
 
 
 def view_name(case: str, view: int) -> str:
@@ -90,8 +110,8 @@ def view_name(case: str, view: int) -> str:
 
 def class_voxels(segmentation: np.ndarray, labels: Sequence[int]) -> list[np.ndarray]:
     """Voxels (n, 3) of each of `labels` that the label map (1, X, Y, Z) shows, at most MOST_VOXELS of each."""
-    voxels = [np.argwhere(segmentation[0] == label) for label in labels]
-    return [of_class[:: -(-len(of_class) // MOST_VOXELS)].copy() for of_class in voxels if len(of_class)]
+    voxels = [Voxels(segmentation[0], partial(np.equal, label)).at_most(MOST_VOXELS) for label in labels]
+    return [of_class for of_class in voxels if len(of_class)]
 
 
 def view_patch(

@@ -1,57 +1,168 @@
-"""A network over the windows of a volume."""
+"""The one place that runs a network over the windows of a volume."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import product
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
-import numpy as np
 import torch
-from acvl_utils.cropping_and_padding.padding import pad_nd_image
-from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from torch import nn
 
-from fsefs_nnunet.backbones.maps import at_full_resolution
+from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.features.tiling import Tiling
 
-TILE_STEP_SIZE = 0.5
+MOST_WINDOWS = 8  # in a batch: more gain nothing on the cards that we know
+SHARE_OF_FREE_MEMORY = 0.6  # of a GPU's, for the activations of a batch
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Finished planes of a volume's maps.
+
+    first, stop: padded voxels along the first axis.
+    maps: (C, (stop - first) / stride, Y / stride, Z / stride) float32 each, valid until the next slab is asked for.
+    """
+
+    first: int
+    stop: int
+    maps: list[torch.Tensor]
 
 
 @torch.no_grad()
-def extract_features(
-    network: nn.Module, image: torch.Tensor, patch_size: tuple[int, ...], device: torch.device
-) -> torch.Tensor:
-    """Features of a whole volume: windows as nnU-Net's predictor places and weighs them, one at a time.
+def run_windows(network: nn.Module, image: torch.Tensor, tiling: Tiling, device: torch.device) -> Iterator[Slab]:
+    """Run a network over a volume in slabs along its first axis; memory does not depend on that axis' length.
 
-    The predictor blends logits, this blends features; for a linear probe that is the same.
+    Windows are weighed with nnU-Net's Gaussian and blended in float32, each map at its own resolution, on the device
+    unless it is too small for a slab. On CUDA the network runs under autocast, as in nnU-Net's predictor, and once more
+    in float32 where a batch overflows.
 
     Args:
-        network: gives a list of feature maps and has `out_channels`, those of all of them, as FrozenBackbone does.
-        image: preprocessed, (channels, X, Y, Z).
+        network: gives `tiling.maps`.
+        image: preprocessed, (channels, X, Y, Z), on the CPU.
 
-    Returns:
-        (C, X, Y, Z) float32 on the CPU: 4 bytes a voxel and channel, the most memory that filling a bank takes.
+    Raises:
+        InputError: if a map holds NaN or infinite values.
     """
-    padded, revert = pad_nd_image(image, patch_size, "constant", {"value": 0}, True, None)
-    starts = window_starts(image.shape[1:], patch_size)
-    windows = [(slice(None), *(slice(a, a + n) for a, n in zip(start, patch_size))) for start in starts]
-
-    def features_of(window: tuple[slice, ...]) -> torch.Tensor:
-        return at_full_resolution(network(padded[window][None].to(device)), patch_size)[0].float().cpu()
-
-    if len(windows) == 1:  # nothing to blend
-        return features_of(windows[0])[(slice(None), *revert[1:])]
-    gaussian = compute_gaussian(
-        tuple(patch_size), sigma_scale=1.0 / 8, value_scaling_factor=10, device=torch.device("cpu")
-    ).float()
-    features = torch.zeros((network.out_channels, *padded.shape[1:]))
-    weight = torch.zeros(padded.shape[1:])
-    for window in windows:
-        features[window].addcmul_(features_of(window), gaussian)
-        weight[window[1:]] += gaussian
-    features /= weight
-    return features[(slice(None), *revert[1:])]
+    batch = _Batches(network, image, tiling, device)
+    if tiling.num_windows == 1:  # nothing to blend
+        ((_, maps),) = batch.from_plane(0)
+        yield _checked(Slab(0, tiling.padded[0], [m[0].float() for m in maps]))
+        return
+    blending = _Blending(tiling, _blends_on(tiling, device))
+    for place, first in enumerate(tiling.starts[0]):
+        last = place + 1 == len(tiling.starts[0])
+        for starts, maps in batch.from_plane(first):
+            blending.add(starts, maps)
+        yield _checked(blending.finished(tiling.padded[0] if last else tiling.starts[0][place + 1]))
 
 
-def window_starts(shape: Sequence[int], patch_size: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """First voxels of the windows over a volume (X, Y, Z), padded to a window where it is smaller."""
-    return list(product(*compute_steps_for_sliding_window(np.maximum(shape, patch_size), patch_size, TILE_STEP_SIZE)))
+def _blends_on(tiling: Tiling, device: torch.device) -> torch.device:
+    """The device, or the CPU where a slab would take more than half of its free memory."""
+    if device.type != "cuda":
+        return torch.device("cpu")
+    free = torch.cuda.mem_get_info(device)[0]
+    return device if 4 * tiling.slab_values < free / 2 else torch.device("cpu")
+
+
+class _Batches:
+    """Windows through the network, several at once where a GPU has the memory."""
+
+    def __init__(self, network: nn.Module, image: torch.Tensor, tiling: Tiling, device: torch.device):
+        self.network, self.image, self.tiling, self.device = network, image, tiling, device
+        self.size = 1  # until the first has shown what a window takes
+
+    def from_plane(self, first: int) -> Iterator[tuple[list[tuple[int, ...]], list[torch.Tensor]]]:
+        starts = self.tiling.windows_from(first)
+        while starts:
+            now, starts = starts[: self.size], starts[self.size :]
+            try:
+                maps = self._run(now)
+            except torch.cuda.OutOfMemoryError:
+                if len(now) == 1:
+                    raise
+                self.size, starts = len(now) // 2, now + starts
+                torch.cuda.empty_cache()
+                continue
+            yield now, maps
+
+    def _run(self, starts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        windows = torch.stack([self.tiling.image_window(self.image, start) for start in starts])
+        if self.device.type != "cuda":
+            return self._forward(windows.to(self.device), False)
+        learning = self.size == 1
+        if learning:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+        windows = windows.pin_memory().to(self.device, non_blocking=True)
+        maps = self._forward(windows, True)
+        if not _finite(maps):
+            maps = self._forward(windows, False)
+        if learning:
+            taken = max(torch.cuda.max_memory_allocated(self.device) - before, 1)
+            free = torch.cuda.mem_get_info(self.device)[0]
+            self.size = max(1, min(MOST_WINDOWS, int(SHARE_OF_FREE_MEMORY * free / taken)))
+        return maps
+
+    def _forward(self, windows: torch.Tensor, autocast: bool) -> list[torch.Tensor]:
+        with torch.autocast(self.device.type, enabled=autocast):
+            return self.network(windows)
+
+
+def _checked(slab: Slab) -> Slab:
+    if not _finite(slab.maps):
+        raise InputError(
+            "the backbone gives NaN or infinite values for this image, which holds none: its weights may be damaged "
+            "(`fseft backbones list` verifies them), or the image is far from what it was trained on."
+        )
+    return slab
+
+
+def _finite(maps: Sequence[torch.Tensor]) -> bool:
+    # a sum is finite unless one of its terms is not, or is so large that it overflows the sum
+    return bool(torch.stack([m.float().sum() for m in maps]).isfinite().all())
+
+
+class _Blending:
+    """Weighted sums of windows, for as many planes as a window is long."""
+
+    def __init__(self, tiling: Tiling, device: torch.device):
+        self.tiling, self.device = tiling, device
+        self.first = 0
+        self.gaussians = [_gaussian(tiling.window, m.stride, str(device)) for m in tiling.maps]
+        shapes = [(m.channels, tiling.window[0] // m.stride[0], *tiling.grid(i)[1:]) for i, m in enumerate(tiling.maps)]
+        self.sums = [torch.zeros(shape, device=device) for shape in shapes]
+        self.weights = [torch.zeros(shape[1:], device=device) for shape in shapes]
+
+    def add(self, starts: Sequence[Sequence[int]], maps: Sequence[torch.Tensor]) -> None:
+        for index, feature_map in enumerate(maps):
+            gaussian = self.gaussians[index]
+            for window, start in zip(feature_map.to(self.device), starts):
+                first = (0, *start[1:])
+                stride = self.tiling.maps[index].stride
+                at = tuple(slice(f // s, f // s + n) for f, s, n in zip(first, stride, gaussian.shape))
+                self.sums[index][(slice(None), *at)].addcmul_(window.float(), gaussian)
+                self.weights[index][at] += gaussian
+
+    def finished(self, stop: int) -> Slab:
+        """The planes from the last slab's end up to padded voxel `stop`."""
+        length, done = stop - self.first, []
+        for index, feature_map in enumerate(self.tiling.maps):
+            planes = length // feature_map.stride[0]
+            sums, weights = self.sums[index], self.weights[index]
+            done.append(sums[:, :planes] / weights[:planes])
+            for kept in (sums.unbind(0), (weights,)):
+                for array in kept:  # one channel at a time: what overlaps itself is copied
+                    array[:-planes] = array[planes:].clone() if planes < len(array) else array[:-planes]
+                    array[-planes:] = 0
+        slab = Slab(self.first, stop, done)
+        self.first = stop
+        return slab
+
+
+@lru_cache(maxsize=16)
+def _gaussian(window: tuple[int, ...], stride: tuple[int, ...], device: str) -> torch.Tensor:
+    """nnU-Net's weights of a window's voxels, averaged to a map's."""
+    weights = compute_gaussian(window, 1 / 8, 10, dtype=torch.float32, device=torch.device("cpu"))
+    return torch.nn.functional.avg_pool3d(weights[None, None], stride)[0, 0].to(device)

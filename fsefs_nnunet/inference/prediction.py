@@ -1,10 +1,11 @@
-"""What `fseft predict` runs: one backbone pass per volume, transductive adaptation of each fold, nnU-Net's export."""
+"""What `fseft predict` runs: a volume's features, transductive adaptation of each fold, nnU-Net's export."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -18,74 +19,36 @@ from tqdm import tqdm
 
 from fsefs_nnunet.cases.dataset_json import shows_ct
 from fsefs_nnunet.cases.images import constant_warning, is_constant, lacks_air, offset_warning, read_image
-from fsefs_nnunet.device import reduced_precision
-from fsefs_nnunet.features.layout import pooled, pooling_factor
-from fsefs_nnunet.features.windows import extract_features, window_starts
+from fsefs_nnunet.features.disk import cap_in_gb
+from fsefs_nnunet.features.layout import cube_that_leaves, query_layout
+from fsefs_nnunet.features.memory import memory_warnings
+from fsefs_nnunet.features.packing import Blocks
+from fsefs_nnunet.features.volume import VolumeFeatures
+from fsefs_nnunet.inference.logits import BlocksOfLogits, Place
 from fsefs_nnunet.inference.trained_model import TrainedModel
 from fsefs_nnunet.losses.segmentation import segmentation_loss
-from fsefs_nnunet.methods.network import AdaptedNetwork
+from fsefs_nnunet.methods.network import ReducedBackbone
 from fsefs_nnunet.priors.query_volumes import scale_between
 from fsefs_nnunet.priors.support_memory import SupportMemory
 from fsefs_nnunet.priors.transduction import Transduction
-from fsefs_nnunet.priors.volumes import PredictedSizes, QueryVolume, block_voxels, sizes_of
+from fsefs_nnunet.priors.volumes import PredictedSizes, QueryVolume, SizesInBlocks, block_voxels, sizes_of
 
-# Voxels of a volume that adaptation looks at, after averaging, and that logits are computed of at a time.
-MAX_ADAPTED_VOXELS = 10_000
-SLAB_VOXELS = 1_000_000
+MAX_ADAPTED_VOXELS = 10_000  # blocks of a volume that adaptation looks at
 PART_FOLDER = ".fseft_part"  # nnU-Net takes every file in the output folder for a segmentation, but no folder
-
-
-@torch.no_grad()
-def volume_logits(network: AdaptedNetwork, features: torch.Tensor) -> torch.Tensor:
-    """Features (C, X, Y, Z) -> logits (outputs, X, Y, Z), both on the CPU; in slabs that overlap by what it reaches.
-
-    In the precision of the training.
-    """
-    device, margin = network.feature_mean.device, network.adapter.margin
-    with reduced_precision(device):
-        if margin is None:  # its output depends on all of the volume
-            return network.adapt(features[None].to(device))[0].cpu()
-        size = slab_size(features)
-        slabs = []
-        for start in range(0, features.shape[1], size):
-            first, stop = max(0, start - margin), min(features.shape[1], start + size + margin)
-            logits = network.adapt(features[None, :, first:stop].to(device))[0]
-            slabs.append(logits[:, start - first : start - first + size].cpu())
-        return torch.cat(slabs, 1)
-
-
-def slab_size(features: torch.Tensor) -> int:
-    """Voxels along X of features (C, X, Y, Z)."""
-    return max(1, SLAB_VOXELS // int(np.prod(features.shape[2:])))
-
-
-def cast_for_reduction(network: AdaptedNetwork, features: torch.Tensor) -> torch.Tensor:
-    """Features (C, X, Y, Z) in the type that the reductions of all folds compute in, if one slab holds them."""
-    if isinstance(network.reduction, torch.nn.Identity) or slab_size(features) < features.shape[1]:
-        return features
-    device = network.feature_mean.device
-    with reduced_precision(device, features.shape[1]):  # thin volumes are computed in float32 on a CPU
-        reduced = torch.is_autocast_enabled(device.type)
-    return features.to(torch.get_autocast_dtype(device.type) if reduced else torch.float32)
-
-
-def averaged(features: torch.Tensor, voxel_ml: float) -> QueryVolume:
-    """Features (C, X, Y, Z), averaged over the smallest blocks that leave at most MAX_ADAPTED_VOXELS."""
-    shape = tuple(features.shape[1:])
-    factor = pooling_factor(shape, MAX_ADAPTED_VOXELS)
-    # some channels at a time: all of them in float32 are twice what is held already
-    averages = torch.cat([pooled(channels.float(), factor) for channels in features.split(16)], 1)
-    return QueryVolume(averages, block_voxels(shape, factor) * voxel_ml)
 
 
 @dataclass(frozen=True)
 class Volume:
-    """features: (C, X, Y, Z) float16 on the CPU, None of an image that holds one value alone and shows nothing;
-    properties: nnU-Net's, of how the image was preprocessed.
+    """A preprocessed image and the backbone's features of it.
+
+    image: (channels, X, Y, Z).
+    properties: nnU-Net's, of how it was preprocessed.
+    features: None of an image that holds one value alone and shows nothing.
     """
 
-    features: torch.Tensor | None
+    image: np.ndarray
     properties: dict
+    features: VolumeFeatures | None
 
 
 @dataclass(frozen=True)
@@ -100,7 +63,7 @@ class Prediction:
 
 
 class QueryPredictor:
-    """Segments volumes with the folds of one trained model; the backbone runs once over each volume."""
+    """Segments volumes with the folds of one trained model, which share what the backbone gives of each volume."""
 
     def __init__(self, model: TrainedModel, memories: Sequence[SupportMemory] | None, save_probabilities: bool = False):
         """memories: of the folds' support, in the folds' order; None: no adaptation (inductive)."""
@@ -115,13 +78,19 @@ class QueryPredictor:
         self.preprocessor = model.configuration.preprocessor_class(verbose=False)
         self.windows = 0  # that went through the backbone
         self.loss = segmentation_loss(model.settings.loss, manager, model.configuration.batch_dice)
+        self.networks = [model.network_of(fold) for fold in range(len(model.weights))]
+        self._largest = 0
 
     def predict(self, files: list[str], output: Path, keep_largest: bool = False) -> dict:
         """Segment the image in `files`, one per channel, write `output`; returns the report of its sizes."""
-        return self.segment(self.read(files), output, keep_largest)
+        with part_folder(output, "features") as folder:
+            # without adaptation one look is enough
+            return self.segment(self.read(files, folder if self.memories is not None else None), output, keep_largest)
 
-    def read(self, files: list[str]) -> Volume:
-        """Preprocess an image and run the backbone over it.
+    def read(self, files: list[str], keep_in: Path | None = None) -> Volume:
+        """Preprocess an image; the backbone runs over it when its features are looked at.
+
+        keep_in: folder for the features, for those who look more than once.
 
         Raises:
             InputError: if the image cannot be read, or holds NaN or infinite values.
@@ -134,26 +103,99 @@ class QueryPredictor:
         elif self.shows_ct and lacks_air(image):
             tqdm.write(offset_warning(files[:1]))
         context = (model.plans_manager, model.configuration, model.dataset_json)
-        data, _, properties = self.preprocessor.run_case_npy(image, None, properties, *context)
+        image, _, properties = self.preprocessor.run_case_npy(image, None, properties, *context)
         if constant:
-            return Volume(None, properties)
-        image, window = torch.from_numpy(np.asarray(data, np.float32)), tuple(model.configuration.patch_size)
-        self.windows += len(window_starts(image.shape[1:], window))
-        return Volume(extract_features(model.network.backbone, image, window, model.device).half(), properties)
+            return Volume(image, properties, None)
+        window, cap = model.configuration.patch_size, cap_in_gb(model.settings.bank_gb)
+        features = VolumeFeatures(model.network.backbone, image, window, model.device, keep_in, cap)
+        self._tell_memory(features)
+        return Volume(image, properties, features)
+
+    def _tell_memory(self, features: VolumeFeatures) -> None:
+        """Once, and again where a larger volume does not fit."""
+        lines = memory_warnings(features.tiling, len(features.image), self.model.device)
+        if features.tiling.slab_values > self._largest:
+            for line in lines[int(self._largest > 0) :]:
+                tqdm.write(line)
+            self._largest = features.tiling.slab_values
 
     def segment(self, volume: Volume, output: Path, keep_largest: bool = False) -> dict:
         """Segment a volume that `read` gave, or that of another model on the same backbone and plans."""
         if volume.features is None:
             return self._segment_nothing(volume, output, keep_largest)
-        total, folds = None, []
-        features = cast_for_reduction(self.model.network, volume.features)
-        for fold in range(len(self.model.weights)):
-            logits, prediction = self.predict_fold(fold, volume.features, features)
-            total = logits if total is None else total.add_(logits)
-            folds.append(prediction)
+        windows = volume.features.windows
+        total, folds = self._inductive(volume) if self.memories is None else self._transductive(volume)
+        self.windows += volume.features.windows - windows
         # as nnU-Net does: the mean of the logits
         self._export(total.div_(len(folds)), volume.properties, output, keep_largest)
         return self._report(folds)
+
+    def _inductive(self, volume: Volume) -> tuple[torch.Tensor, list[Prediction]]:
+        """The sum of the folds' logits (outputs, X, Y, Z), in one look."""
+        features, outputs = volume.features, [network.adapt for network in self.networks]
+        alone = len(self.networks) == 1 and features.only_look
+        if alone and self.networks[0].reduces:  # there is less to blend
+            backbone, outputs = ReducedBackbone(self.networks[0]), [self.networks[0].finish]
+            features = VolumeFeatures(backbone, volume.image, features.tiling.window, features.device)
+        total, sizes = self._look(features, outputs)
+        if features is not volume.features:
+            volume.features.windows += features.windows
+        return total, [Prediction(of_fold.result(), of_fold.result()) for of_fold in sizes]
+
+    def _look(
+        self, features: VolumeFeatures, outputs: list, *others: Blocks
+    ) -> tuple[torch.Tensor, list[SizesInBlocks]]:
+        """The sum of the logits of `outputs`, and the sizes in those of each."""
+        shape = features.tiling.shape
+        sizes = [SizesInBlocks(shape, self.voxel_ml, self.has_regions) for _ in outputs]
+        total = torch.zeros((self.model.label_manager.num_segmentation_heads, *shape))
+
+        def take(number: int, place: Place, logits: torch.Tensor) -> None:
+            sizes[number].add(place, logits)
+            total[(slice(None), *place)] += logits.cpu()
+
+        margin = self.networks[0].adapter.margin
+        features.look(BlocksOfLogits(outputs, margin, features.tiling, features.device, take), *others)
+        return total, sizes
+
+    def _transductive(self, volume: Volume) -> tuple[torch.Tensor, list[Prediction]]:
+        """The sum of the folds' logits (outputs, X, Y, Z), each after its adaptation."""
+        features, blocks, total, folds = volume.features, None, None, []
+        pool = cube_that_leaves(MAX_ADAPTED_VOXELS, features.tiling.shape, self.model.configuration.spacing)
+        for fold in range(len(self.networks)):
+            others = []
+            if blocks is None:
+                layout = query_layout(features.tiling.shape, pool)
+                others = [Blocks(features.tiling, layout, features.device)]
+            logits, (sizes,) = self._look(features, [self.networks[fold].adapt], *others)
+            if blocks is None:
+                blocks = others[0].result()[None]
+            adapted, prediction = self._adapt(fold, features, blocks, pool, sizes.result())
+            logits = logits if adapted is None else adapted
+            total = logits if total is None else total.add_(logits)
+            folds.append(prediction)
+        return total, folds
+
+    def _adapt(
+        self, fold: int, features: VolumeFeatures, blocks: torch.Tensor, pool: Sequence[int], before: PredictedSizes
+    ) -> tuple[torch.Tensor | None, Prediction]:
+        """Logits after the adaptation of a fold to features averaged over blocks (1, C, x, y, z); None without one."""
+        start = monotonic()
+        network = self.model.network_of(fold)
+        voxels = block_voxels(features.tiling.shape, pool) * self.voxel_ml
+        volume = QueryVolume(blocks, voxels)
+        with torch.no_grad():
+            scale = scale_between(volume.predict(network, self.has_regions).sizes.soft.cpu(), before.soft)
+        volume = QueryVolume(blocks, voxels, scale.to(self.model.device))
+        prior, settings = self.model.priors[fold], self.model.settings
+        transduction = Transduction(prior, self.memories[fold], self.loss, settings, self.has_regions)
+        steps = 0 if prior.why_no_effect() else transduction.adapt(network, volume, before)
+        if not steps:
+            return None, Prediction(before, before, seconds=monotonic() - start)
+        adapted, (sizes,) = self._look(features, [network.adapt])
+        if not sizes.finite:
+            return None, Prediction(before, before, steps, monotonic() - start, diverged=True)
+        return adapted, Prediction(before, sizes.result(), steps, monotonic() - start)
 
     def _segment_nothing(self, volume: Volume, output: Path, keep_largest: bool) -> dict:
         shape = volume.properties["shape_after_cropping_and_before_resampling"]
@@ -164,37 +206,10 @@ class QueryPredictor:
         self._export(logits, volume.properties, output, keep_largest)
         return self._report([Prediction(sizes, sizes)] * len(self.model.weights))
 
-    def predict_fold(self, fold: int, features: torch.Tensor, cast: torch.Tensor) -> tuple[torch.Tensor, Prediction]:
-        """Logits (outputs, X, Y, Z) of one fold for features (C, X, Y, Z); `cast` are the same in the folds' type."""
-        network = self.model.network
-        network.load_state_dict(self.model.weights[fold])  # what the volume before left is overwritten
-        logits = volume_logits(network, cast)
-        before = sizes_of(logits, self.voxel_ml, self.has_regions)
-        if self.memories is None:
-            return logits, Prediction(before, before)
-        start = monotonic()
-        volume = averaged(features, self.voxel_ml)
-        with torch.no_grad():
-            scale = scale_between(volume.predict(network, self.has_regions).sizes.soft.cpu(), before.soft)
-        volume = QueryVolume(volume.features, volume.voxels_ml, scale.to(self.model.device))
-        prior, settings = self.model.priors[fold], self.model.settings
-        transduction = Transduction(prior, self.memories[fold], self.loss, settings, self.has_regions)
-        steps = 0 if prior.why_no_effect() else transduction.adapt(network, volume, before)
-        if not steps:
-            return logits, Prediction(before, before, seconds=monotonic() - start)
-        adapted = volume_logits(network, cast)
-        if not adapted.isfinite().all():
-            return logits, Prediction(before, before, steps, monotonic() - start, diverged=True)
-        after = sizes_of(adapted, self.voxel_ml, self.has_regions)
-        return adapted, Prediction(before, after, steps, monotonic() - start)
-
     def _export(self, logits: torch.Tensor, properties: dict, output: Path, keep_largest: bool) -> None:
         model, ending = self.model, self.model.dataset_json["file_ending"]
         stem = output.name[: -len(ending)]
-        folder = output.parent / f"{PART_FOLDER}_{stem}"  # its own: other parts of the folder are predicted beside
-        shutil.rmtree(folder, ignore_errors=True)  # of a prediction that was killed
-        folder.mkdir()
-        try:
+        with part_folder(output, "export") as folder:
             export_prediction_from_logits(
                 logits,
                 properties,
@@ -209,8 +224,6 @@ class QueryPredictor:
                 keep_largest_components(folder / output.name, model)
             for file in sorted(folder.iterdir(), key=lambda file: file.name == output.name):
                 os.replace(file, output.parent / file.name)  # the segmentation last
-        finally:
-            shutil.rmtree(folder)
 
     def _report(self, folds: list[Prediction]) -> dict:
         names, gamma = self.model.class_names, self.model.settings.predict_gamma
@@ -233,6 +246,18 @@ class QueryPredictor:
             "adaptation_seconds": round(sum(fold.seconds for fold in folds), 3),
             "classes": classes,
         }
+
+
+@contextmanager
+def part_folder(output: Path, purpose: str) -> Iterator[Path]:
+    """A folder beside the segmentation `output`, of its own: other parts of its folder are predicted beside."""
+    folder = output.parent / f"{PART_FOLDER}_{output.name.split('.')[0]}_{purpose}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a prediction that was killed
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def mean_report(reports: Sequence[dict[str, dict | None]]) -> dict[str, dict | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint
-from fsefs_nnunet.cases.preprocessed import require_cases
+from fsefs_nnunet.cases.preprocessed import files_of, require_cases
 from fsefs_nnunet.cases.splits import SPLITS_FILE, fold_seed, load_splits, support_cases
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.bank import FeatureBank, Request
@@ -35,10 +36,10 @@ def stored_memory(model: TrainedModel, index: int) -> SupportMemory | None:
     stored = model.memories[index]
     if stored is None:
         return None
-    memory = SupportMemory(**stored)
-    if memory.features.shape[1] != model.network.backbone.out_channels:
+    memory = SupportMemory.from_state(stored, str(model.files[index]))
+    if memory.features.channels != model.network.backbone.out_channels:
         raise InputError(
-            f"The support features in {model.files[index]} have {memory.features.shape[1]} channels, the backbone "
+            f"The support features in {model.files[index]} have {memory.features.channels} channels, the backbone "
             f"gives {model.network.backbone.out_channels}: write them again with `fseft remember`."
         )
     return memory
@@ -72,7 +73,14 @@ def memory_from_bank(model: TrainedModel, index: int) -> SupportMemory:
     def request(case: str) -> Request:
         labels = segmentations[case][0]
         layout = support_layout(case, labels, crop_size, window, ignored)
-        return Request(case, lambda: dataset.load_case(case)[0][:], lambda shape: layout)
+
+        def image() -> np.ndarray:
+            return dataset.load_case(case)[0][:]
+
+        def content() -> str:
+            return sha256(np.ascontiguousarray(image())).hexdigest()
+
+        return Request(case, files_of(folder, case)[0], content, image, layout, statistics=True)
 
     bank.fill(map(request, cases), cap_in_gb(model.settings.bank_gb))
     seed = (model.settings.seed, fold_seed(fold), 2)

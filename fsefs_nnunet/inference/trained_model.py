@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from fsefs_nnunet.cases.dataset_json import read_dataset_json
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json
 from fsefs_nnunet.labels import foreground_classes, foreground_names
-from fsefs_nnunet.methods.network import build_network
+from fsefs_nnunet.methods.network import AdaptedNetwork, build_network
 from fsefs_nnunet.methods.registry import method_of_trainer
 from fsefs_nnunet.methods.settings import Settings, is_k_shot
 from fsefs_nnunet.priors import prior_named
@@ -85,6 +86,12 @@ class TrainedModel:
         channels = determine_num_input_channels(self.plans_manager, self.configuration, self.dataset_json)
         heads = self.label_manager.num_segmentation_heads
         self.network = build_network(self.method, self.configuration, channels, heads).to(device).eval()
+
+    def network_of(self, index: int) -> AdaptedNetwork:
+        """A network of its own with the weights of fold number `index`, on the backbone that all share."""
+        network = deepcopy(self.network, {id(self.network.backbone): self.network.backbone})
+        network.load_state_dict(self.weights[index])
+        return network.eval()
 
     @property
     def class_names(self) -> list[str]:

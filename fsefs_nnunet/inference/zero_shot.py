@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.backbones.maps import FeatureMap
 from fsefs_nnunet.cases.dataset_json import read_dataset_json, shows_ct
 from fsefs_nnunet.cases.folders import dataset_folders
 from fsefs_nnunet.cases.images import constant_warning, is_constant, lacks_air, offset_warning, read_image
 from fsefs_nnunet.cases.readers import find_reader, in_axes_of, spacing_of
 from fsefs_nnunet.device import device_named
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.features.windows import extract_features
+from fsefs_nnunet.features.volume import VolumeFeatures
 from fsefs_nnunet.files import write_atomically
 from fsefs_nnunet.inference.images import images_to_segment, not_segmented, refuse_output
 from fsefs_nnunet.labels import foreground_names, match_labels
@@ -61,6 +62,10 @@ class ZeroShotNetwork(nn.Module):
     @property
     def out_channels(self) -> int:
         return len(self.head_rows)
+
+    @property
+    def maps(self) -> list[FeatureMap]:
+        return [FeatureMap(self.out_channels)]
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
         """image (B, input_channels, X, Y, Z) -> the head's logits (B, out_channels, X, Y, Z), one map."""
@@ -217,14 +222,23 @@ class ZeroShotPredictor:
             tqdm.write(offset_warning(files[:1]))
         context = (self.plans_manager, self.configuration, self.dataset_json)
         image, _, properties = self.preprocessor.run_case_npy(image, None, properties, *context)
-        window = tuple(self.configuration.patch_size)
         with torch.no_grad():
-            logits = extract_features(self.network, torch.from_numpy(np.asarray(image)), window, self.device)
+            logits = self._logits(image)
             logits = self.network.outputs(self._resampled(row[None], properties)[0] for row in logits)
         threads = torch.get_num_threads()
         export_prediction_from_logits(
             logits, properties, self.configuration, self.plans_manager, self.dataset_json, str(stem), False, threads
         )
+
+    def _logits(self, image: np.ndarray) -> torch.Tensor:
+        """Of a preprocessed image (channels, X, Y, Z) the head's, (out_channels, X, Y, Z)."""
+        features = VolumeFeatures(self.network, image, self.configuration.patch_size, self.device)
+        padded = features.tiling.padded
+        inside = tuple(slice(b, b + n) for b, n in zip(features.tiling.before, features.tiling.shape))
+        logits = torch.empty((self.network.out_channels, *padded))
+        for slab in features.slabs():
+            logits[:, slab.first : slab.stop] = slab.maps[0].cpu()
+        return logits[(slice(None), *inside)]
 
     def _resampled(self, logits: torch.Tensor, properties: dict) -> torch.Tensor:
         """As nnU-Net's export does it, which finds nothing left to resample then."""

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.backbones.maps import at_full_resolution
+from fsefs_nnunet.backbones.maps import FeatureMap
 from fsefs_nnunet.device import unless_thin
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.features.map_crops import MapCrops, upsampled
 from fsefs_nnunet.labels import foreground_names, match_labels
 from fsefs_nnunet.methods.adapters import build_adapter
 from fsefs_nnunet.methods.inside.protocol import Inside
@@ -143,29 +144,81 @@ class AdaptedNetwork(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Image (B, input_channels, X, Y, Z) -> logits (B, num_classes, X, Y, Z)."""
-        return self.adapt(at_full_resolution(self.backbone(x), x.shape[2:]))
+        return self.adapt(MapCrops.whole(self.backbone(x), x.shape[2:]))
 
-    def adapt(self, features: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Features (B, C, X, Y, Z), all maps at full resolution -> logits (B, num_classes, X, Y, Z), float32.
+    def adapt(self, features: torch.Tensor | MapCrops, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Features (B, C, X, Y, Z), or crops of maps -> logits (B, num_classes, X, Y, Z), float32.
 
         kept: (B, C), 1 for a channel that is seen, 0 for one that is taken for its mean; None: all are seen.
         """
+        return self.finish(self.reduce(features, kept))
+
+    @property
+    def reduces(self) -> bool:
+        return not isinstance(self.reduction, nn.Identity)
+
+    def reduce(self, features: torch.Tensor | MapCrops, kept: torch.Tensor | None = None) -> MapCrops:
+        """Standardise and reduce; both are affine, so that blending and upsampling may as well come after them.
+
+        Returns:
+            With a reduction, one map for each resolution, whose sum at full resolution is what the adapter takes;
+            without one, the maps standardised.
+        """
+        crops = features if isinstance(features, MapCrops) else MapCrops((features,), (0,), (None,))
         mean, scale = self.feature_mean, 1 / self.feature_std
         if kept is not None:
             scale = scale * kept
-        with unless_thin(features):
-            if not torch.is_autocast_enabled(features.device.type):  # autocast casts what is stored at half the cost
-                features = features.to(mean.dtype)
-            if isinstance(self.reduction, nn.Identity):
-                shape = (-1, len(mean), 1, 1, 1)
-                reduced = torch.addcmul((-mean * scale).view(shape), features, scale.view(shape))
-            else:
-                # standardisation as a part of the reduction: a pass of its own over all features is a tenth of a step
-                weight = self.reduction.weight.flatten(1) * scale.unsqueeze(-2)
-                reduced = _pointwise(features, weight, -(weight @ mean))
-            adapted = self.adapter(reduced)
-        with torch.autocast(features.device.type, enabled=False):  # rounded logits would tie
+        kind, maps = crops.device.type, crops.maps
+        if self.reduces or not torch.is_autocast_enabled(kind):
+            reduced = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else mean.dtype
+            maps = [m.to(reduced) for m in maps]
+        widths = [m.shape[1] for m in maps]
+        if not self.reduces:
+            scales, shifts = (v.split(widths, -1) for v in (scale, -mean * scale))
+            shape = (-1, 1, 1, 1)
+            made = [
+                torch.addcmul(shift.unflatten(-1, shape), m, s.unflatten(-1, shape))
+                for m, s, shift in zip(maps, scales, shifts)
+            ]
+            return MapCrops(tuple(made), crops.resolutions, crops.weights)
+        # standardisation as a part of the reduction: a pass of its own over all features is a tenth of a step
+        weight = self.reduction.weight.flatten(1) * scale.unsqueeze(-2)
+        bias = -(weight @ mean)
+        weights = weight.split(widths, -1)
+        made = []
+        for resolution in range(len(crops.weights)):
+            of_resolution = [i for i, r in enumerate(crops.resolutions) if r == resolution]
+            together = torch.cat([maps[i] for i in of_resolution], 1)
+            columns = torch.cat([weights[i] for i in of_resolution], -1)
+            made.append(_pointwise(together, columns, bias if resolution == 0 else torch.zeros_like(bias)))
+        return MapCrops(tuple(made), tuple(range(len(made))), crops.weights)
+
+    def finish(self, reduced: MapCrops) -> torch.Tensor:
+        """What `reduce` gave -> logits (B, num_classes, X, Y, Z), float32."""
+        if self.reduces:
+            full = None
+            for m, w in zip(reduced.maps, reduced.weights):
+                full = upsampled(m, w) if full is None else full + upsampled(m, w)
+        else:
+            full = reduced.at_full_resolution()
+        with unless_thin(full):
+            adapted = self.adapter(full)
+        with torch.autocast(full.device.type, enabled=False):  # rounded logits would tie
             return _pointwise(adapted.to(self.head.weight), self.head.weight.flatten(1), self.head.bias)
+
+
+class ReducedBackbone(nn.Module):
+    """A network's backbone and reduction: what can be blended in place of features, which are several times as much."""
+
+    def __init__(self, network: AdaptedNetwork):
+        super().__init__()
+        self.network = network
+        strides = list(dict.fromkeys(m.stride for m in network.backbone.maps))
+        self.maps = [FeatureMap(network.reduction.out_channels, stride) for stride in strides]
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """image (B, input_channels, X, Y, Z) -> `maps`."""
+        return [*self.network.reduce(MapCrops.whole(self.network.backbone(image), image.shape[2:])).maps]
 
 
 def build_network(

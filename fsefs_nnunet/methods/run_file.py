@@ -23,7 +23,8 @@ class RunFile:
     trained_parameters: their number.
     head_rows: labels whose rows of the head started from the universal head's, with its names for them.
     prior: what is expected of each class, see Prior.report; {} where the prior has no effect.
-    windows: that went through the frozen backbone.
+    windows: that went through the frozen backbone before and in the training; validation_windows: after it.
+    feature_precisions: in which the backbone ran for the stored features.
     seconds: wall time by stage: "start" until the training begins, "feature bank", "training", "validation".
     budget_seconds: that the training was limited to, None without a limit.
     peak_memory_gb: "host" and "device", of the largest process of the runs.
@@ -43,6 +44,8 @@ class RunFile:
     head_rows: dict[str, str] = field(default_factory=dict)
     prior: dict[str, dict | None] = field(default_factory=dict)
     windows: int = 0
+    validation_windows: int = 0
+    feature_precisions: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     budget_seconds: float | None = None
     peak_memory_gb: dict[str, float] = field(default_factory=dict)

@@ -28,6 +28,10 @@ _SIZE: _Rule = (
     lambda value: isinstance(value, (list, tuple)) and len(value) == 3 and all(_whole(n, 1) for n in value),
     "three whole numbers from 1 on",
 )
+_BLOCK: _Rule = (
+    lambda value: _whole(value, 1) or _SIZE[0](value),
+    "a whole number from 1 on, or three",
+)
 _FROM_ONE: _Rule = (lambda value: _whole(value, 1), "a whole number from 1 on")
 _FROM_ZERO: _Rule = (lambda value: _whole(value, 0), "a whole number from 0 on")
 _EPOCHS: _Rule = (lambda value: value is None or _whole(value, 1), "null or a whole number from 1 on")
@@ -85,11 +89,12 @@ class Settings:
         0.1,
     )
     prior_from_epoch: int = _key(_FROM_ZERO, "epochs without the prior before", 30)
-    pool: int = _key(
-        _FROM_ONE,
-        "averaging of a query's features over blocks of this many voxels per axis: 2, or more where the median volume "
-        "has more than 100,000 of these blocks; 1 keeps them as they are",
-        2,
+    pool: tuple[int, int, int] = _key(
+        _BLOCK,
+        "blocks that a query's features are averaged over, voxels per axis: cubes of twice the finest spacing, of 4 mm "
+        "at least where the median volume is longer than two windows, larger where, on a machine without a GPU, more "
+        "than 100,000 would be left; 1 keeps them as they are",
+        (2, 2, 2),
         shown="from the data",
     )
     predict_lambda: float = _key(_WEIGHT, "`fseft_lambda` in `fseft predict`", 0.3)
@@ -107,6 +112,10 @@ class Settings:
         _SWITCH, "end when the loss's 10-epoch mean falls by less than 0.001 in 20 epochs", False
     )
     seed: int = _key(_FROM_ZERO, "of views, crops and queries", 12345)
+
+    def __post_init__(self):
+        if isinstance(self.pool, int):
+            object.__setattr__(self, "pool", (self.pool,) * 3)
 
     @classmethod
     def read(cls, configuration: dict, name: str, plans_name: str) -> Settings:

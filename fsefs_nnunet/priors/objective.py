@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 
 from fsefs_nnunet.device import reduced_precision
+from fsefs_nnunet.features.map_crops import MapCrops
 from fsefs_nnunet.methods.network import AdaptedNetwork
 
 
 def support_loss(
     network: AdaptedNetwork,
-    features: torch.Tensor,
+    features: torch.Tensor | MapCrops,
     target: torch.Tensor,
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     kept: torch.Tensor | None = None,
@@ -20,7 +21,7 @@ def support_loss(
     """L_SEG of support crops.
 
     Args:
-        features, target: (B, C, x, y, z), and as `loss` takes it.
+        features, target: as AdaptedNetwork.adapt and `loss` take them.
         loss: L_SEG of logits and targets.
         kept: channels that the step sees, see AdaptedNetwork.adapt.
     """

@@ -44,7 +44,7 @@ class QueryVolumes:
 
     def _load(self, case: str) -> QueryVolume:
         entry = self.bank[case]
-        features = torch.from_numpy(np.array(entry.boxes[0]))[None]
+        features = torch.from_numpy(np.array(entry.blocks))[None]
         return QueryVolume(features, block_voxels(entry.layout.shape, entry.layout.pool) * self.voxel_ml)
 
     def rotating(self, step: int, seed: int) -> str:

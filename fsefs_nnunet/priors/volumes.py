@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,9 +83,37 @@ def probabilities_of(logits: torch.Tensor, has_regions: bool) -> torch.Tensor:
     return torch.sigmoid(logits) if has_regions else torch.softmax(logits, 0)[1:]
 
 
-def sizes_of(logits: torch.Tensor, voxels_ml: torch.Tensor | float, has_regions: bool) -> PredictedSizes:
+class SizesInBlocks:
+    """Sizes in the logits of a volume that come block by block."""
+
+    def __init__(self, shape: Sequence[int], voxel_ml: float, has_regions: bool):
+        """shape: of the volume (X, Y, Z)."""
+        self.shape, self.voxel_ml, self.has_regions = shape, voxel_ml, has_regions
+        self.soft: torch.Tensor | None = None
+        self.at_border: torch.Tensor | None = None
+        self.finite = True
+
+    def add(self, place: tuple[slice, ...], logits: torch.Tensor) -> None:
+        """logits: (outputs, x, y, z) at `place` of the volume."""
+        probabilities = probabilities_of(logits, self.has_regions)
+        soft = (probabilities.sum((1, 2, 3), dtype=torch.float64) * self.voxel_ml).cpu()
+        shell = torch.ones(probabilities.shape[1:], dtype=torch.bool, device=logits.device)
+        inside = (slice(int(p.start == 0), s - int(p.stop == n)) for p, s, n in zip(place, shell.shape, self.shape))
+        shell[tuple(inside)] = False
+        at_border = ((probabilities > 0.5) & shell).flatten(1).any(1).cpu()
+        self.finite &= bool(soft.isfinite().all())
+        self.soft = soft if self.soft is None else self.soft + soft
+        self.at_border = at_border if self.at_border is None else self.at_border | at_border
+
+    def result(self) -> PredictedSizes:
+        return PredictedSizes(self.soft.float(), self.at_border)
+
+
+def sizes_of(logits: torch.Tensor, voxel_ml: float, has_regions: bool) -> PredictedSizes:
     """Sizes in the logits (outputs, x, y, z) of a volume."""
-    return _sizes(probabilities_of(logits, has_regions), voxels_ml, 1.0)
+    sizes = SizesInBlocks(logits.shape[1:], voxel_ml, has_regions)
+    sizes.add(tuple(slice(0, n) for n in logits.shape[1:]), logits)
+    return sizes.result()
 
 
 def _sizes(probabilities: torch.Tensor, voxels_ml: torch.Tensor | float, scale: torch.Tensor | float) -> PredictedSizes:
@@ -95,7 +124,7 @@ def _sizes(probabilities: torch.Tensor, voxels_ml: torch.Tensor | float, scale: 
     return PredictedSizes(soft / scale, (present & shell).flatten(1).any(1))
 
 
-def block_voxels(shape: tuple[int, ...], factor: int) -> torch.Tensor:
-    """How many voxels each pooled voxel stands for: blocks at the far borders may be incomplete."""
-    widths = [torch.tensor([min(factor, n - a) for a in range(0, n, factor)], dtype=torch.float32) for n in shape]
+def block_voxels(shape: Sequence[int], pool: Sequence[int]) -> torch.Tensor:
+    """How many voxels each block of `pool` stands for: those at the far borders may be incomplete."""
+    widths = [torch.tensor([min(p, n - a) for a in range(0, n, p)], dtype=torch.float32) for n, p in zip(shape, pool)]
     return torch.einsum("x,y,z->xyz", *widths)
