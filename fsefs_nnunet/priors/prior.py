@@ -48,6 +48,25 @@ class SupportLabels:
         }
         return {case: counts * np.prod(self.spacing_mm) / 1000 for case, counts in voxels.items()}
 
+    @cached_property
+    def at_border(self) -> dict[str, np.ndarray]:
+        """Whether each class reaches an outermost voxel of the label map (len(classes),) by case, of all cases.
+
+        nnU-Net crops images to what is not zero, so these voxels lie where the scan ends, empty slices at its ends
+        aside. The -1 within the label map marks background of zeros, e.g. air around the body or a skull that was
+        removed: an organ beside it ends by itself.
+        """
+        faces = [(axis, end) for axis in (0, 1, 2) for end in (0, -1)]
+        return {
+            case: np.array(
+                [
+                    any(np.isin(segmentation[0].take(end, axis), labels).any() for axis, end in faces)
+                    for labels in self.classes
+                ]
+            )
+            for case, segmentation in self.segmentations.items()
+        }
+
 
 class Prior(ABC):
     """One object for all foreground classes. One file each, and a key in PRIORS that rows of the registry name.
@@ -58,7 +77,7 @@ class Prior(ABC):
     @classmethod
     @abstractmethod
     def estimate(cls, support: SupportLabels) -> Prior:
-        """From the labels of the support. Classes about which they say nothing have no prior."""
+        """From the labels of the support. Classes about which they say nothing reliable have no prior."""
 
     @abstractmethod
     def penalty(self, prediction: VolumePrediction, gamma: float) -> torch.Tensor:
@@ -77,7 +96,7 @@ class Prior(ABC):
 
     @abstractmethod
     def describe(self, names: Sequence[str], gamma: float) -> list[str]:
-        """The same as lines for the log."""
+        """The same as lines for the log, which say why a class has no prior."""
 
     @abstractmethod
     def state(self) -> object:

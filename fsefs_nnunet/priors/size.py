@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -14,34 +14,62 @@ from fsefs_nnunet.priors.prior import Prior, SupportLabels
 from fsefs_nnunet.priors.volumes import PredictedSizes, VolumePrediction
 
 MOST_TOLERANCE = 0.9  # a class must not be allowed to vanish
+PUBLISHED_TOLERANCE = 0.3
+FEW_SIZES = 3  # fewer say too little of how sizes vary
+MOST_SPREAD = 0.5  # of the mean; sizes that vary more say nothing of a query's
+UNKNOWN = "the support's labels gave none"
+NOT_SHOWN = "no support case shows it whole"
 
 
 @dataclass(frozen=True)
 class ExpectedSize:
     """Expected size of a class in ml, the mean of `num_cases` support cases.
 
-    spread: standard deviation in ml of all support cases that show the class.
+    spread: sample standard deviation (n - 1) in ml of all support cases that show the class, 0 of a single one.
+    num_outliers: support cases that show the class and do not enter the mean.
     """
 
     size: float
     spread: float
     num_cases: int
+    num_outliers: int = 0
+
+    @property
+    def num_sizes(self) -> int:
+        return self.num_cases + self.num_outliers
 
     def tolerance(self, gamma: float) -> float:
-        """Relative deviation from `size` that costs nothing: gamma, or two standard deviations if that is more."""
+        """Relative deviation from `size` that costs nothing: gamma, or two standard deviations if that is more.
+
+        Of fewer than three sizes it is at least the published 0.3.
+        """
+        if self.num_sizes < FEW_SIZES:
+            gamma = max(gamma, PUBLISHED_TOLERANCE)
         return min(max(gamma, 2 * self.spread / self.size), MOST_TOLERANCE)
+
+    def describe(self, gamma: float) -> str:
+        spread = f"spread {self.spread:.2f} ml" if self.num_sizes > 1 else "spread unknown"
+        cases = f"{self.num_cases} of {self.num_sizes} cases" if self.num_sizes > 1 else "one case"
+        return f"{self.size:.2f} ml, {spread}, {cases}, tolerated {self.tolerance(gamma):.0%}"
 
 
 @dataclass(frozen=True)
 class SizePrior(Prior):
-    """expected: of each foreground class, None where no support case shows it whole."""
+    """expected: of each foreground class, None where the support's labels say nothing reliable of its size.
+
+    reasons: why a class has none, "" for one that has; empty for a prior that was loaded.
+    """
 
     expected: tuple[ExpectedSize | None, ...]
+    reasons: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def estimate(cls, support: SupportLabels) -> SizePrior:
         columns = np.array([*support.sizes_ml.values()]).T if support.sizes_ml else [[]] * len(support.classes)
-        return cls(tuple(estimate_size(column) for column in columns))
+        cut = [[case for case, of_case in support.at_border.items() if of_case[k]] for k in range(len(support.classes))]
+        expected = [estimate_size(column) for column in columns]
+        reasons = [why_unreliable(column, cases) for column, cases in zip(columns, cut)]
+        return cls(tuple(None if why else size for size, why in zip(expected, reasons)), tuple(reasons))
 
     def penalty(self, prediction: VolumePrediction, gamma: float) -> torch.Tensor:
         """Eq. (2) in shares of S, averaged over the classes that have a prior."""
@@ -51,28 +79,47 @@ class SizePrior(Prior):
         return size_penalty(prediction.sizes.soft[known], prior_ml, tolerance, whole).mean()
 
     def why_no_effect(self) -> str | None:
-        return None if any(self.expected) else "no support case shows a class whole"
+        if any(self.expected):
+            return None
+        if not self.reasons:
+            return "the support's labels gave no size of any class"
+        if set(self.reasons) == {NOT_SHOWN}:
+            return "no support case shows a class whole"
+        classes = {why: [str(k) for k, of_k in enumerate(self.reasons, 1) if of_k == why] for why in self.reasons}
+        each = (f"class {', '.join(numbers)} ({why})" for why, numbers in classes.items())
+        return f"no class has an expected size: {'; '.join(each)}"
 
     def report(self, names: Sequence[str], gamma: float) -> dict[str, dict | None]:
         return {
-            name: expected and {**asdict(expected), "tolerance": expected.tolerance(gamma)}
+            name: expected
+            and {
+                "size": expected.size,
+                "spread": expected.spread,
+                "num_cases": expected.num_cases,
+                "tolerance": expected.tolerance(gamma),
+            }
             for name, expected in zip(names, self.expected)
         }
 
     def describe(self, names: Sequence[str], gamma: float) -> list[str]:
         return [
-            f"Size prior of {name}: {expected.size:.2f} ml, spread {expected.spread:.2f} ml, {expected.num_cases} "
-            f"cases, tolerated {expected.tolerance(gamma):.0%}"
-            if expected
-            else f"Size prior of {name}: none"
-            for name, expected in zip(names, self.expected)
+            f"Size prior of {name}: {expected.describe(gamma) if expected else f'none, {why}'}"
+            for name, expected, why in zip(names, self.expected, self.reasons or [UNKNOWN] * len(self.expected))
         ]
 
-    def state(self) -> list[tuple[float, float, int] | None]:
+    def state(self) -> list[tuple[float, float, int, int] | None]:
         return [expected and astuple(expected) for expected in self.expected]
 
     @classmethod
     def from_state(cls, state: object) -> SizePrior:
+        """Raises InputError for what is no state; three numbers of a class are one of earlier versions."""
+        if not isinstance(state, (list, tuple)) or not all(
+            of_class is None or _is_size(of_class) for of_class in state
+        ):
+            raise InputError(
+                f"The checkpoint's size prior is {state!r}, expected size, spread, cases and outliers of each class or "
+                "None: train again."
+            )
         return cls(tuple(numbers and ExpectedSize(*numbers) for numbers in state))
 
     def agrees_with(self, other: Prior) -> bool:
@@ -92,6 +139,16 @@ class SizePrior(Prior):
         return {name: of_class for name, of_class in reasons.items() if of_class}
 
 
+def _is_size(numbers: object) -> bool:
+    """Whether these are the fields of an ExpectedSize."""
+    return (
+        isinstance(numbers, (list, tuple))
+        and len(numbers) in (3, 4)
+        and all(isinstance(number, (int, float)) and number >= 0 for number in numbers)
+        and numbers[0] > 0
+    )
+
+
 @lru_cache(maxsize=16)
 def _tensors(prior: SizePrior, gamma: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of the classes that have a prior: their indices, S in ml, and the relative deviation that costs nothing."""
@@ -103,8 +160,8 @@ def _tensors(prior: SizePrior, gamma: float, device: torch.device) -> tuple[torc
 def estimate_size(sizes_ml: Sequence[float]) -> ExpectedSize | None:
     """Prior from one class's sizes in the support cases; cases without the class (0 ml) do not enter.
 
-    Up to 4 sizes: their mean. From 5 on: the mean of those within one standard deviation of the median, so that one
-    mislabelled or cut-off organ does not shift it.
+    Up to 4 sizes: their mean. From 5 on: the mean of those within one standard deviation (n, as published) of the
+    median, so that one mislabelled organ does not shift it.
 
     Returns:
         None if no case has the class.
@@ -112,21 +169,51 @@ def estimate_size(sizes_ml: Sequence[float]) -> ExpectedSize | None:
     Raises:
         InputError: for a size that is negative or not finite.
     """
+    sizes = _present(sizes_ml)
+    if not len(sizes):
+        return None
+    kept = sizes
+    if len(sizes) >= 5:
+        median = np.median(sizes)
+        # The bound belongs to the interval: equal sizes lie on it, and so do those of two equally large groups.
+        # Rounding must not push these out, it would leave no size at all.
+        kept = sizes[np.abs(sizes - median) <= sizes.std() + 1e-9 * median]
+    return ExpectedSize(float(kept.mean()), _sample_deviation(sizes), len(kept), len(sizes) - len(kept))
+
+
+def why_unreliable(sizes_ml: Sequence[float], cut: Sequence[str]) -> str:
+    """Why one class's sizes in the support cases say nothing reliable of a query's, "" if they do.
+
+    Args:
+        cut: support cases in which the class reaches the border of the volume.
+    """
+    if cut:
+        others = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+        return f"it reaches the border of the volume in {cut[0]}{others}, so a part may be cut off"
+    sizes = _present(sizes_ml)
+    if not len(sizes):
+        return NOT_SHOWN
+    mean, spread = sizes.mean(), _sample_deviation(sizes)
+    if spread > MOST_SPREAD * mean * (1 + 1e-9):  # equal up to rounding is not above
+        return (
+            f"its {len(sizes)} sizes in the support vary too much, by a standard deviation of {spread / mean:.0%} of "
+            f"their mean ({mean:.2f} ml); up to {MOST_SPREAD:.0%} is accepted"
+        )
+    return ""
+
+
+def _present(sizes_ml: Sequence[float]) -> np.ndarray:
+    """Those above 0. Raises InputError for a size that is negative or not finite."""
     sizes = np.asarray(sizes_ml, dtype=float)
     if not np.all(np.isfinite(sizes) & (sizes >= 0)):
         raise InputError(
             f"Sizes must be finite and not negative, they are {sizes.tolist()} ml: check labels and spacing."
         )
-    sizes = sizes[sizes > 0]
-    if not len(sizes):
-        return None
-    spread = float(sizes.std())
-    if len(sizes) >= 5:
-        median = np.median(sizes)
-        # The bound belongs to the interval: equal sizes lie on it, and so do those of two equally large groups.
-        # Rounding must not push these out, it would leave no size at all.
-        sizes = sizes[np.abs(sizes - median) <= spread + 1e-9 * median]
-    return ExpectedSize(float(sizes.mean()), spread, len(sizes))
+    return sizes[sizes > 0]
+
+
+def _sample_deviation(sizes: np.ndarray) -> float:
+    return float(sizes.std(ddof=1)) if len(sizes) > 1 else 0.0
 
 
 def size_penalty(
