@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fsefs_nnunet.cases.preprocessed import files_of, require_labels
+from fsefs_nnunet.cases.preprocessed import files_of, hash_of, require_labels
 from fsefs_nnunet.cases.splits import fold_seed
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.bank import FeatureBank, Request
@@ -47,13 +46,10 @@ class BankTrainer(AdaptedTrainer):
         """Of a preprocessed training case, (X, Y, Z)."""
         return tuple(self.load_case(case)[0].shape[1:])
 
-    def hash_of(self, case: str, with_labels: bool = False) -> str:
+    def content_of(self, case: str, with_labels: bool = False) -> str:
         """Of the image of a training case, `with_labels` of its label map as well."""
         image, labels = self.load_case(case)[:2]
-        digest = hashlib.sha256(np.ascontiguousarray(image[:]))
-        if with_labels:
-            digest.update(np.ascontiguousarray(labels[:]))
-        return digest.hexdigest()
+        return hash_of(image[:], labels[:]) if with_labels else hash_of(image[:])
 
     def get_dataloaders(self):
         settings, ignored = self.settings, self.label_manager.ignore_label
@@ -109,7 +105,7 @@ class BankTrainer(AdaptedTrainer):
     def request(self, case: str, layout: Layout, name: str | None = None, statistics: bool = False) -> Request:
         """A preprocessed training case, in the bank under `name`."""
         image_files, _ = files_of(self.preprocessed_dataset_folder, case)
-        content, image = partial(self.hash_of, case), partial(self.load_image, case)
+        content, image = partial(self.content_of, case), partial(self.load_image, case)
         return Request(name or case, image_files, content, image, layout, statistics=statistics)
 
     def request_of_view(self, view: str) -> Request:
@@ -122,7 +118,7 @@ class BankTrainer(AdaptedTrainer):
         return Request(
             view,
             [file for files in files_of(self.preprocessed_dataset_folder, case) for file in files],
-            partial(self.hash_of, case, with_labels=True),
+            partial(self.content_of, case, with_labels=True),
             image,
             whole_layout(self.views.window_in(self.segmentations[case].shape[1:])),
             self.views.describe(view),

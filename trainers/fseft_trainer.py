@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fsefs_nnunet.cases.preprocessed import refuse_missing
+from fsefs_nnunet.cases.preprocessed import hash_of, refuse_missing
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, query_cases
 from fsefs_nnunet.features.bank import Request
@@ -94,7 +93,7 @@ class FSEFTTrainer(BankTrainer):
     def unlabelled_request(self, case: str) -> Request:
         image = partial(self.unlabelled.load, case)
         layout = query_layout(self.unlabelled.shape_of(case), self.settings.pool)
-        return Request(case, [self.unlabelled.file(case)], lambda: sha256(image()).hexdigest(), image, layout)
+        return Request(case, [self.unlabelled.file(case)], lambda: hash_of(image()), image, layout)
 
     def pooled(self, case: str) -> Layout:
         return query_layout(self.shape_of(case), self.settings.pool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,14 @@ def files_of(folder: str | Path, case: str) -> tuple[list[Path], list[Path]]:
         for name in (case, f"{case}_seg")
     )
     return image, labels or image
+
+
+def hash_of(*arrays: np.ndarray) -> str:
+    """Of what arrays hold, whatever their order in memory."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def require_cases(cases: Iterable[str], folder: str | Path) -> None:

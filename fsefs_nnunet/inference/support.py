@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint
-from fsefs_nnunet.cases.preprocessed import files_of, require_cases
+from fsefs_nnunet.cases.preprocessed import files_of, hash_of, require_cases
 from fsefs_nnunet.cases.splits import SPLITS_FILE, fold_seed, load_splits, support_cases
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.bank import FeatureBank, Request
@@ -78,7 +77,7 @@ def memory_from_bank(model: TrainedModel, index: int) -> SupportMemory:
             return dataset.load_case(case)[0][:]
 
         def content() -> str:
-            return sha256(np.ascontiguousarray(image())).hexdigest()
+            return hash_of(image())
 
         return Request(case, files_of(folder, case)[0], content, image, layout, statistics=True)
 
