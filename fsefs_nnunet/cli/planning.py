@@ -45,7 +45,7 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
         type=positive_float,
         default=8,
         metavar="GB",
-        help="as in nnU-Net, for 3d_fullres and the _nnunet baselines; default: 8",
+        help="as in nnU-Net; half of it bounds the features of a slab of a volume; default: 8",
     )
     parser.add_argument(
         "-overwrite_plans_name",
