@@ -108,7 +108,9 @@ def benchmark(
     found = [
         Result.load(file)
         for method in methods
-        for file in folder.glob(f"*__{experiment.plans}__*/fold_*/benchmark_{method}_{target}.json")
+        for file in folder.glob(
+            f"*__{METHODS[method].plans or experiment.plans}__*/fold_*/benchmark_{method}_{target}.json"
+        )
     ]
     return sorted((r for r in found if r.shots in shots and r.fold < folds), key=lambda r: (len(r.support), r.fold))
 

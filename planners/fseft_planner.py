@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,22 +14,27 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn_by_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from fsefs_nnunet.backbones.architectures.nnunet import plans_architecture
 from fsefs_nnunet.backbones.store import DEFAULT_BACKBONE, find_backbone, load_weights
 from fsefs_nnunet.backbones.untrained_decoder import untrained_decoder
 from fsefs_nnunet.cases.dataset_json import channel_names, read_dataset_json
+from fsefs_nnunet.cases.field_of_view import MOST_WINDOWS, fitting_spacing
 from fsefs_nnunet.cases.fingerprint import in_axes, require_fingerprint, stock_reorients
 from fsefs_nnunet.cases.folders import dataset_folders, made_folder, training_files
 from fsefs_nnunet.cases.images import is_leftover
 from fsefs_nnunet.cases.readers import find_reader, reorients
+from fsefs_nnunet.cases.resampled_labels import describe_cost, dice_there_and_back, same_spacing
 from fsefs_nnunet.cases.soundness import check_training_cases
-from fsefs_nnunet.cases.splits import fitting_shots
+from fsefs_nnunet.cases.splits import SPLITS_FILE, fitting_shots, load_splits
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.layout import MAX_POOLED_VOXELS, pooled_blocks
-from fsefs_nnunet.files import refused_if_unwritable, write_json
+from fsefs_nnunet.files import gigabytes, refused_if_unwritable, write_json
 from fsefs_nnunet.labels import foreground, match_labels
+from fsefs_nnunet.methods.registry import STOCK_PLANS
 from fsefs_nnunet.methods.settings import Settings
+from fsefs_nnunet.planners.stages import Stages, choose_stages
 
 PLANS_NAME = "FSEFTPlans"
 
@@ -35,15 +42,23 @@ PLANS_NAME = "FSEFTPlans"
 # gradients of reduction, two convolutions and head in fp32, with the same again for workspaces.
 CHANNELS = 32
 BYTES_PER_CROP_VOXEL = 2 * 2 * 4 * 5
-# More features a voxel than this, and volumes of patients no longer fit into memory: nnU-Net's own U-Nets have 960
-# and more in all their stages, 32 in the decoder's last.
-MOST_FEATURES = 256
 SMALLEST_CROP, LARGEST_CROP = 16, 32
 
 
 def default_plans_name(backbone_id: str) -> str:
     """Plans of two backbones must not overwrite each other."""
     return PLANS_NAME if backbone_id == DEFAULT_BACKBONE else f"{PLANS_NAME}_{backbone_id}"
+
+
+@contextmanager
+def default_workers() -> Iterator[None]:
+    """nnU-Net's planners take the number of training's workers for that of threads, and fail where it is 0."""
+    workers = os.environ.pop("nnUNet_n_proc_DA", None)
+    try:
+        yield
+    finally:
+        if workers is not None:
+            os.environ["nnUNet_n_proc_DA"] = workers
 
 
 class FSEFTPlanner(ExperimentPlanner):
@@ -65,15 +80,17 @@ class FSEFTPlanner(ExperimentPlanner):
         shots: Sequence[int | str] = (),
         num_processes: int = default_num_processes,
         accept_positive_ct: bool = False,
+        support: Sequence[str] = (),
     ):
         """Checks the dataset, and takes the fingerprint if there is none of the files that lie there now.
 
-        nnU-Net's commands give none of the last four (`-pl FSEFTPlanner`, see linking.py).
+        nnU-Net's commands give none of the last five (`-pl FSEFTPlanner`, see linking.py).
 
         Args:
             backbone: default: what the environment variable `fseft_backbone` names, else the embedded one.
             shots: default: those of DEFAULT_SHOTS that the labelled cases allow.
             accept_positive_ct: see check_training_cases; so does the environment variable `fseft_accept_positive_ct=1`.
+            support: cases whose labels may show what the spacing costs; default: of the folds that were drawn.
 
         Raises:
             InputError: for an unknown or damaged backbone, for more shots than labelled cases, for a dataset that the
@@ -82,10 +99,12 @@ class FSEFTPlanner(ExperimentPlanner):
         backbone = backbone or os.environ.get("fseft_backbone") or DEFAULT_BACKBONE
         self.contract = find_backbone(backbone)
         load_weights(self.contract)
+        if plans_name == STOCK_PLANS:
+            raise InputError(f"{STOCK_PLANS!r} is the name of nnU-Net's own plans: give these another.")
         name, raw, preprocessed = dataset_folders(dataset_name_or_id)
         dataset_json = read_dataset_json(raw / "dataset.json")
         cases = training_files(raw, dataset_json)
-        self.shots = fitting_shots(shots, len(cases))
+        self.shots, self.support = fitting_shots(shots, len(cases)), list(support)
         file = str(raw / "dataset.json")
         self.contract.check_channels(list(dataset_json["channel_names"].values()), file)
         # a training refuses the same labels
@@ -120,10 +139,26 @@ class FSEFTPlanner(ExperimentPlanner):
 
     def determine_fullres_target_spacing(self) -> np.ndarray:
         """mm per axis of the reader: plan_experiment transposes it."""
-        if self.contract.spacing is not None and self.overwrite_target_spacing is None:
-            _, backward = self.determine_transpose()
-            return np.array(self.contract.spacing, dtype=float)[backward]
-        return super().determine_fullres_target_spacing()
+        return self._spacing_and_reason()[0]
+
+    def _spacing_and_reason(self) -> tuple[np.ndarray, str]:
+        own = super().determine_fullres_target_spacing()
+        if self.overwrite_target_spacing is not None:
+            return own, "as given by -overwrite_target_spacing"
+        forward, backward = self.determine_transpose()
+        if self.contract.spacing is not None:
+            return np.array(self.contract.spacing, dtype=float)[backward], "the backbone's"
+        fingerprint = self.dataset_fingerprint
+        extent = np.median(fingerprint["spacings"], 0) * np.median(fingerprint["shapes_after_crop"], 0)
+        spacing = fitting_spacing(extent[forward], own[forward], self.contract.patch_size)
+        if spacing is None:
+            return own, "the dataset's, the backbone leaves it open"
+        shape = [round(float(n)) for n in (extent / own)[forward]]
+        longest = [MOST_WINDOWS * n for n in self.contract.patch_size]
+        return np.full(3, spacing), (
+            f"by the field of view, at most {MOST_WINDOWS} windows ({longest} voxels); the dataset's own, "
+            f"{_rounded(own[forward])} mm, makes {shape} of a median volume of {_rounded(extent[forward])} mm"
+        )
 
     def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self):
         if self.contract.normalization_schemes is None:
@@ -137,17 +172,22 @@ class FSEFTPlanner(ExperimentPlanner):
 
     # ---- the plans ----
 
-    def features(self) -> tuple[str, int]:
-        """Stages that the adapter gets the features of, and its width, at least that of the decoder's last stage."""
-        choices = self.contract.stage_features
-        stages = "skips" if choices.get("skips", MOST_FEATURES + 1) <= MOST_FEATURES else "last"
-        return stages, max(CHANNELS, choices["last"])
+    def stages(self, parent: dict) -> Stages:
+        """Those that the adapter gets the features of: half of the memory target is for them."""
+        shape = parent["median_image_size_in_voxels"]
+        half = self.UNet_vram_target_GB * 2**30 / 2
+        return choose_stages(self.contract, self.contract.window(shape), shape, half)
 
-    def child(self, shots: int | str, parent: dict) -> dict:
-        """The configuration of `shots` labelled cases."""
+    def pool(self, shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int, ...]:
+        """Blocks that queries are averaged over, for a median volume of `shape`."""
+        long = any(n > MOST_WINDOWS * w for n, w in zip(shape, self.contract.patch_size))
+        return pooled_blocks(shape, spacing_mm, long, None if torch.cuda.is_available() else MAX_POOLED_VOXELS)
+
+    def child(self, shots: int | str, parent: dict, stages: str) -> dict:
+        """The configuration of `shots` labelled cases; the adapter is at least as wide as the decoder's last stage."""
         window = self.contract.window(parent["median_image_size_in_voxels"])
         crop = [min(LARGEST_CROP, max(SMALLEST_CROP, n // 2), n) for n in window]
-        stages, channels = self.features()
+        channels = max(CHANNELS, self.contract.stage_features["last"])
         # of the memory target, 90 % for everything but one crop's share of workspace
         fitting = int(0.9 * self.UNet_vram_target_GB * 2**30 / (BYTES_PER_CROP_VOXEL * channels * np.prod(crop)))
         if fitting < 1:
@@ -159,12 +199,7 @@ class FSEFTPlanner(ExperimentPlanner):
             shots=shots,
             crop_size=tuple(int(n) for n in crop),
             crops_per_step=min(Settings.crops_per_step, fitting),
-            pool=pooled_blocks(
-                parent["median_image_size_in_voxels"],
-                parent["spacing"],
-                large=any(n > 2 * w for n, w in zip(parent["median_image_size_in_voxels"], self.contract.patch_size)),
-                most=None if torch.cuda.is_available() else MAX_POOLED_VOXELS,
-            ),
+            pool=self.pool(parent["median_image_size_in_voxels"], parent["spacing"]),
         )
         return {
             "inherits_from": "3d_fullres",
@@ -202,6 +237,10 @@ class FSEFTPlanner(ExperimentPlanner):
         configurations = load_json(file)["configurations"] if isfile(file) else {}
         return {n: c for n, c in configurations.items() if n == f"3d_fullres_{c.get('fseft_shots')}shot"}
 
+    def all_shots(self) -> list[int | str]:
+        """Those that are wanted, and those that were planned before: they are planned anew, or they would be stale."""
+        return list(dict.fromkeys([*self.shots, *(c["fseft_shots"] for c in self._planned_before().values())]))
+
     def _tell_what_is_reset(self, children: dict[str, dict]) -> None:
         for name, before in self._planned_before().items():
             changed = [
@@ -218,28 +257,20 @@ class FSEFTPlanner(ExperimentPlanner):
         Raises:
             InputError: if the preprocessed folder cannot be written.
         """
-        # nnU-Net takes the number of training's workers for that of its threads, and 0 is right for the former
-        workers = os.environ.pop("nnUNet_n_proc_DA", None)
-        try:
-            with refused_if_unwritable(join(nnUNet_preprocessed, self.dataset_name)):
-                return super().plan_experiment()
-        finally:
-            if workers is not None:
-                os.environ["nnUNet_n_proc_DA"] = workers
+        with default_workers(), refused_if_unwritable(join(nnUNet_preprocessed, self.dataset_name)):
+            return super().plan_experiment()
 
     def save_plans(self, plans):
         """Turn nnU-Net's plans into ours just before they are written; called by plan_experiment."""
         if "3d_fullres" not in plans["configurations"]:
             raise InputError(f"{self.raw_dataset_folder} holds 2D images; the adapters are 3D only.")
         parent = plans["configurations"]["3d_fullres"]
-        # nnU-Net keeps configurations that lie in the file; those of ours are planned anew, or they would be stale
-        shots = dict.fromkeys([*self.shots, *(c["fseft_shots"] for c in self._planned_before().values())])
-        children = {f"3d_fullres_{k}shot": self.child(k, parent) for k in shots}
+        stages = self.stages(parent)
+        children = {f"3d_fullres_{k}shot": self.child(k, parent, stages.name) for k in self.all_shots()}
         self._tell_what_is_reset(children)
-        # the baselines on the same support cases
+        # the baseline on the same support cases; nnU-Net keeps other configurations that lie in the file
         scratch = {f"{name}_scratch": self.untrained(child) for name, child in children.items()}
-        stock = {f"3d_fullres_{k}shot_nnunet": {"inherits_from": "3d_fullres", "fseft_shots": k} for k in shots}
-        plans["configurations"] = {"3d_fullres": parent, **children, **scratch, **stock}
+        plans["configurations"] = {"3d_fullres": parent, **children, **scratch}
         # the fingerprint's intensities were taken over all labels, the queries' too: they leave the plans
         properties = self.contract.foreground_intensity_properties_per_channel
         plans["foreground_intensity_properties_per_channel"] = {
@@ -248,7 +279,8 @@ class FSEFTPlanner(ExperimentPlanner):
         }
         super().save_plans(plans)
         self._leave_out_leftovers()
-        self._explain(parent, children)
+        self._explain(parent, children, stages)
+        self._explain_cost(plans)
 
     def _leave_out_leftovers(self) -> None:
         """nnU-Net's preprocessing takes `._case_0000.nii.gz`, which macOS leaves, for a case, unless it has a list."""
@@ -258,10 +290,9 @@ class FSEFTPlanner(ExperimentPlanner):
             file = join(nnUNet_preprocessed, self.dataset_name, "dataset.json")
             write_json(file, {**load_json(file), "dataset": self.dataset})
 
-    def _explain(self, parent: dict, children: dict) -> None:
+    def _explain(self, parent: dict, children: dict, stages: Stages) -> None:
         contract = self.contract
         child = next(iter(children.values()))
-        spacing = "the backbone's" if contract.spacing is not None else "the dataset's, the backbone leaves it open"
         turned = (
             "turned to RAS" if reorients(self.reader.__name__) else "as stored, which must be as the backbone's were"
         )
@@ -274,13 +305,38 @@ class FSEFTPlanner(ExperimentPlanner):
             normalization = contract.describe_normalization(channel, scheme, parent["use_mask_for_norm"][channel])
             print(f"Channel {channel}: {name}, the backbone's was {contract.channel_names[channel]}; {normalization}.")
         print(
-            f"Spacing {[round(float(s), 3) for s in parent['spacing']]} mm: {spacing}.\n"
+            f"Spacing {_rounded(parent['spacing'])} mm: {self._spacing_and_reason()[1]}.\n"
             f"Window {child['patch_size']}: median volume {list(parent['median_image_size_in_voxels'])}, "
             f"multiples of {list(contract.divisor)}, at most {list(contract.patch_size)}.\n"
-            f"Features of stages: {child['architecture']['arch_kwargs']['stages']}.\n"
+            f"Features of stages: {stages.name}, {stages.channels:.1f} channels at full resolution in effect, "
+            f"{gigabytes(stages.slab_bytes)} for a slab.\n"
             f"Training: {child['fseft_crops_per_step']} crops of {child['fseft_crop_size']} a step, of the bank.\n"
             f"Labels that the backbone knows by name: {self.known_labels or 'none'}.\n"
-            f"Configurations: {', '.join(children)}; 3d_fullres is stock nnU-Net on the same data."
+            f"Configurations: {', '.join(children)}; 3d_fullres has the network that nnU-Net plans for the same data."
         )
         if contract.encoder_only:
             print(untrained_decoder(contract))
+
+    def _explain_cost(self, plans: dict) -> None:
+        """What labels lose by the spacing; queries' labels are not read for it."""
+        spacings = np.array(self.dataset_fingerprint["spacings"])[:, plans["transpose_forward"]]
+        spacing = plans["configurations"]["3d_fullres"]["spacing"]
+        if all(same_spacing(own, spacing) for own in spacings):
+            return
+        support = self.support or self._support_drawn_before()
+        if files := [self.dataset[case]["label"] for case in support if case in self.dataset]:
+            if dice := dice_there_and_back(files, PlansManager(plans), self.dataset_json):
+                print(describe_cost(dice))
+        else:
+            print("What labels lose by this spacing: run `fseft splits -d ID` and plan again, support cases show it.")
+
+    def _support_drawn_before(self) -> list[str]:
+        """Labelled cases that are no queries; none before the folds are drawn, when any case may become a query."""
+        try:
+            return load_splits(Path(nnUNet_preprocessed, self.dataset_name, SPLITS_FILE))["folds"][0]
+        except InputError:
+            return []
+
+
+def _rounded(lengths: Sequence[float]) -> list[float]:
+    return [round(float(mm), 3) for mm in lengths]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from studies import result, study_of
+from trainings import edit
 
 from fsefs_nnunet.backbones.checkpoints import add_to_checkpoint
 from fsefs_nnunet.benchmark.cells import Cell, Spent
@@ -28,6 +29,7 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.inference import weights
 from fsefs_nnunet.methods.registry import METHODS, choose
 from fsefs_nnunet.methods.run_file import RunFile
+from fsefs_nnunet.nnunet.experiment import OwnExperiment
 
 # ---- methods ----
 
@@ -120,6 +122,53 @@ def test_no_labelled_queries(folders):
     save_splits({**load_splits(file), "queries": []}, file)
     with pytest.raises(InputError, match="keep no labelled case as query: give a test set with -i IMAGES -l LABELS"):
         study_of(folders)
+
+
+def change_nnunets_plans(folders, change) -> None:
+    edit(folders[0].preprocessed / "nnUNetPlans.json", change)
+
+
+def test_stock_nnunet_has_plans_of_its_own(folders):
+    study = study_of(folders)
+    _, fseft, nnunet = plan_cells(study, [5], 1, ["fseft", "nnunet"])
+    name = "FSEFTTrainer_Scratch__nnUNetPlans__3d_fullres_5shot_nnunet"
+    assert nnunet.folder == folders[0].results / name / "fold_0" and nnunet.support == fseft.support
+    assert nnunet.configurations()["3d_fullres"]["data_identifier"] == "nnUNetPlans_3d_fullres"
+    assert (fseft.experiment.plans, nnunet.experiment.plans) == ("FSEFTPlans", "nnUNetPlans")
+    # results of other plans of nnU-Net's are refused, whatever ours are
+    nnunet.folder.mkdir(parents=True)
+    shutil.copy(folders[0].preprocessed / "nnUNetPlans.json", nnunet.folder.parent / "plans.json")
+    nnunet.check()
+    change_nnunets_plans(folders, lambda plans: plans["configurations"]["3d_fullres"].update(batch_size=7))
+    with pytest.raises(InputError, match="was trained with other plans than the present 'nnUNetPlans': move it away"):
+        nnunet.check()
+
+
+def test_without_nnunets_plans(folders):
+    change_nnunets_plans(folders, lambda plans: plans["configurations"].pop("3d_fullres_5shot_nnunet"))
+    sentence = "Plans 'nnUNetPlans' have no configuration '3d_fullres_5shot_nnunet': plan again with `fseft plan -d ID"
+    for _ in range(2):
+        with pytest.raises(InputError, match=sentence):
+            plan_cells(study_of(folders), [5], 1, ["nnunet"])
+        (folders[0].preprocessed / "nnUNetPlans.json").unlink(missing_ok=True)
+    plan_cells(study_of(folders), [5], 1, ["scratch"])
+
+
+def test_stock_preprocessing_runs_where_it_is_missing(folders, monkeypatch):
+    ran = []
+    monkeypatch.setattr(OwnExperiment, "run", lambda self, *command, **environment: ran.append(command))
+    monkeypatch.setenv("nnUNet_def_n_proc", "3")
+    cell = plan_cells(replace(study_of(folders), scratch_minutes=1), [5], 1, ["nnunet"])[1]
+    cell.train()
+    preprocessing, training = ran
+    expected = ("nnUNetv2_preprocess", "-d", "077", "-plans_name", "nnUNetPlans", "-c", "3d_fullres", "-np", "3")
+    assert preprocessing == expected
+    assert training[:3] == ("nnUNetv2_train", "Dataset077_Tiny", "3d_fullres_5shot_nnunet")
+    assert training[training.index("-p") + 1] == "nnUNetPlans"
+    preprocessed = folders[0].preprocessed
+    shutil.copytree(preprocessed / "FSEFTPlans_3d_fullres", preprocessed / "nnUNetPlans_3d_fullres")
+    cell.train()
+    assert [command[0] for command in ran[2:]] == ["nnUNetv2_train"]
 
 
 @pytest.fixture

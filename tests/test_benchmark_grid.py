@@ -170,6 +170,19 @@ def test_methods_on_the_same_backbone_share_one_pass_over_the_queries(grid, monk
     image.write_bytes(content)
 
 
+@pytest.mark.slow
+def test_stock_nnunet(grid):
+    """Preprocessed by its own plans first, in the axes that nnU-Net chooses."""
+    assert grid("--methods", "nnunet", "--scratch_minutes", "0.02") == 0
+    assert commands(grid)[-2:] == ["nnUNetv2_preprocess", "nnUNetv2_train"]
+    fold = grid.work.results / "FSEFTTrainer_Scratch__nnUNetPlans__3d_fullres_5shot_nnunet" / "fold_0"
+    saved = Result.load(fold / "benchmark_nnunet_queries.json")
+    splits = load_splits(grid.work.preprocessed / "splits_fseft.json")
+    assert saved.support == splits["folds"][0][:5] and sorted(saved.cases) == splits["queries"]
+    assert json.loads((fold.parent / "plans.json").read_text())["image_reader_writer"] == "SimpleITKIO"
+    assert "<summary>nnUNetPlans.json</summary>" in (grid.output / "report.html").read_text()
+
+
 def test_cells_that_share_features(folders):
     """Of the same window, stages and backbone: plans may say others for some shots."""
     study = study_of(folders)

@@ -64,7 +64,9 @@ def test_plans_are_made_by_the_planners_command(tmp_path, backbones, model, monk
     assert "Labels that the backbone knows by name: {'liver': 'liver'}" in out
 
 
-@pytest.mark.parametrize("widths, expected", [([48, 80, 8], ("skips", 48)), ([48, 81, 8], ("last", 48))])
+@pytest.mark.parametrize(
+    "widths, expected", [([48, 80, 8], ("skips", 48)), ([48, 81, 8], ("all", 48)), ([129, 129, 8], ("last", 129))]
+)
 def test_features_of_wide_networks(tmp_path, backbones, monkeypatch, widths, expected):
     """Of every stage while volumes fit into memory; the adapter is no narrower than the head."""
     architecture = unet_plans()

@@ -166,8 +166,8 @@ print("planned", plan_experiments([77], "FSEFTPlanner"))
 def test_nnunet_finds_the_linked_classes_and_plans(workspace, nnunet):
     """nnU-Net's own search and planning, in a process whose nnunetv2 is the linked copy."""
     link(nnunet)
-    plans = workspace.preprocessed / "FSEFTPlans.json"
-    plans.unlink()
+    plans, stock = (workspace.preprocessed / f"{name}.json" for name in ("FSEFTPlans", "nnUNetPlans"))
+    plans.unlink(), stock.unlink()
     inherited = {key: value for key, value in os.environ.items() if key != "nnUNet_extTrainer"}
     result = subprocess.run(
         [sys.executable, "-c", SEARCH, str(nnunet)],
@@ -177,7 +177,7 @@ def test_nnunet_finds_the_linked_classes_and_plans(workspace, nnunet):
     )
     assert result.returncode == 0, result.stderr
     assert "planned FSEFTPlans" in result.stdout
-    assert not (workspace.preprocessed / "nnUNetPlans.json").exists()
+    assert not stock.exists()
     made = json.loads(plans.read_text())
     assert made["experiment_planner_used"] == "FSEFTPlanner"
     # ten shots are more than the labelled cases

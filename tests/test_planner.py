@@ -35,9 +35,7 @@ def test_configurations(tiny, contract):
     assert plans["plans_name"] == "FSEFTPlans"
     # ten shots are more than there are cases; 2D and cascade are not planned
     children = ["3d_fullres_1shot", "3d_fullres_5shot", "3d_fullres_allshot"]
-    baselines = [f"{name}_{kind}" for kind in ("scratch", "nnunet") for name in children]
-    assert list(plans["configurations"]) == ["3d_fullres", *children, *baselines]
-    assert plans["configurations"]["3d_fullres_5shot_nnunet"] == {"inherits_from": "3d_fullres", "fseft_shots": 5}
+    assert list(plans["configurations"]) == ["3d_fullres", *children, *(f"{name}_scratch" for name in children)]
     baseline = plans["configurations"]["3d_fullres_5shot_scratch"]
     assert baseline.pop("architecture")["arch_kwargs"] == contract.architecture["arch_kwargs"]
     assert baseline == {"inherits_from": "3d_fullres", "fseft_shots": 5, "patch_size": [40] * 3, "batch_size": 2}
@@ -136,7 +134,9 @@ def test_memory_target(workspace):
 
 def test_shots_name_the_configurations(workspace):
     assert list(plan(workspace, plans_name="Mine", shots=(3,))["configurations"]) == [
-        *("3d_fullres", "3d_fullres_3shot", "3d_fullres_3shot_scratch", "3d_fullres_3shot_nnunet")
+        "3d_fullres",
+        "3d_fullres_3shot",
+        "3d_fullres_3shot_scratch",
     ]
 
 

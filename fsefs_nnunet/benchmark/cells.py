@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from time import time
@@ -11,12 +11,14 @@ from time import time
 from fsefs_nnunet.benchmark.evaluation import METRICS, evaluate, write_summary
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.study import Study
+from fsefs_nnunet.cases.preprocessed import require_cases
 from fsefs_nnunet.cases.splits import support_cases
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json
 from fsefs_nnunet.inference.weights import sha256_of_weights
 from fsefs_nnunet.methods.registry import METHODS, Method
 from fsefs_nnunet.methods.run_file import RUN_FILE, RunFile
+from fsefs_nnunet.nnunet.experiment import OwnExperiment
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class Cell:
         return METHODS[self.name]
 
     @property
+    def experiment(self) -> OwnExperiment:
+        """The study's, with the plans of the method."""
+        experiment = self.study.experiment
+        return replace(experiment, plans=self.method.plans) if self.method.plans else experiment
+
+    @property
     def title(self) -> str:
         shots = "1 shot" if self.shots == 1 else f"{self.shots} shots"
         return f"{self.method.title}, {shots}, fold {self.fold}" if self.method.trainer else self.method.title
@@ -62,8 +70,8 @@ class Cell:
     def folder(self) -> Path:
         """The fold's folder of the training; without one, a folder of the benchmark's."""
         if self.method.trainer is None:
-            return self.study.experiment.work / self.name
-        return self.study.experiment.model(self.method.trainer, self.configuration) / f"fold_{self.fold}"
+            return self.experiment.work / self.name
+        return self.experiment.model(self.method.trainer, self.configuration) / f"fold_{self.fold}"
 
     @property
     def predictions(self) -> Path:
@@ -109,8 +117,8 @@ class Cell:
         """Raises InputError if plans or splits have no such cell, or what lies in its place is of other ones."""
         if self.method.trainer is None:
             return
-        support, plans = self.support, self.study.plans["configurations"]
-        name = self.study.experiment.plans
+        support, name = self.support, self.experiment.plans
+        plans = self.configurations()
         if self.configuration not in plans:
             raise InputError(
                 f"Plans {name!r} have no configuration {self.configuration!r}: plan again with "
@@ -132,6 +140,13 @@ class Cell:
             )
         if self.study.scratch_minutes or all(other.checkpoint.exists() for other in self.others):
             self.check_budget()
+
+    def configurations(self) -> dict[str, dict]:
+        """Those of the method's plans; none where these are missing."""
+        if not self.method.plans:
+            return self.study.plans["configurations"]
+        file = self.experiment.preprocessed / f"{self.method.plans}.json"
+        return read_json(file)["configurations"] if file.exists() else {}
 
     def budget(self) -> float:
         """Seconds for a training from scratch: --scratch_minutes, else those of the longest of `others`, else 0.0."""
@@ -220,12 +235,24 @@ class Cell:
                     "none is there: add one to --methods, or give --scratch_minutes."
                 )
             environment["fseft_train_minutes"] = f"{self.budget() / 60:.4f}"
-        self.study.experiment.train(self.method.trainer, self.configuration, self.fold, **environment)
+        if self.method.plans:
+            self.preprocess()
+        self.experiment.train(self.method.trainer, self.configuration, self.fold, **environment)
+
+    def preprocess(self) -> None:
+        """By plans that `fseft plan` makes and does not carry out, unless all labelled cases are there."""
+        splits, parent = self.study.splits, self.configurations()["3d_fullres"]
+        try:
+            require_cases(
+                [*splits["folds"][0], *splits["queries"]], self.experiment.preprocessed / parent["data_identifier"]
+            )
+        except InputError:
+            self.experiment.preprocess("3d_fullres")
 
     def predict(self) -> None:
         """Segment the target's images into `predictions`, and let nnU-Net count their Dice."""
         shutil.rmtree(self.predictions, ignore_errors=True)  # of other weights, or of an interrupted run
-        experiment, images = self.study.experiment, self.study.target.image_folder(self.study.experiment.work)
+        experiment, images = self.experiment, self.study.target.image_folder(self.experiment.work)
         if self.method.trainer is None:
             where = ("-d", experiment.dataset, "-i", images, "-o", self.predictions, "-device", experiment.device)
             experiment.run("fseft", "zero_shot", *where, "-b", self.study.backbone["backbone"])

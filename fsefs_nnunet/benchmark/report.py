@@ -31,7 +31,8 @@ def write_report(study: Study, cells: dict[Cell, Result], failures: dict[Cell, s
     variables = {**experiment.folders, "fseft_backbones": user_folder()}
     exports = [f"export {name}={shlex.quote(str(path))}" for name, path in variables.items()]
     versions = [f"{name} {version(name)}" for name in ("fsefs_nnunet", "nnunetv2", "torch", "monai")]
-    names = (SPLITS_FILE, f"{experiment.plans}.json")
+    plans = dict.fromkeys([experiment.plans, *(cell.experiment.plans for cell in cells)])
+    names = (SPLITS_FILE, *(f"{name}.json" for name in plans))
     page = render(
         "benchmark.html",
         study=study,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from fsefs_nnunet.cases.splits import NUM_FOLDS, NUM_QUERIES, SEED
 from fsefs_nnunet.cli.arguments import (
@@ -44,7 +45,7 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
         type=positive_float,
         default=8,
         metavar="GB",
-        help="as in nnU-Net, for 3d_fullres and the _nnunet baselines; default: 8",
+        help="as in nnU-Net; half of it bounds the features of a slab of a volume; default: 8",
     )
     parser.add_argument(
         "-overwrite_plans_name",
@@ -91,7 +92,7 @@ def _add_splits(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def plan(args: argparse.Namespace) -> str:
+def plan(args: argparse.Namespace, support: Sequence[str] = ()) -> str:
     from fsefs_nnunet.nnunet import planning
 
     return planning.plan(
@@ -103,6 +104,7 @@ def plan(args: argparse.Namespace) -> str:
         args.overwrite_plans_name,
         args.overwrite_target_spacing,
         args.accept_positive_ct,
+        support,
     )
 
 
@@ -120,7 +122,7 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
     from fsefs_nnunet.nnunet import drawing, planning
 
     drawn, queries = drawing.draw_splits(*_draw(args))
-    name = plan(args)
+    name = plan(args, drawn["folds"][0])
     planning.preprocess(args.d, name, args.np, queries, drawn["unlabelled_queries"])
     drawing.keep_splits(args.d, drawn, queries)  # last: until then the folds of before belong to the data
     configuration = f"3d_fullres_{(args.shots or ['all'])[0]}shot"

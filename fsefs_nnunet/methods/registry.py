@@ -9,6 +9,7 @@ from typing import Literal
 from fsefs_nnunet.errors import InputError
 
 BANK, PATCHES = "bank", "patches"
+STOCK_PLANS = "nnUNetPlans"  # what nnU-Net calls its own
 _INSIDE = "fsefs_nnunet.methods.inside.decoder_parts"
 _SCRATCH = "fsefs_nnunet.trainers.scratch.FSEFTTrainer_Scratch"
 
@@ -32,6 +33,7 @@ class Method:
     transductive: the trained adapter adapts to every volume before it segments it (`fseft predict`).
     shares_features: predicts from the features of whole volumes, which all such methods get from one pass.
     suffix: of the configurations trained from scratch, for the time that the longest of the other methods took.
+    plans: name of the plans that have its configurations; "": the backbone's.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Method:
     transductive: bool = False
     shares_features: bool = False
     suffix: str = ""
+    plans: str = ""
 
     def __post_init__(self):
         if self.trainer and not self.trainer.startswith("FSEFT"):
@@ -197,11 +200,12 @@ _ROWS = [
         "nnunet",
         "nnU-Net from scratch, equal time",
         "what nnU-Net plans for the data, from random weights",
-        "nnU-Net's trainer for a time, `-c 3d_fullres_<K>shot_nnunet`.",
+        "nnU-Net's trainer for a time on nnU-Net's own preprocessing, `-p nnUNetPlans -c 3d_fullres_<K>shot_nnunet`.",
         "FSEFTTrainer_Scratch",
         PATCHES,
         _SCRATCH,
         suffix="_nnunet",
+        plans=STOCK_PLANS,
     ),
 ]
 METHODS = {row.name: row for row in _ROWS}

@@ -99,6 +99,13 @@ class Experiment:
             tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-15:])
             raise InputError(f"`{line}` failed; {log} ends with:\n{tail}")
 
+    def preprocess(self, configuration: str) -> None:
+        """`nnUNetv2_preprocess` of all labelled cases, in place of what lies there."""
+        processes = self.environment()["nnUNet_def_n_proc"]
+        number = self.dataset.removeprefix("Dataset")[:3]  # its -d takes no name
+        what = ("-d", number, "-plans_name", self.plans, "-c", configuration)
+        self.run("nnUNetv2_preprocess", *what, "-np", processes)
+
     def model(self, trainer: str, configuration: str) -> Path:
         return self.folders["nnUNet_results"] / self.dataset / f"{trainer}__{self.plans}__{configuration}"
 

@@ -12,6 +12,7 @@ from fsefs_nnunet.cases.dataset_json import read_dataset_json
 from fsefs_nnunet.cases.folders import dataset_folders, made_folder, training_files
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.files import refused_if_unwritable, replacing
+from fsefs_nnunet.nnunet.stock_plans import add_stock_configurations
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 
 
@@ -24,8 +25,12 @@ def plan(
     plans_name: str | None,
     overwrite_target_spacing: list[float] | None = None,
     accept_positive_ct: bool = False,
+    support: Sequence[str] = (),
 ) -> str:
-    """Fingerprint and plans. Returns the plans' name."""
+    """Fingerprint and plans, with nnU-Net's own for the baseline. Returns the plans' name.
+
+    support: cases whose labels may show what the spacing costs; default: of the folds that were drawn.
+    """
     planner = FSEFTPlanner(
         dataset_id,
         gpu_memory_target_in_gb,
@@ -35,8 +40,11 @@ def plan(
         shots=shots,
         num_processes=num_processes,
         accept_positive_ct=accept_positive_ct,
+        support=support,
     )
     planner.plan_experiment()
+    with refused_if_unwritable(dataset_folders(dataset_id)[2]):
+        add_stock_configurations(planner)
     return planner.plans_identifier
 
 

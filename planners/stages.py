@@ -1,0 +1,52 @@
+"""Which feature maps of a backbone a GPU can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fsefs_nnunet.backbones.architectures import build_architecture
+from fsefs_nnunet.backbones.contract import BackboneContract
+from fsefs_nnunet.backbones.maps import FeatureMap
+
+# In all stages nnU-Net's own U-Nets have 960 channels and more. What a reduction learns of so many from few cases has
+# not been measured.
+MOST_FEATURES = 256
+RICHEST_FIRST = ("skips", "all", "last")
+
+
+@dataclass(frozen=True)
+class Stages:
+    """
+    name: the plans' `stages`.
+    channels: as many at full resolution take as much memory as the maps at their own.
+    slab_bytes: of the maps of a slab, which is one window long and as wide and high as the volume.
+    """
+
+    name: str
+    channels: float
+    slab_bytes: float
+
+
+def choose_stages(contract: BackboneContract, window: Sequence[int], shape: Sequence[int], most_bytes: float) -> Stages:
+    """The richest stages of which a slab and twice the maps of one window take at most `most_bytes`, else "last".
+
+    Args:
+        window: the backbone's, (X, Y, Z).
+        shape: of the median volume, (X, Y, Z).
+    """
+    for name in RICHEST_FIRST:
+        if name != "last" and contract.stage_features.get(name, MOST_FEATURES + 1) > MOST_FEATURES:
+            continue
+        channels = channels_in_effect(build_architecture(contract, name).maps)
+        slab = 4 * channels * float(window[0] * shape[1] * shape[2])
+        stages = Stages(name, channels, slab)
+        if slab + 2 * 4 * channels * float(np.prod(window)) <= most_bytes:
+            break
+    return stages
+
+
+def channels_in_effect(maps: Sequence[FeatureMap]) -> float:
+    return float(sum(m.channels / np.prod(m.stride) for m in maps))
