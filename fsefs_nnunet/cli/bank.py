@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from fsefs_nnunet.cli.arguments import add_dataset
 
 
 def register(verb) -> None:
-    parser = verb("bank", bank, "List the feature banks of a dataset, or remove them.")
+    parser = verb("bank", bank, "List the feature banks of a dataset, remove, verify, export or import them.")
     add_dataset(parser)
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--verify", action="store_true", help="hash all features, and remove entries that are damaged")
+    what.add_argument("--export", metavar="FILE", help="write all banks into a file, for another machine")
+    what.add_argument(
+        "--import", dest="import_from", metavar="FILE", help="take the banks of a file; the images must be the same"
+    )
+    what.add_argument(
         "--clear", nargs="*", metavar="KEY", help="remove the banks of these keys, which the list shows; of all without"
     )
 
 
 def bank(args: argparse.Namespace) -> None:
-    from fsefs_nnunet.features import disk
+    from fsefs_nnunet.features import disk, transfer
 
-    if args.clear is None:
+    if args.verify:
+        transfer.verify(args.d)
+    elif args.export:
+        transfer.export_banks(args.d, Path(args.export))
+    elif args.import_from:
+        transfer.import_banks(args.d, Path(args.import_from))
+    elif args.clear is None:
         disk.show(args.d)
     else:
         disk.clear(args.d, args.clear)

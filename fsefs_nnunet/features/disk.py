@@ -125,7 +125,7 @@ def _is_being_filled(folder: Path) -> bool:
 
 def show(dataset_id: int | str) -> None:
     """Print the banks of a dataset: what `fseft bank -d ID` runs."""
-    root = _root(dataset_id)
+    root = bank_folder(dataset_id)
     banks = list_banks(root)
     print(f"{len(banks)} feature banks in {root}, {gigabytes(sum(bank.num_bytes for bank in banks))}")
     for bank in banks:
@@ -134,14 +134,15 @@ def show(dataset_id: int | str) -> None:
 
 def clear(dataset_id: int | str, keys: Sequence[str]) -> None:
     """Remove banks of a dataset and print which: what `fseft bank -d ID --clear [KEY ...]` runs."""
-    root = _root(dataset_id)
+    root = bank_folder(dataset_id)
     banks = clear_banks(root, keys)
     for bank in banks:
         print(f"Removed {_line(bank)}")
     print(f"{len(banks)} feature banks removed from {root}, {gigabytes(sum(bank.num_bytes for bank in banks))}")
 
 
-def _root(dataset_id: int | str) -> Path:
+def bank_folder(dataset_id: int | str) -> Path:
+    """Of all banks of a dataset."""
     return dataset_folders(dataset_id)[2] / BANK_FOLDER
 
 

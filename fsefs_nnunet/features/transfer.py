@@ -1,0 +1,124 @@
+"""Feature banks in one file: filled on a machine with a GPU, adapted from on a laptop."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from fsefs_nnunet.errors import InputError, several
+from fsefs_nnunet.features.disk import bank_folder, list_banks, require_space
+from fsefs_nnunet.files import gigabytes, read_json, refused_if_unwritable, replacing, sha256_of
+
+ENTRY, FEATURES = ".json", ".npy"
+
+
+def damaged_entries(folder: Path) -> list[str]:
+    """Names of the entries of a bank whose features are not what they were when they were written."""
+    damaged = []
+    for file in tqdm(sorted(folder.glob(f"*{ENTRY}")), desc=f"verifying {folder.name}"):
+        features = file.with_suffix(FEATURES)
+        try:
+            sound = sha256_of(features) == json.loads(file.read_text("utf-8"))["features_sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            sound = False
+        if not sound:
+            damaged.append(file.stem)
+    return damaged
+
+
+def verify(dataset_id: int | str) -> None:
+    """Hash all features, and remove entries that are damaged: what `fseft bank -d ID --verify` runs."""
+    root, banks = bank_folder(dataset_id), list_banks(bank_folder(dataset_id))
+    damaged = [(bank.folder, name) for bank in banks for name in damaged_entries(bank.folder)]
+    with refused_if_unwritable(root):
+        for folder, name in damaged:
+            (folder / f"{name}{ENTRY}").unlink(missing_ok=True)
+    print(f"{sum(bank.entries for bank in banks)} entries in {root}, {len(damaged)} of them damaged.")
+    if damaged:
+        print(f"Removed: {several([name for _, name in damaged], 10)}. The next training computes them again.")
+
+
+def export_banks(dataset_id: int | str, file: Path) -> None:
+    """Write all banks of a dataset into `file`: what `fseft bank -d ID --export FILE` runs.
+
+    Raises:
+        InputError: if there is none, or `file` cannot be written.
+    """
+    root = bank_folder(dataset_id)
+    parts = [
+        part for bank in list_banks(root) for ending in (FEATURES, ENTRY) for part in bank.folder.glob(f"*{ending}")
+    ]
+    if not parts:
+        raise InputError(f"There is no feature bank in {root}: a training fills it.")
+    with refused_if_unwritable(file.parent), replacing(file) as unfinished:
+        with zipfile.ZipFile(unfinished, "w") as archive:  # features do not shrink
+            for part in tqdm(sorted(parts), desc="exporting"):
+                archive.write(part, f"{part.parent.name}/{part.name}")
+    print(
+        f"{file}: {len(parts)} files, {gigabytes(file.stat().st_size)}. `fseft bank -d ID --import {file.name}` takes it."
+    )
+
+
+def import_banks(dataset_id: int | str, file: Path) -> None:
+    """Take the banks that `export_banks` wrote: what `fseft bank -d ID --import FILE` runs.
+
+    Entries that are there stay. The first training compares the images that they were computed from with its own.
+
+    Raises:
+        InputError: if `file` is no such file or damaged, or no plans of the dataset name its backbone; nothing is taken
+            then that is not whole.
+    """
+    root = bank_folder(dataset_id)
+    with _opened(file) as archive, refused_if_unwritable(root.parent):
+        names = [PurePosixPath(name) for name in archive.namelist()]
+        if any(len(name.parts) != 2 or ".." in name.parts or name.suffix not in (ENTRY, FEATURES) for name in names):
+            raise InputError(f"{file} is no file that `fseft bank --export` wrote.")
+        _require_backbones(archive, names, root.parent, file)
+        missing = [name for name in names if not (root / name).exists()]
+        require_space(root, sum(archive.getinfo(str(name)).file_size for name in missing), None)
+        # an entry's JSON comes after its features: what is cut off is not there
+        for name in tqdm(sorted(missing, key=lambda name: name.suffix == ENTRY), desc="importing"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            with replacing(root / name) as part, archive.open(str(name)) as content, open(part, "wb") as f:
+                while block := content.read(1 << 20):
+                    f.write(block)
+    print(f"{len(missing)} files imported into {root}; a training checks that they are of its own images.")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            yield archive
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise InputError(
+            f"{file} is damaged, or no file that `fseft bank --export` wrote ({error}): export again."
+        ) from error
+    except FileNotFoundError as error:
+        raise InputError(f"There is no {file}.") from error
+
+
+def _require_backbones(archive: zipfile.ZipFile, names: list[PurePosixPath], preprocessed: Path, file: Path) -> None:
+    theirs = {}
+    for name in names:
+        if name.suffix == ENTRY:
+            theirs[json.loads(archive.read(str(name)))["key"]["recipe"]["backbone"]] = name.parts[0].rsplit("_", 1)[0]
+    ours = {}
+    for plans in preprocessed.glob("*.json"):
+        content = read_json(plans)
+        configurations = content.get("configurations", {}) if isinstance(content, dict) else {}
+        for configuration in configurations.values():
+            kwargs = configuration.get("architecture", {}).get("arch_kwargs", {})
+            if "backbone" in kwargs:
+                ours[kwargs["sha256"]] = kwargs["backbone"]
+    if strange := [f"{name!r} of SHA-256 {sha256[:12]}" for sha256, name in theirs.items() if sha256 not in ours]:
+        planned = ", ".join(f"{name!r} of {sha256[:12]}" for sha256, name in ours.items()) or "no backbone"
+        raise InputError(
+            f"{file} holds features of backbone {' and '.join(strange)}; the plans in {preprocessed} name {planned}: "
+            "plan with that backbone first."
+        )
