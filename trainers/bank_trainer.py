@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -221,8 +221,8 @@ class BankTrainer(AdaptedTrainer):
 
     # ---- final validation ----
 
-    def whole_queries(self) -> list[Request]:
-        """The labelled queries, whose final validation reads the bank; none where it has no room for them.
+    def whole_queries(self, others: Sequence[Request] = ()) -> list[Request]:
+        """The labelled queries, whose final validation reads the bank; none where it has no room beside `others`.
 
         Folds and methods share them.
         """
@@ -230,7 +230,7 @@ class BankTrainer(AdaptedTrainer):
             self.request(case, whole_layout(self.shape_of(case)), whole_name(case)) for case in self.do_split()[1]
         ]
         cap = cap_in_gb(self.settings.bank_gb)
-        return requests if has_space(self.bank.root, self.bank.lacks(requests), cap) else []
+        return requests if has_space(self.bank.root, self.bank.lacks([*others, *requests]), cap) else []
 
     def validate_queries(self, save_probabilities: bool) -> None:
         if not hasattr(self, "bank"):  # `--val` has not trained

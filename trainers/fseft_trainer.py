@@ -83,12 +83,13 @@ class FSEFTTrainer(BankTrainer):
 
     def requests(self) -> list[Request]:
         pooled = [self.request(case, self.pooled(case), name) for name, case in self.pooled_support.items()]
-        if not self.wants_prior:
-            return [*super().requests(), *pooled]
-        # of one pass: what the prior looks at, and what the final validation will look at
-        whole = self.whole_queries() if self.validates else []
-        labelled = [self.request(case, self.pooled(case)) for case in self.run.labelled_queries]
-        return [*super().requests(), *pooled, *labelled, *whole, *map(self.unlabelled_request, self.unlabelled_queries)]
+        wanted = [*super().requests(), *pooled]
+        if self.wants_prior:
+            wanted += [self.request(case, self.pooled(case)) for case in self.run.labelled_queries]
+            wanted += [self.unlabelled_request(case) for case in self.unlabelled_queries]
+            # of one pass: what the prior looks at, and what the final validation will look at
+            wanted += self.whole_queries(wanted) if self.validates else []
+        return wanted
 
     def unlabelled_request(self, case: str) -> Request:
         image = partial(self.unlabelled.load, case)

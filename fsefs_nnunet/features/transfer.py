@@ -59,9 +59,7 @@ def export_banks(dataset_id: int | str, file: Path) -> None:
         with zipfile.ZipFile(unfinished, "w") as archive:  # features do not shrink
             for part in tqdm(sorted(parts), desc="exporting"):
                 archive.write(part, f"{part.parent.name}/{part.name}")
-    print(
-        f"{file}: {len(parts)} files, {gigabytes(file.stat().st_size)}. `fseft bank -d ID --import {file.name}` takes it."
-    )
+    print(f"{file}: {len(parts)} files, {gigabytes(file.stat().st_size)}.")
 
 
 def import_banks(dataset_id: int | str, file: Path) -> None:
