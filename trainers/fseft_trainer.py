@@ -103,12 +103,12 @@ class FSEFTTrainer(BankTrainer):
         """From the support labels alone."""
         self.prior = prior_named(self.method.prior).estimate(self.support_labels)
         self.query_volumes = None
+        names, gamma = self.class_names, self.settings.gamma
+        for line in self.prior.describe(names, gamma) if self.wants_prior and self.run.queries else []:
+            self.print_to_log_file(line)
         if why := self.why_no_prior():
             self.print_to_log_file(f"The prior has no effect: {why}.")
             return
-        names, gamma = self.class_names, self.settings.gamma
-        for line in self.prior.describe(names, gamma):
-            self.print_to_log_file(line)
         self.run.prior = self.prior.report(names, gamma)
         voxel_ml = float(np.prod(self.configuration_manager.spacing)) / 1000
         pooled_support = {
