@@ -125,10 +125,11 @@ class QueryPredictor:
             return self._segment_nothing(volume, output, keep_largest)
         windows = volume.features.windows
         total, folds = self._inductive(volume) if self.memories is None else self._transductive(volume)
-        self.windows += volume.features.windows - windows
+        windows = volume.features.windows - windows
+        self.windows += windows
         # as nnU-Net does: the mean of the logits
         self._export(total.div_(len(folds)), volume.properties, output, keep_largest)
-        return self._report(folds)
+        return {**self._report(folds), "windows": windows}
 
     def _inductive(self, volume: Volume) -> tuple[torch.Tensor, list[Prediction]]:
         """The sum of the folds' logits (outputs, X, Y, Z), in one look."""
@@ -204,7 +205,7 @@ class QueryPredictor:
             logits[0] = 0  # the background's
         sizes = sizes_of(logits, self.voxel_ml, self.has_regions)
         self._export(logits, volume.properties, output, keep_largest)
-        return self._report([Prediction(sizes, sizes)] * len(self.model.weights))
+        return {**self._report([Prediction(sizes, sizes)] * len(self.model.weights)), "windows": 0}
 
     def _export(self, logits: torch.Tensor, properties: dict, output: Path, keep_largest: bool) -> None:
         model, ending = self.model, self.model.dataset_json["file_ending"]
