@@ -159,6 +159,15 @@ class FSEFTTrainer(BankTrainer):
             return None
         step, has_regions = self.training_step, self.label_manager.has_regions
         query = self.query_volumes.rotating(step, self.settings.seed)
+        if (
+            self.device.type == "cpu"
+        ):  # most sizes are as expected, where a gradient would be zero; on a GPU, asking waits
+            with torch.no_grad():
+                prediction = self.query_volumes.predict(self.network, query, has_regions)
+                penalty = self.prior.penalty(prediction, self.settings.gamma)
+            if penalty == 0:
+                self.seen.append((query, prediction.sizes.soft, penalty))
+                return None
         prediction = self.query_volumes.predict_beside_support(self.network, query, step, has_regions)
         penalty = self.prior.penalty(prediction, self.settings.gamma)
         self.seen.append((query, prediction.sizes.soft.detach(), penalty.detach()))
