@@ -13,9 +13,11 @@ large        a CT of 512 x 512 x 400 voxels: peak memory of planning, training a
 cost         CPU seconds and memory against volume, folds, shots and methods, with two plots
 
 Commands run on one core. CPU seconds are user and system time of a command and all that it starts; memory is the sum
-of the proportional set sizes of its processes, looked at five times a second; GB are 10^9 bytes. A convolution of fixed
-size runs before and after each: where its time differs by more than a fifth, the figure is marked `discard`. Results
-are appended to --results. What a row leaves in its folder below --work is removed when it is measured again.
+of the proportional set sizes of its processes, looked at five times a second. It counts pages of files that are
+mapped, those of the bank above all, which the system takes back where it needs them: `peak_without_files_gb` does not.
+GB are 10^9 bytes. A convolution of fixed size runs before and after each command: where its time differs by more than a
+fifth, the figure is marked `discard`. Results are appended to --results. What a row leaves in its folder below --work
+is removed when it is measured again.
 """
 
 from __future__ import annotations
@@ -81,15 +83,16 @@ def reference_seconds() -> float:
     return process_time() - start
 
 
-def memory_gb(session: int) -> float:
-    """Sum of the proportional set sizes of all processes of a session."""
-    kilobytes = 0
+def memory_gb(session: int) -> tuple[float, float]:
+    """Sum of the proportional set sizes of all processes of a session, and what of it are no pages of files."""
+    kilobytes = {"Pss": 0, "Pss_File": 0}
     for name in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):  # it may have ended
             if os.getsid(int(name)) == session:
-                found = re.search(r"^Pss:\s+(\d+)", Path("/proc", name, "smaps_rollup").read_text(), re.MULTILINE)
-                kilobytes += int(found[1]) if found else 0
-    return kilobytes * 1024 / 1e9
+                rollup = Path("/proc", name, "smaps_rollup").read_text()
+                for key, found in re.findall(r"^(Pss|Pss_File):\s+(\d+)", rollup, re.MULTILINE):
+                    kilobytes[key] += int(found)
+    return kilobytes["Pss"] * 1024 / 1e9, (kilobytes["Pss"] - kilobytes["Pss_File"]) * 1024 / 1e9
 
 
 class MemoryWatch(Thread):
@@ -98,12 +101,14 @@ class MemoryWatch(Thread):
     def __init__(self, session: int, cap_gb: float, cores: set[int]):
         super().__init__(daemon=True)
         self.session, self.cap_gb, self.cores = session, cap_gb, cores
-        self.peak_gb, self.ended = 0.0, Event()
+        self.peak_gb, self.peak_without_files_gb, self.ended = 0.0, 0.0, Event()
 
     def run(self) -> None:
         os.sched_setaffinity(0, self.cores)  # this thread alone: not the core of the command
         while not self.ended.wait(SAMPLE_SECONDS):
-            self.peak_gb = max(self.peak_gb, memory_gb(self.session))
+            everything, without_files = memory_gb(self.session)
+            self.peak_gb = max(self.peak_gb, everything)
+            self.peak_without_files_gb = max(self.peak_without_files_gb, without_files)
             if self.peak_gb > self.cap_gb:
                 kill(self.session)
                 return
@@ -182,6 +187,7 @@ class Version:
             "cpu_seconds": None if over else round(used.ru_utime + used.ru_stime, 2),
             "wall_seconds": None if over else round(seconds, 2),
             "peak_gb": f"over {self.cap_gb:g}" if over else round(watch.peak_gb, 3),
+            "peak_without_files_gb": round(watch.peak_without_files_gb, 3),
             "reference_seconds": [round(before, 3), round(after, 3)],
             "discard": abs(after - before) > MOST_DRIFT * before,
         }
@@ -452,7 +458,7 @@ def cost_by_volume(version: Version, sizes: Sequence[int]) -> dict[str, dict]:
 def cost_by_choice(version: Version) -> dict[str, dict]:
     """Of predictions by folds, and of trainings by shots, from an empty bank, and by methods, from a full one."""
     found = {"folds of fseft predict": {}, "shots, empty bank": {}, "method, 5 shots, full bank": {}}
-    dataset = phantoms(version, "Dataset050_Choices", (96,) * 3, (3.0,) * 3, 14)
+    dataset = phantoms(version, "Dataset050_Choices", (64,) * 3, (4.0,) * 3, 14)
     image = one_image(dataset)
     version.run("fseft", *dataset.planning(2, shots=[1, 5, 10]))
     for shots in (1, 10, 5):
