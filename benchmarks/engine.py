@@ -3,6 +3,7 @@
     FSEFT_SHARED=FOLDER python benchmarks/engine.py ROW --work /data/engine
     FSEFT_SHARED=FOLDER python benchmarks/engine.py ROW --work /data/engine_old --bin /data/old_environment/bin
 
+The first measures the version that this Python has, the second another one; phantoms are always those of this Python.
 FOLDER/data holds Task04_Hippocampus, CHAOS_T2SPIR and OpenKBP; no label of a test case is read. ROW is one of
 
 features     a bank of one volume: the share of its CPU time that is not spent in the backbone's layers
@@ -42,7 +43,12 @@ from time import monotonic, process_time
 
 PLANS, FIVE = "FSEFTPlans", "3d_fullres_5shot"
 TRAINER = "FSEFTTrainer"
-METHODS = ("FSEFTTrainer_LinearProbe", "FSEFTTrainer_Adapter", TRAINER, "FSEFTTrainer_Context")
+METHODS = {
+    "linear probe": "FSEFTTrainer_LinearProbe",
+    "adapter": "FSEFTTrainer_Adapter",
+    "with prior": TRAINER,
+    "context": "FSEFTTrainer_Context",
+}
 BANK = "fseft_features"
 SAMPLE_SECONDS = 0.2
 REFERENCE_RUNS, MOST_DRIFT = 15, 0.2  # about three seconds
@@ -465,10 +471,10 @@ def cost_by_choice(version: Version) -> dict[str, dict]:
         dataset.empty_bank()
         arguments = dataset.training(TRAINER, f"3d_fullres_{shots}shot")
         found["shots, empty bank"][shots] = version.measure("nnUNetv2_train", *arguments, fseft_final_validation="0")
-    for trainer in METHODS:
-        arguments, short = dataset.training(trainer, FIVE), trainer.removeprefix("FSEFTTrainer_")
+    for method, trainer in METHODS.items():
+        arguments = dataset.training(trainer, FIVE)
         measured = version.measure("nnUNetv2_train", *arguments, fseft_final_validation="0")
-        found["method, 5 shots, full bank"]["prior" if trainer == TRAINER else short] = measured
+        found["method, 5 shots, full bank"][method] = measured
     dataset.shorten(FIVE, 1)
     for fold in range(1, 5):
         arguments = dataset.training(TRAINER, FIVE, fold)
