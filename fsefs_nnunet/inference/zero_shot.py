@@ -18,6 +18,7 @@ from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.maps import FeatureMap
 from fsefs_nnunet.cases.dataset_json import read_dataset_json, shows_ct
+from fsefs_nnunet.cases.field_of_view import fitting_spacing
 from fsefs_nnunet.cases.folders import dataset_folders
 from fsefs_nnunet.cases.images import constant_warning, is_constant, lacks_air, offset_warning, read_image
 from fsefs_nnunet.cases.readers import find_reader, in_axes_of, spacing_of
@@ -99,7 +100,8 @@ def zero_shot_plans(
 ) -> dict:
     """Plans that make stock nnU-Net preprocess and predict as the contract says.
 
-    Where it leaves the spacing open, that is the median of the images'; the window covers their median volume.
+    Where it leaves the spacing open, that is the median of the images', or by their field of view, as the planner
+    chooses it; the window covers their median volume.
 
     Args:
         reader: name of nnU-Net's.
@@ -107,7 +109,9 @@ def zero_shot_plans(
     """
     names = list(dataset_json["channel_names"].values())
     shapes, spacings = (np.array(values)[:, contract.transpose_forward] for values in zip(*geometries))
-    spacing = np.array(contract.spacing or np.median(spacings, 0))
+    own, extent = np.median(spacings, 0), np.median(shapes * spacings, 0)
+    fitting = None if contract.spacing else fitting_spacing(extent, own, contract.patch_size)
+    spacing = np.array(contract.spacing or (own if fitting is None else [fitting] * 3))
     resampling = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
     resample = "resample_data_or_seg_to_shape"
     configuration = {
