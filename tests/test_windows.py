@@ -5,11 +5,12 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from banks import CPU, WINDOW, full_features, whole_crop, whole_maps
+from banks import CPU, WINDOW, full_features, whole_maps
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from fsefs_nnunet import device as precision
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.maps import FeatureMap
 from fsefs_nnunet.errors import InputError
@@ -169,40 +170,100 @@ def stock_predictor(network, tiny, window):
     return predictor
 
 
-def fitted(network, image: torch.Tensor, window, labels: dict) -> torch.Tensor:
-    """With the statistics of an image, whose features (C, X, Y, Z) it returns."""
+def windows_blended(network, image: torch.Tensor, window, slicers) -> tuple[torch.Tensor, torch.Tensor]:
+    """As nnU-Net's predictor blends logits, but in float32; and the weights."""
+    gaussian = compute_gaussian(window, 1 / 8, 10, dtype=torch.float32, device=CPU)
+    blended, weight = torch.zeros(network.head.out_channels, *image.shape[1:]), torch.zeros(image.shape[1:])
+    for slicer in slicers:
+        with torch.no_grad():
+            blended[slicer] += network(image[slicer][None])[0] * gaussian
+        weight[slicer[1:]] += gaussian
+    return blended / weight, weight
+
+
+def fitted(network, image: torch.Tensor, window, labels: dict) -> None:
+    """Give a network the statistics of an image's features."""
     features = full_features(network.backbone, image, window)
     network.fit(features.flatten(1).mean(1), features.flatten(1).std(1), labels, False)
-    return features
 
 
-def test_linear_probe_on_blended_features_is_the_predictors_sliding_window(tiny, contract):
-    """nnU-Net blends the logits of its windows, we blend features: with windows at the same places it is the same."""
+@pytest.fixture
+def float32(monkeypatch):
+    """On CPUs that compute in bfloat16, too."""
+    monkeypatch.setattr(precision, "native_bfloat16", lambda: False)
+
+
+@pytest.mark.parametrize("shape", [(24, 24, 24), (24, 22, 20)])
+def test_linear_probe_on_blended_features_is_the_predictors_sliding_window(tiny, contract, float32, shape):
+    """nnU-Net blends the logits of its windows, we blend features: of maps at full resolution it is the same."""
     torch.manual_seed(0)
-    image = torch.rand(1, 24, 24, 24)  # where nnU-Net's windows start at multiples of the strides, too
+    image = torch.rand(1, *shape)
     network = AdaptedNetwork(1, 4, "phantom", contract.sha256, "linear_probe", "last", None, 3)
-    features = fitted(network, image, WINDOW, {"background": 0, "x": 1, "y": 2, "z": 3})
-    with torch.no_grad():
-        ours = network.adapt(features[None])[0]
-    torch.testing.assert_close(logits_in_one_look(network, image.numpy(), WINDOW, CPU)[0], ours, rtol=1e-4, atol=1e-4)
-
+    fitted(network, image, WINDOW, {"background": 0, "x": 1, "y": 2, "z": 3})
+    ours, passed = logits_in_one_look(network, image.numpy(), WINDOW, CPU)
     predictor = stock_predictor(network, tiny, WINDOW)
-    found = predictor._internal_get_sliding_window_slicers(image.shape[1:])
-    assert len(found) == 8
+    slicers = predictor._internal_get_sliding_window_slicers(shape)
+    assert len(slicers) == passed == 8
+    exact, weight = windows_blended(network, image, WINDOW, slicers)
+    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
     theirs = predictor.predict_sliding_window_return_logits(image).float()
-    gaussian = compute_gaussian(WINDOW, 1 / 8, 10, device=CPU).float()
-    blended, weight = torch.zeros_like(ours), torch.zeros(image.shape[1:])
-    for window in found:
-        with torch.no_grad():
-            logits = network(image[window][None])[0]
-        blended[window] += logits * gaussian
-        weight[window[1:]] += gaussian
-    torch.testing.assert_close(ours, blended / weight, rtol=1e-3, atol=1e-3)
     # the predictor sums in float16: near the volume's corners, where its weights underflow, its logits are coarse
     sound = weight > 0.01
     assert sound.float().mean() > 0.6 and theirs.abs().max() > 1
     torch.testing.assert_close(ours[:, sound], theirs[:, sound], rtol=2e-3, atol=2e-3)
     # windows matter: the volume in one piece gives something else
     with torch.no_grad():
-        in_one_piece = network(image[None])[0]
-    assert (in_one_piece - theirs)[:, sound].abs().max() > 0.03
+        in_one_piece = network(torch.nn.functional.pad(image, (0, 24 - shape[2], 0, 24 - shape[1]))[None])[0]
+    assert (in_one_piece[:, :, : shape[1], : shape[2]] - theirs)[:, sound].abs().max() > 0.03
+
+
+ORGANS = ("spleen", "kidney_right", "vertebrae")
+
+
+def dice(logits: torch.Tensor, truth: np.ndarray) -> np.ndarray:
+    labels = logits.argmax(0).numpy()
+    pairs = [(labels == i + 1, truth == phantom.LABELS[name]) for i, name in enumerate(ORGANS)]
+    return np.array([2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in pairs])
+
+
+@pytest.fixture(scope="module")
+def body():
+    """A phantom (1, 56, 56, 56) and its labels."""
+    made = phantom.make_phantom((5, 1), phantom.PhantomConfig((56, 56, 56), 5.0, (-0.1, 0.0, 0.1)))
+    low, high = phantom.HU_WINDOW
+    return torch.from_numpy((made.image.clip(low, high) - low) / (high - low)).float()[None], made.labels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter, stages, channels", [("linear_probe", "all", None), ("spatial", "all", 32)])
+def test_dice_is_the_predictors(tiny, contract, float32, body, adapter, stages, channels):
+    """Of 8 windows that start at multiples of the strides, as ours always do: within 0.002."""
+    (image, truth), window = body, (40, 40, 40)
+    network = AdaptedNetwork(1, 4, "phantom", contract.sha256, adapter, stages, channels, 3)
+    fitted(network, image, window, {"background": 0, **{name: i + 1 for i, name in enumerate(ORGANS)}})
+    if adapter == "spatial":  # it is not linear, and sees across the windows' borders
+        torch.manual_seed(0)
+        torch.nn.init.normal_(network.adapter.conv2.weight, 0, 0.02)
+    ours = dice(logits_in_one_look(network, image.numpy(), window, CPU)[0], truth)
+    predictor = stock_predictor(network, tiny, window)
+    assert len(predictor._internal_get_sliding_window_slicers(image.shape[1:])) == 8
+    theirs = dice(predictor.predict_sliding_window_return_logits(image).float(), truth)
+    assert theirs.min() > 0.7
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.002)
+    with torch.no_grad():
+        in_one_piece = dice(network(image[None])[0], truth)
+    assert np.abs(in_one_piece - theirs).max() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", ["all", "skips"])
+def test_logits_of_coarse_maps_are_the_predictors_within_two_percent(contract, float32, body, stages):
+    """They are blended before they are upsampled, nnU-Net's logits after it: near the windows' borders that differs."""
+    (image, _), window = body, (40, 40, 40)
+    network = AdaptedNetwork(1, 4, "phantom", contract.sha256, "linear_probe", stages, None, 3)
+    fitted(network, image, window, {"background": 0, "x": 1, "y": 2, "z": 3})  # a head that looks at all maps alike
+    ours, _ = logits_in_one_look(network, image.numpy(), window, CPU)
+    slicers = [(slice(None), *(slice(a, a + 40) for a in start)) for start in product((0, 16), repeat=3)]
+    theirs, _ = windows_blended(network, image, window, slicers)
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+    assert (ours.argmax(0) == theirs.argmax(0)).float().mean() > 0.99
