@@ -1,62 +1,74 @@
 """The feature bank: filling it, by several trainings at once too, and the disk that it takes."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from multiprocessing import get_context
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from banks import CPU, WINDOW, make_bank, make_images, requests, store
+from banks import CPU, WINDOW, make_bank, make_images, request_of, requests, store, whole_maps
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.features import bank as features
+from fsefs_nnunet.features import bank as bank_module
 from fsefs_nnunet.features import disk
 from fsefs_nnunet.features.bank import FeatureBank
-from fsefs_nnunet.features.layout import Layout, pooled, query_layout, whole_layout
+from fsefs_nnunet.features.layout import Layout, query_layout
 from fsefs_nnunet.files import PART
 
 
-@pytest.fixture(scope="module")
-def images():
-    return make_images()
+@pytest.fixture
+def images(tmp_path):
+    (tmp_path / "images").mkdir()
+    return make_images(tmp_path / "images")
+
+
+@pytest.fixture
+def bank(backbone, tmp_path):
+    return make_bank(tmp_path / "banks", backbone)
+
+
+def replaced(file, change=lambda image: image + 0.5):
+    """Another image in `file`."""
+    np.save(file, change(np.load(file)))
+
+
+def whole_of(entry) -> np.ndarray:
+    """The only map (C, X, Y, Z) of a whole volume."""
+    ((array,),) = entry.arrays
+    return array
 
 
 # ---- filling ----
 
 
 def test_second_fill_computes_nothing(bank, images, backbone):
-    assert bank.fill(requests(images, images.get)) == 2
+    assert bank.fill(requests(images)) == 2
     times = {file: file.stat().st_mtime_ns for file in bank.folder.iterdir()}
     again = make_bank(bank.root, backbone)
-    assert again.fill(requests(images, images.get)) == 0
+    assert again.fill(requests(images)) == 0
     assert {file: file.stat().st_mtime_ns for file in bank.folder.iterdir()} == times
     entries = sorted(f"{file.name[0]}{file.suffix}" for file in times if file.suffix != ".lock")
     assert entries == ["a.json", "a.npy", "b.json", "b.npy"] and len(times) == 6  # a lock for each volume
-    (box,) = again["a"].boxes
-    assert box.shape == (16, 16, 16, 20) and box.dtype == np.float16
-    assert isinstance(box.base, np.memmap)
+    array = whole_of(again["a"])
+    assert array.shape == (16, 16, 16, 20) and array.dtype == np.float16
+    assert isinstance(array, np.memmap)
 
 
-def test_a_volume_kept_in_two_ways_is_computed_once(bank, images, monkeypatch):
-    passes = []
-    whole_volume = features.extract_features
-    monkeypatch.setattr(features, "extract_features", lambda *args: passes.append(args) or whole_volume(*args))
-
-    def layout(case: str, shape: tuple[int, ...]) -> Layout:
-        return query_layout(shape, 2) if case == "pooled" else whole_layout(shape)
-
-    same = {"a": images["a"], "pooled": images["a"], "b": images["b"]}
-    assert bank.fill(requests(same, same.get, layout)) == 3
-    assert len(passes) == 2
-    whole_a = torch.from_numpy(np.array(bank["a"].boxes[0])).float()
-    np.testing.assert_allclose(bank["pooled"].boxes[0], pooled(whole_a, 2)[0], rtol=1e-2, atol=1e-2)
+def test_a_volume_kept_in_two_ways_is_computed_once(bank, images):
+    wanted = [*requests(images), request_of("pooled", images["a"], query_layout((16, 16, 20), (2, 2, 2)))]
+    assert bank.fill(wanted) == 3
+    assert bank.windows == 2 * 2  # of two volumes, two windows each
+    expected = torch.nn.functional.avg_pool3d(torch.from_numpy(whole_of(bank["a"]).astype(np.float32)), 2)
+    np.testing.assert_allclose(bank["pooled"].blocks, expected, rtol=1e-2, atol=1e-2)
     next(bank.folder.glob("pooled_*.npy")).unlink()
-    assert bank.fill(requests(same, same.get, layout)) == 1
+    assert bank.fill(wanted) == 1
 
 
 def alter(npy, json_file):
@@ -85,7 +97,7 @@ DAMAGES = {
     "npy missing": lambda npy, json_file: npy.unlink(),
     "npy empty": lambda npy, json_file: npy.write_bytes(b""),
     "json missing": lambda npy, json_file: json_file.unlink(),
-    "json of other features": change_json(features_sha256="0" * 64),
+    "json of other features": change_json(features=[0, 0], features_sha256="0" * 64),
     "json of another entry": change_json(key={}),
     "json cut": lambda npy, json_file: json_file.write_text('{"key'),
     "json no object": lambda npy, json_file: json_file.write_text("[]"),
@@ -94,31 +106,76 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_entry_is_computed_again(bank, images, backbone, damage):
-    bank.fill(requests(["a"], images.get))
+    bank.fill(requests(images, "a"))
     (npy,), (json_file,) = bank.folder.glob("a_*.npy"), bank.folder.glob("a_*.json")
     expected, info = npy.read_bytes(), json.loads(json_file.read_text())
     damage(npy, json_file)
     again, said = make_bank(bank.root, backbone), []
-    assert again.fill(requests(["a"], images.get), log=said.append) == 1
-    assert f"1 entries were not whole, or altered, and are computed again: {npy.stem}." in said
-    assert npy.read_bytes() == expected and json.loads(json_file.read_text()) == info
+    assert again.fill(requests(images, "a"), log=said.append) == 1
+    assert f"1 entries were not whole, or their files were altered, and are computed again: {npy.stem}." in said
+    assert npy.read_bytes() == expected
+    assert json.loads(json_file.read_text()) | {"features": info["features"]} == info  # but for the time
     assert not list(bank.folder.glob(f".*{PART}"))
-    assert again.fill(requests(["a"], images.get)) == 0
+    assert again.fill(requests(images, "a")) == 0
+
+
+def test_an_entry_altered_with_its_size_and_time_restored_is_found_by_no_fill(bank, images, backbone):
+    """Content is hashed where size or time differ: `fseft bank --verify` is for the rest."""
+    bank.fill(requests(images, "a"))
+    (npy,), (json_file,) = bank.folder.glob("a_*.npy"), bank.folder.glob("a_*.json")
+    before = npy.stat()
+    alter(npy, json_file)
+    os.utime(npy, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert make_bank(bank.root, backbone).fill(requests(images, "a")) == 0
+    os.utime(npy)
+    assert make_bank(bank.root, backbone).fill(requests(images, "a")) == 1
+
+
+def test_a_copied_bank_is_hashed_once(bank, images, backbone, monkeypatch):
+    """Another time alone means no other content; it is noted, so that the next training need not look again."""
+    bank.fill(requests(images))
+    for file in [*bank.folder.glob("*.npy"), *images.values()]:
+        os.utime(file)
+    hashed = []
+    original = bank_module.sha256_of
+    monkeypatch.setattr(bank_module, "sha256_of", lambda file: hashed.append(file) or original(file))
+    assert make_bank(bank.root, backbone).fill(requests(images)) == 0 and len(hashed) == 2
+    assert make_bank(bank.root, backbone).fill(requests(images)) == 0 and len(hashed) == 2
+
+
+def test_a_touched_image_is_no_other_image(bank, images, backbone):
+    bank.fill(requests(images))
+    os.utime(images["a"])
+    assert make_bank(bank.root, backbone).fill(requests(images)) == 0
+    replaced(images["a"])
+    again = make_bank(bank.root, backbone)
+    assert again.fill(requests(images)) == 1 and again.windows == 2
+    assert not np.array_equal(whole_of(again["a"]), whole_of(bank["a"]))
+
+
+def test_an_image_that_did_not_change_is_not_read(bank, images, backbone):
+    def read() -> None:
+        raise AssertionError
+
+    bank.fill(requests(images))
+    unread = [replace(request, content=read, image=read) for request in requests(images)]
+    assert make_bank(bank.root, backbone).fill(unread) == 0
 
 
 def test_other_image_or_layout_is_another_entry(bank, images):
-    assert bank.fill(requests(["a"], images.get)) == 1
-    old = np.array(bank["a"].boxes[0])
-    assert bank.fill(requests(["a"], lambda case: images["b"])) == 1
-    assert not np.array_equal(bank["a"].boxes[0], old)
+    assert bank.fill(requests(images, "a")) == 1
+    old = np.array(whole_of(bank["a"]))
     region = ((2, 0, 0), (8, 16, 16))
-    layouts = {"pooled": query_layout((16, 16, 20), 2), "region": Layout((16, 16, 20), (region,))}
-    for layout in layouts.values():
-        assert bank.fill(requests(["a"], images.get, lambda case, shape, layout=layout: layout)) == 1
+    layouts = [query_layout((16, 16, 20), (2, 2, 2)), Layout((16, 16, 20), (region,))]
+    for layout in layouts:
+        assert bank.fill(requests(images, "a", layout)) == 1
         assert bank["a"].layout == layout
-    np.testing.assert_array_equal(bank["a"].boxes[0], old[:, 2:8, :, :16])
-    assert bank.fill(requests(["a"], images.get)) == 0
-    np.testing.assert_array_equal(bank["a"].boxes[0], old)
+    np.testing.assert_array_equal(whole_of(bank["a"]), old[:, 2:8, :, :16])
+    assert bank.fill(requests(images, "a")) == 0
+    np.testing.assert_array_equal(whole_of(bank["a"]), old)
+    replaced(images["a"])
+    assert bank.fill(requests(images, "a")) == 1
+    assert not np.array_equal(whole_of(bank["a"]), old)
 
 
 def test_recipes_do_not_share_a_folder(backbone, tmp_path):
@@ -132,14 +189,30 @@ def test_recipes_do_not_share_a_folder(backbone, tmp_path):
 
 
 def test_statistics_are_those_of_whole_volumes(bank, images):
-    bank.fill(requests(images, images.get))
-    values = np.concatenate([bank[case].boxes[0].astype(np.float64).reshape(16, -1) for case in images], 1)
+    bank.fill(requests(images))
+    values = np.concatenate([whole_of(bank[case]).astype(np.float64).reshape(16, -1) for case in images], 1)
     mean, std = bank.statistics(images)
-    np.testing.assert_allclose(mean, values.mean(1), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(std, values.std(1), rtol=1e-4)
-    bank.fill(requests(images, images.get, lambda case, shape: Layout(tuple(shape), (((0, 0, 0), (4, 4, 4)),))))
+    np.testing.assert_allclose(mean, values.mean(1), rtol=1e-4, atol=1e-4)  # of what is stored in float16
+    np.testing.assert_allclose(std, values.std(1), rtol=1e-3)
+    bank.fill(requests(images, layout=Layout((16, 16, 20), (((0, 0, 0), (4, 4, 4)),))))
     for part, full in zip(bank.statistics(images), (mean, std)):
         assert torch.equal(part, full)
+
+
+@pytest.mark.parametrize("shape", [(24, 22, 20), (10, 16, 7)])
+def test_statistics_of_coarse_maps(tmp_path, shape):
+    """Each map at its own resolution, its voxels weighed by how much of the volume they cover."""
+    backbone, image = FrozenBackbone("phantom", "all"), torch.rand(1, *shape)
+    np.save(tmp_path / "a.npy", image.numpy())
+    bank = FeatureBank(tmp_path / "banks", backbone, "all", WINDOW, CPU)
+    bank.fill([request_of("a", tmp_path / "a.npy", statistics=True)])
+    tiling, maps = whole_maps(backbone, image)
+    inside = (slice(None), *(slice(b, b + n) for b, n in zip(tiling.before, shape)))
+    repeated = [torch.nn.functional.interpolate(m[None], tiling.padded)[0][inside] for m in maps]
+    values = torch.cat(repeated).flatten(1).double()
+    mean, std = bank.statistics(["a"])
+    torch.testing.assert_close(mean, values.mean(1).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(std, values.std(1, correction=0).float(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_dead_channel_is_not_divided_by_zero(bank):
@@ -152,41 +225,46 @@ def test_a_dead_channel_is_not_divided_by_zero(bank):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_image_that_is_not_finite_is_refused_before_anything_is_computed(bank, images, value):
-    broken = images["b"].copy()
-    broken[0, 3, 3, 3] = value
+def test_image_that_is_not_finite_is_refused_before_its_features_are_computed(bank, images, value):
+    def broken(image):
+        image[0, 3, 3, 3] = value
+        return image
+
+    replaced(images["b"], broken)
     with pytest.raises(ValueError, match="image of b holds NaN or infinite values: repair"):
-        bank.fill(requests(images, {"a": images["a"], "b": broken}.get))
-    assert not list(bank.folder.iterdir())
+        bank.fill(requests(images))
+    assert bank.windows == 2 and not list(bank.folder.glob("*b_*"))
+    assert bank.fill(requests(images, "a")) == 0  # what was computed before is kept
 
 
 # ---- several trainings at once ----
 
 
-def fill_at_once(root, barrier, computed):
+def fill_at_once(root, images, barrier, computed):
     torch.set_num_threads(1)
-    bank, images = make_bank(root, FrozenBackbone("phantom", "last")), make_images("abcdef")
+    bank = make_bank(root, FrozenBackbone("phantom", "last"))
     barrier.wait(120)
-    computed.put(bank.fill(requests(images, images.get)))
+    computed.put(bank.fill(requests(images)))
 
 
 @pytest.mark.slow
-def test_two_processes_compute_each_entry_once(bank):
-    context = get_context("spawn")
+def test_two_processes_compute_each_entry_once(bank, tmp_path):
+    context, images = get_context("spawn"), make_images(tmp_path, "abcdef")
     barrier, computed = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=fill_at_once, args=(bank.root, barrier, computed)) for _ in range(2)]
+    arguments = (bank.root, images, barrier, computed)
+    processes = [context.Process(target=fill_at_once, args=arguments) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(180)
     assert [process.exitcode for process in processes] == [0, 0]
     assert sum(computed.get(timeout=10) for _ in processes) == 6
-    images = make_images("abcdef")
-    assert bank.fill(requests(images, images.get)) == 0
+    assert bank.fill(requests(images)) == 0
+    assert not list(bank.folder.glob(f".*{PART}"))
 
 
 def test_killed_holder_of_a_lock_holds_up_nobody(bank, images, backbone):
-    bank.fill(requests(["a"], images.get))
+    bank.fill(requests(images, "a"))
     (lock,) = bank.folder.glob("*.lock")
     next(bank.folder.glob("a_*.json")).unlink()
     hold = "import sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire()"
@@ -195,7 +273,7 @@ def test_killed_holder_of_a_lock_holds_up_nobody(bank, images, backbone):
     assert holder.stdout.readline().strip() == b"held"
     computed = []
     waiting = threading.Thread(
-        target=lambda: computed.append(make_bank(bank.root, backbone).fill(requests(["a"], images.get))), daemon=True
+        target=lambda: computed.append(make_bank(bank.root, backbone).fill(requests(images, "a"))), daemon=True
     )
     waiting.start()
     waiting.join(1)
@@ -216,37 +294,38 @@ NEEDED = 2 * 16 * 16 * 16 * 20 * 2  # bytes: two cases, 16 channels, fp16
 
 def test_cap_refuses_before_anything_is_computed(bank, images):
     with pytest.raises(ValueError) as refusal:
-        bank.fill(requests(images, images.get), (NEEDED - 1) / 1e9)
+        bank.fill(requests(images), (NEEDED - 1) / 1e9)
     for part in ("needs 0.000328 GB more", "holds 0 GB; ", "allows 0.000328 GB: raise it", "fseft bank -d ID --clear"):
         assert part in str(refusal.value)
     assert not list(bank.folder.iterdir())
-    assert bank.fill(requests(["a"], images.get), NEEDED / 1e9) == 1
+    assert bank.fill(requests(images, "a"), NEEDED / 1e9) == 1
     # what lies there counts, in whichever bank
     other = bank.root / "other_0"
     bank.folder.rename(other)
     with pytest.raises(ValueError, match="holds 0.000[0-9]* GB; fseft_bank_gb allows"):
-        bank.fill(requests(images, images.get), NEEDED / 1e9)
+        bank.fill(requests(images), NEEDED / 1e9)
     shutil.rmtree(other)
-    assert bank.fill(requests(images, images.get), 1.2 * NEEDED / 1e9) == 2
+    assert bank.fill(requests(images), 1.2 * NEEDED / 1e9) == 2
     # nothing is missing, nothing is refused
-    assert bank.fill(requests(images, images.get), 0) == 0
+    assert bank.fill(requests(images), 0) == 0
 
 
 def test_full_disk_is_refused_before_anything_is_computed(bank, images, monkeypatch):
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=NEEDED - 1))
     with pytest.raises(ValueError, match="the disk has 0.000328 GB free: free some, clear old banks .* fewer queries"):
-        bank.fill(requests(images, images.get))
+        bank.fill(requests(images))
     assert not list(bank.folder.iterdir())
-    assert bank.fill(requests(["a"], images.get)) == 1
+    assert bank.fill(requests(images, "a")) == 1
 
 
 def test_log_says_what_the_bank_takes(bank, images):
     lines = []
-    bank.fill(requests(images, images.get), log=lines.append)
-    assert len(lines) == 2 and "2 volumes" in lines[0] and "take 0.000328 GB" in lines[0]
-    assert f"{bank.folder} takes 0.0003" in lines[1]
-    bank.fill(requests(images, images.get), log=lines.append)
-    assert lines[2:] == [lines[1]]
+    bank.fill(requests(images), log=lines.append)
+    assert len(lines) == 3 and "2 volumes" in lines[0] and "take 0.000328 GB" in lines[0]
+    assert lines[1].startswith("The largest volume, 16 x 16 x 20 voxels, takes about")
+    assert f"{bank.folder} takes 0.0003" in lines[2]
+    bank.fill(requests(images), log=lines.append)
+    assert len(lines) == 3  # nothing was missing
 
 
 def test_environment_variable_is_the_cap_that_counts(monkeypatch):
@@ -266,7 +345,7 @@ def test_banks_are_listed_and_cleared(workspace, backbone, images, capsys):
     assert "0 feature banks" in capsys.readouterr().out
     banks = [FeatureBank(root, backbone, stages, WINDOW, CPU) for stages in ("last", "all")]
     for bank, cases in zip(banks, ("ab", "a")):
-        bank.fill(requests(cases, images.get))
+        bank.fill(requests(images, cases))
     keys = [bank.folder.name.removeprefix("phantom_") for bank in banks]
     listed = {bank.key: bank for bank in disk.list_banks(root)}
     assert {key: bank.entries for key, bank in listed.items()} == dict(zip(keys, (2, 1)))
@@ -282,6 +361,6 @@ def test_banks_are_listed_and_cleared(workspace, backbone, images, capsys):
     assert f"Removed {keys[0]} (phantom): 2 entries" in out and "1 feature banks removed" in out
     assert not banks[0].folder.exists() and banks[1].folder.exists()
     # a training that has opened its entries reads on
-    assert np.isfinite(banks[0]["a"].boxes[0]).all()
+    assert np.isfinite(whole_of(banks[0]["a"])).all()
     disk.clear(77, [])
     assert not banks[1].folder.exists() and disk.list_banks(root) == []

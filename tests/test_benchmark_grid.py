@@ -138,8 +138,8 @@ def test_a_test_set(grid):
 @pytest.mark.slow
 def test_methods_on_the_same_backbone_share_one_pass_over_the_queries(grid, monkeypatch, capsys):
     passes = []
-    once = prediction.extract_features
-    monkeypatch.setattr(prediction, "extract_features", lambda *args: passes.append(args) or once(*args))
+    once = volume.run_windows
+    monkeypatch.setattr(volume, "run_windows", lambda *args: passes.append(args) or once(*args))
     assert grid("--methods", "adapter", "fseft", "transductive") == 0
     queries = load_splits(grid.work.preprocessed / "splits_fseft.json")["queries"]
     assert len(passes) == len(queries)

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from banks import CPU, WINDOW, make_bank, store
+from banks import CPU, WINDOW, make_bank, request_of, store, whole_crop, whole_maps
 
+from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.features.bank import FeatureBank
 from fsefs_nnunet.features.crops import CropLoader
-from fsefs_nnunet.features.layout import BACKGROUND_BLOCKS, support_layout
+from fsefs_nnunet.features.layout import BACKGROUND_BLOCKS, Voxels, support_layout
+from fsefs_nnunet.features.map_crops import MapCrops
 
 
 @pytest.fixture
@@ -29,8 +31,14 @@ def loader(tmp_path, backbone):
     return make
 
 
+def full(crops: MapCrops) -> torch.Tensor:
+    return crops.at_full_resolution()
+
+
 def same(a: dict, b: dict) -> bool:
-    return a["keys"] == b["keys"] and torch.equal(a["data"], b["data"]) and torch.equal(a["target"], b["target"])
+    return (
+        a["keys"] == b["keys"] and torch.equal(full(a["data"]), full(b["data"])) and torch.equal(a["target"], b["target"])
+    )
 
 
 def test_crops_depend_on_seed_epoch_and_step_alone(loader):
@@ -57,9 +65,10 @@ def test_crops_are_what_lies_in_the_volumes(loader):
     for _ in range(5):
         batch = next(iterator)
         assert sorted(batch["keys"]) == ["a", "b", "c"]  # without replacement
-        assert batch["data"].shape == (3, 3, 6, 7, 8) and batch["data"].dtype == torch.float16
+        crops = full(batch["data"])
+        assert crops.shape == (3, 3, 6, 7, 8) and crops.dtype == torch.float16
         assert batch["target"].shape == (3, 1, 6, 7, 8) and batch["target"].dtype == torch.int16
-        for case, data, target in zip(batch["keys"], batch["data"], batch["target"]):
+        for case, data, target in zip(batch["keys"], crops, batch["target"]):
             start = data[:, 0, 0, 0].long()
             assert torch.equal(data, torch.from_numpy(np.indices((6, 7, 8))) + start.view(3, 1, 1, 1))
             box = tuple(slice(a, a + n) for a, n in zip(start.tolist(), (6, 7, 8)))
@@ -83,7 +92,7 @@ def test_case_without_foreground_gives_crops(loader):
 
 def test_crops_fit_the_smallest_support_volume(loader):
     batch = next(loader(crop_size=(32, 32, 32)))
-    assert batch["data"].shape == (2, 3, 14, 16, 16)
+    assert full(batch["data"]).shape == (2, 3, 14, 16, 16)
 
 
 def test_transform_makes_the_target(loader):
@@ -92,7 +101,7 @@ def test_transform_makes_the_target(loader):
             return {"segmentation": 2 * segmentation}
 
     plain, doubled = next(loader()), next(loader(transform=Double()))
-    assert torch.equal(doubled["target"], 2 * plain["target"]) and torch.equal(doubled["data"], plain["data"])
+    assert torch.equal(doubled["target"], 2 * plain["target"]) and torch.equal(full(doubled["data"]), full(plain["data"]))
 
 
 def test_crops_of_a_whole_volume_are_drawn_as_ever(loader):
@@ -106,7 +115,7 @@ def test_crops_of_a_whole_volume_are_drawn_as_ever(loader):
     starts.append(rng.integers(0, second.shape[1:] - crop + 1))
     batch = next(loader())
     assert batch["keys"] == keys
-    assert np.array_equal(batch["data"][:, :, 0, 0, 0], starts)
+    assert np.array_equal(full(batch["data"])[:, :, 0, 0, 0], starts)
 
 
 @pytest.fixture
@@ -119,22 +128,23 @@ def kept_in_part(bank):
     layout = support_layout("a", segmentation[0] > 0, crop, WINDOW)
     store(bank, "a", features, layout)
     loaders = [CropLoader(bank, {"a": segmentation}, crop, 2, (1, 2))]
-    full = FeatureBank(bank.root / "whole", bank.backbone, "last", WINDOW, CPU)
-    store(full, "a", features)
-    return layout, *loaders, CropLoader(full, {"a": segmentation}, crop, 2, (1, 2))
+    whole = FeatureBank(bank.root / "whole", bank.backbone, "last", WINDOW, CPU)
+    store(whole, "a", features)
+    return layout, *loaders, CropLoader(whole, {"a": segmentation}, crop, 2, (1, 2))
 
 
 def test_crops_of_parts_are_crops_of_the_volume(kept_in_part):
-    layout, parts, full = kept_in_part
+    layout, parts, whole = kept_in_part
     assert len(layout.boxes) > 1
     places = set()
     for _ in range(300):
-        batch, reference = next(parts), next(full)
+        batch, reference = next(parts), next(whole)
+        crops = full(batch["data"])
         # around foreground: the same crops, whatever is kept of the rest
-        assert torch.equal(batch["data"][0], reference["data"][0])
+        assert torch.equal(crops[0], full(reference["data"])[0])
         assert torch.equal(batch["target"][0], reference["target"][0])
-        start = batch["data"][1, :, 0, 0, 0].long()
-        assert torch.equal(batch["data"][1].long(), torch.from_numpy(np.indices((8, 9, 10))) + start.view(3, 1, 1, 1))
+        start = crops[1, :, 0, 0, 0].long()
+        assert torch.equal(crops[1].long(), torch.from_numpy(np.indices((8, 9, 10))) + start.view(3, 1, 1, 1))
         box = tuple(slice(a, a + n) for a, n in zip(start.tolist(), (8, 9, 10)))
         assert np.array_equal(batch["target"][1], parts.segmentations["a"][(slice(None), *box)])
         places.add(tuple(start.tolist()))
@@ -146,7 +156,7 @@ def test_smaller_crops_move_within_the_blocks(kept_in_part):
     """The smallest support volume may allow smaller crops than the bank was filled for."""
     layout, parts, _ = kept_in_part
     parts.crop_size = np.array((5, 9, 4))
-    starts = {tuple(next(parts)["data"][1, :, 0, 0, 0].long().tolist()) for _ in range(100)}
+    starts = {tuple(full(next(parts)["data"])[1, :, 0, 0, 0].long().tolist()) for _ in range(100)}
     assert len(starts) > BACKGROUND_BLOCKS
     for start in starts:
         assert any(
@@ -165,3 +175,40 @@ def test_crops_of_a_partly_annotated_volume(tmp_path, backbone):
     targets = [next(loader)["target"] for _ in range(20)]
     assert all((target < 2).any() for target in targets)
     assert all((target == 1).any() for target in targets[::2])
+
+
+def place_of(target: torch.Tensor, segmentation: np.ndarray, crop) -> tuple[int, ...]:
+    """Where a crop of numbered voxels begins."""
+    starts = np.argwhere(segmentation[0] == target[0, 0, 0, 0].item())
+    (start,) = [
+        tuple(map(int, start))
+        for start in starts
+        if np.array_equal(segmentation[(0, *(slice(a, a + n) for a, n in zip(start, crop)))], target[0])
+    ]
+    return start
+
+
+@pytest.mark.parametrize("kept", ["whole", "in parts"])
+def test_crops_of_coarse_maps_are_those_of_the_volume(tmp_path, kept):
+    """Of a batch, whatever the places of its crops, at full resolution; but for float16."""
+    backbone, shape, crop = FrozenBackbone("phantom", "skips"), (44, 30, 40), (8, 9, 7)
+    image = torch.rand((1, *shape), generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "a.npy", image.numpy())
+    segmentation = np.zeros((1, *shape), np.int8)
+    segmentation[0, 20:22, 8:11, 38:] = 1
+    layout = support_layout("a", segmentation[0], crop, WINDOW) if kept == "in parts" else None
+    bank = FeatureBank(tmp_path / "bank", backbone, "skips", WINDOW, CPU)
+    bank.fill([request_of("a", tmp_path / "a.npy", layout, statistics=True)])
+    tiling, maps = whole_maps(backbone, image)
+    features = whole_crop(maps, tiling).at_full_resolution()[0]
+    numbered = np.random.default_rng(0).integers(0, 30_000, (1, *shape))
+    loader = CropLoader(bank, {"a": numbered}, crop, 3, (1, 2))
+    loader.foreground["a"] = Voxels(segmentation[0], lambda labels: labels > 0)
+    for _ in range(8):
+        batch = next(loader)
+        crops = full(batch["data"])
+        assert crops.shape == (3, backbone.out_channels, *crop)
+        for of_crop, target in zip(crops, batch["target"]):
+            start = place_of(target, numbered, crop)
+            inside = (slice(None), *(slice(a, a + n) for a, n in zip(start, crop)))
+            torch.testing.assert_close(of_crop, features[inside], rtol=5e-3, atol=5e-3)

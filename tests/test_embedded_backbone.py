@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from banks import full_features
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.store import EMBEDDED, find_backbone, sha256_of
-from fsefs_nnunet.features.windows import extract_features
 from fsefs_nnunet.synthetic.datasets import TEMPLATE
 from fsefs_nnunet.synthetic.phantom import PhantomConfig, make_phantom
 
@@ -38,7 +38,7 @@ def test_segments_large_organs_of_an_unseen_phantom(contract, normalisation):
     image = torch.from_numpy(np.clip(phantom.image, -175, 250) + 175)[None] / 425
     if normalisation == "zscore":
         image = (image - image.mean()) / image.std()
-    features = extract_features(backbone, image, (64, 64, 64), torch.device("cpu"))
+    features = full_features(backbone, image, (64, 64, 64))
     with torch.no_grad():
         prediction = (backbone.head(features[None])[0] > 0).numpy()
     for organ in ("liver", "kidneys", "spleen", "aorta", "vertebrae"):

@@ -1,20 +1,29 @@
 """What the bank keeps of a volume."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
-from banks import WINDOW, store
+from banks import CPU, WINDOW, full_features, store, whole_crop
 
+from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.backbones.maps import FeatureMap
 from fsefs_nnunet.features.layout import (
     BACKGROUND_BLOCKS,
     MAX_POOLED_VOXELS,
     Layout,
-    pooled,
-    pooling_factor,
+    Voxels,
+    cube,
+    cube_that_leaves,
+    pooled_blocks,
     query_layout,
     support_layout,
     whole_layout,
 )
+from fsefs_nnunet.features.packing import Blocks
+from fsefs_nnunet.features.tiling import Tiling
+from fsefs_nnunet.features.windows import Slab, run_windows
 from fsefs_nnunet.priors.query_volumes import QueryVolumes
 from fsefs_nnunet.priors.volumes import block_voxels
 
@@ -31,7 +40,7 @@ def spots(shape, *voxels):
 def test_region_holds_every_crop_around_foreground(voxels):
     shape, crop = (60, 50, 40), np.array((9, 8, 7))
     layout = support_layout("a", spots(shape, *voxels), crop, WINDOW)
-    assert layout.pool == 1 and len(layout.boxes) == 1 + BACKGROUND_BLOCKS and layout.voxels < np.prod(shape) / 2
+    assert layout.pool is None and len(layout.boxes) == 1 + BACKGROUND_BLOCKS and layout.voxels < np.prod(shape) / 2
     first, end = map(np.array, layout.boxes[0])
     for size in (crop, crop - 1, np.array((3, 8, 1))):
         starts = np.clip(np.array(voxels) - size // 2, 0, shape - size)
@@ -79,53 +88,132 @@ def test_crop_that_is_not_kept_is_an_error(bank):
     features = torch.from_numpy(np.indices((20, 20, 20))).float()
     store(bank, "a", features, Layout((20, 20, 20), (((0, 0, 0), (6, 6, 6)), ((4, 5, 6), (20, 20, 20)))))
     for start in [(0, 0, 0), (1, 2, 3), (4, 5, 6), (17, 17, 17)]:
-        assert bank["a"].crop(start, (3, 3, 3))[:, 0, 0, 0].tolist() == list(start)
+        assert bank["a"].crop(start, (3, 3, 3)).at_full_resolution()[0, :, 0, 0, 0].tolist() == list(start)
     for start in [(3, 4, 5), (18, 17, 17), (-1, 0, 0)]:
         with pytest.raises(IndexError, match="is not stored"):
             bank["a"].crop(start, (3, 3, 3))
 
 
+# ---- voxels of a label map ----
+
+
+LABEL_MAPS = {
+    "scattered": np.random.default_rng(0).integers(0, 4, (7, 9, 8)),
+    "sparse": (np.random.default_rng(1).random((12, 9, 8)) < 0.01).astype(int),
+    "empty planes": np.pad(np.ones((2, 3, 4), int), ((3, 4), (0, 1), (2, 0))),
+    "nothing": np.zeros((3, 4, 5), int),
+    "all": np.ones((3, 4, 5), int),
+    "last voxel": spots((3, 4, 5), (2, 3, 4)).astype(int),
+}
+
+
+@pytest.mark.parametrize("labels", LABEL_MAPS.values(), ids=LABEL_MAPS)
+def test_voxels_are_those_of_argwhere_in_its_order(labels):
+    voxels, expected = Voxels(labels, lambda part: part == 1), np.argwhere(labels == 1)
+    assert len(voxels) == len(expected)
+    assert all(np.array_equal(voxels[k], expected[k]) for k in range(len(expected)))
+
+
+@pytest.mark.parametrize("number", [1, 2, 5, 10, 17, 10_000])
+@pytest.mark.parametrize("labels", LABEL_MAPS.values(), ids=LABEL_MAPS)
+def test_at_most_so_many_voxels_are_a_stride_of_argwhere(labels, number):
+    expected = np.argwhere(labels == 1)
+    step = max(1, -(-len(expected) // number))
+    found = Voxels(labels, lambda part: part == 1).at_most(number)
+    assert found.shape == (len(expected[::step]), 3) and len(found) <= number
+    assert np.array_equal(found, expected[::step])
+
+
 # ---- pooling and sizes ----
 
 
-def test_pooled_averages_blocks():
-    features = np.random.default_rng(0).normal(size=(2, 5, 4, 7)).astype(np.float16)
-    result = pooled(torch.from_numpy(features).float(), 2)
-    assert result.shape == (1, 2, 3, 2, 4) and result.dtype == torch.float32
-    double = features.astype(np.float64)
-    np.testing.assert_allclose(result[0, :, 0, 0, 0], double[:, :2, :2, :2].mean((1, 2, 3)), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(result[0, :, 2, 1, 3], double[:, 4:, 2:, 6:].mean((1, 2, 3)), rtol=1e-5, atol=1e-6)
+def averages(features: torch.Tensor, pool) -> torch.Tensor:
+    """Of features (C, X, Y, Z) over blocks, in float64; incomplete blocks average what they hold."""
+    sides = [-(-n // p) for n, p in zip(features.shape[1:], pool)]
+    made = torch.zeros((len(features), *sides), dtype=torch.double)
+    for block in product(*map(range, sides)):
+        inside = (slice(b * p, (b + 1) * p) for b, p in zip(block, pool))
+        made[(slice(None), *block)] = features[(slice(None), *inside)].double().mean((1, 2, 3))
+    return made.float()
+
+
+POOLS = [(2, 2, 2), (4, 4, 4), (3, 1, 5), (1, 1, 1), (40, 40, 40)]
+VOLUMES = [(24, 32, 16), (37, 21, 18), (10, 30, 7)]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("shape", VOLUMES)
+def test_blocks_are_averages_of_upsampled_features(pool, shape):
+    maps = [FeatureMap(3), FeatureMap(2, (4, 4, 4)), FeatureMap(1, (1, 2, 8))]
+    tiling = Tiling.of(shape, WINDOW, maps)
+    generator = torch.Generator().manual_seed(0)
+    blended = [torch.randn((m.channels, *tiling.grid(i)), generator=generator) for i, m in enumerate(maps)]
+    expected = averages(whole_crop(blended, tiling).at_full_resolution()[0], pool)
+    blocks = Blocks(tiling, query_layout(shape, pool), CPU)
+    for first in range(0, tiling.padded[0], 4):
+        stop = min(first + 4, tiling.padded[0])
+        parts = [m[:, first // of.stride[0] : stop // of.stride[0]] for m, of in zip(blended, maps)]
+        blocks.add(Slab(first, stop, parts))
+    assert blocks.result().shape[1:] == block_voxels(shape, pool).shape
+    torch.testing.assert_close(blocks.result(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", [(2, 2, 2), (3, 1, 5)])
+def test_blocks_of_a_backbones_features(pool):
+    backbone, image = FrozenBackbone("phantom", "skips"), torch.rand(1, 37, 21, 18)
+    tiling = Tiling.of(image.shape[1:], WINDOW, backbone.maps)
+    blocks = Blocks(tiling, query_layout(image.shape[1:], pool), CPU)
+    for slab in run_windows(backbone, image, tiling, CPU):
+        blocks.add(slab)
+    expected = averages(full_features(backbone, image), pool)
+    torch.testing.assert_close(blocks.result(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 8), (5, 4, 7), (1, 2, 3)])
-@pytest.mark.parametrize("factor", [1, 2, 3])
-def test_pooling_conserves_volume(shape, factor):
+@pytest.mark.parametrize("pool", [(1, 1, 1), (2, 2, 2), (3, 3, 3), (3, 1, 5)])
+def test_pooling_conserves_volume(bank, shape, pool):
     """Weighted by the voxels that a block stands for, the pooled sum is the sum."""
-    features = np.random.default_rng(0).uniform(size=(2, *shape)).astype(np.float32)
-    voxels = block_voxels(shape, factor)
-    result = pooled(torch.from_numpy(features), factor)[0]
-    assert voxels.shape == result.shape[1:] and voxels.sum() == np.prod(shape)
-    np.testing.assert_allclose((result * voxels).sum((1, 2, 3)), features.sum((1, 2, 3)), rtol=1e-5)
+    features = torch.from_numpy(np.random.default_rng(0).uniform(size=(2, *shape)).astype(np.float32))
+    voxels = block_voxels(shape, pool)
+    store(bank, "q", features, query_layout(shape, pool))
+    pooled = bank["q"].blocks.astype(np.float32)
+    assert voxels.shape == pooled.shape[1:] and voxels.sum() == np.prod(shape)
+    np.testing.assert_allclose((pooled * voxels.numpy()).sum((1, 2, 3)), features.sum((1, 2, 3)), rtol=1e-3)
 
 
-def test_pooling_factor_bounds_the_volume():
-    assert pooling_factor((40, 40, 40)) == 1
-    shape = (300, 250, 200)
-    factor = pooling_factor(shape)
-    sizes = [np.prod([-(-n // f) for n in shape]) for f in (factor, factor - 1)]
-    assert sizes[0] <= MAX_POOLED_VOXELS < sizes[1]
+def left(shape, pool) -> int:
+    return int(np.prod([-(-n // p) for n, p in zip(shape, pool)]))
+
+
+def test_blocks_are_cubes_in_millimetres():
+    assert cube(4.0, (1, 1, 1)) == (4, 4, 4) and cube(4.0, (5, 0.8, 0.8)) == (1, 5, 5)
+    assert cube(2.1, (0.7, 0.7, 0.7)) == (3, 3, 3)  # whatever the rounding
+    assert pooled_blocks((40, 40, 40), (1, 1, 1), large=False) == (2, 2, 2)
+    assert pooled_blocks((40, 40, 40), (5, 0.8, 0.8), large=False) == (1, 2, 2)
+    assert pooled_blocks((100, 100, 100), (1, 1, 1), large=True) == (4, 4, 4)
+    assert pooled_blocks((80, 80, 80), (6, 6, 6), large=True) == (2, 2, 2)
+
+
+def test_few_blocks_are_left_of_a_large_volume():
+    shape, spacing = (300, 250, 200), (1.5, 1.5, 1.5)
+    pool = pooled_blocks(shape, spacing, large=True)
+    assert left(shape, pool) <= MAX_POOLED_VOXELS < left(shape, [p - 1 for p in pool])
+    assert pooled_blocks(shape, spacing, large=True, most=None) == (3, 3, 3)
+    shape, spacing = (120, 512, 512), (5, 0.8, 0.8)
+    pool = cube_that_leaves(10_000, shape, spacing)
+    assert left(shape, pool) <= 10_000 and max(np.multiply(pool, spacing)) < 2 * min(np.multiply(pool, spacing))
+    assert cube_that_leaves(10_000, (20, 20, 20), spacing) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("shape", [(16, 16, 20), (9, 8, 7), (1, 2, 3)])
 def test_query_is_kept_pooled(bank, shape):
-    features = torch.randn(16, *shape)
-    store(bank, "q", features, query_layout(shape, 2))
+    features, pool = torch.randn(16, *shape), (2, 2, 1)
+    store(bank, "q", features, query_layout(shape, pool))
     entry = bank["q"]
-    assert entry.layout.pool == 2 and entry.layout.shape == shape
-    np.testing.assert_allclose(entry.boxes[0], pooled(features, 2)[0], rtol=1e-3, atol=1e-4)
-    assert entry.boxes[0].shape[1:] == block_voxels(shape, 2).shape
-    assert entry.layout.voxels == np.prod([-(-n // 2) for n in shape])
-    sizes = QueryVolumes(bank, ["q"], 0.5)
-    volume = sizes._load("q")
-    assert volume.features.shape == (1, *entry.boxes[0].shape) and volume.features.dtype == torch.float16
+    assert entry.layout.pool == pool and entry.layout.shape == shape
+    np.testing.assert_allclose(entry.blocks, averages(features, pool), rtol=1e-3, atol=1e-3)
+    assert entry.blocks.shape[1:] == block_voxels(shape, pool).shape
+    assert entry.layout.voxels == left(shape, pool)
+    volume = QueryVolumes(bank, ["q"], 0.5)._load("q")
+    assert volume.features.shape == (1, *entry.blocks.shape) and volume.features.dtype == torch.float16
     assert volume.voxels_ml.sum() == pytest.approx(0.5 * np.prod(shape))

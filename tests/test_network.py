@@ -8,10 +8,10 @@ from published_files import narrow_contract, narrow_state
 from test_importing import PATCH, write_model
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.backbones.maps import at_full_resolution
 from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model
 from fsefs_nnunet.backbones.store import EMBEDDED, save_backbone
-from fsefs_nnunet.methods.network import AdaptedNetwork
+from fsefs_nnunet.features.map_crops import MapCrops
+from fsefs_nnunet.methods.network import AdaptedNetwork, ReducedBackbone
 
 SOFTMAX = {"Right Kidney": 3, "background": 0, "spleen": 2, "stomach": 1}  # rows follow the values, not this order
 REGIONS = {"background": 0, "kidneys": [1, 2], "kidney_left": 2, "stomach": 3, "ignore": 4}
@@ -34,7 +34,7 @@ def randomised(network: AdaptedNetwork, seed: int) -> AdaptedNetwork:
 
 def features_of(backbone: FrozenBackbone, image: torch.Tensor) -> torch.Tensor:
     """All maps, at full resolution."""
-    return at_full_resolution(backbone(image), image.shape[2:])
+    return MapCrops.whole(backbone(image), image.shape[2:]).at_full_resolution()
 
 
 def fit(network: AdaptedNetwork, image: torch.Tensor, labels: dict, has_regions: bool) -> dict:
@@ -242,7 +242,25 @@ def test_adapt_takes_what_forward_computes(contract, image, device):
     network, image = randomised(build(contract), 0).to(device), image.to(device)
     fit(network, image, SOFTMAX, False)
     with torch.no_grad():
-        assert torch.equal(network.adapt(features_of(network.backbone, image)), network(image))
+        expected = network.adapt(features_of(network.backbone, image))
+        torch.testing.assert_close(network(image), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stages, maps", [("last", 1), ("all", 3), ("skips", 3)])
+def test_a_reduced_backbone_gives_one_map_a_resolution(contract, image, device, stages, maps):
+    """What the network finishes is what it gives."""
+    network, image = randomised(build(contract, stages=stages), 0).to(device), image.to(device)
+    fit(network, image, SOFTMAX, False)
+    reduced = ReducedBackbone(network)
+    assert not any(p.requires_grad and id(p) not in map(id, network.parameters()) for p in reduced.parameters())
+    with torch.no_grad():
+        found = reduced(image)
+        assert len(found) == len(reduced.maps) == maps
+        for values, of_map in zip(found, reduced.maps):
+            assert values.shape[1:] == (48, *(n // s for n, s in zip(image.shape[2:], of_map.stride)))
+            assert of_map.channels == 48
+        logits = network.finish(MapCrops.whole(found, image.shape[2:]))
+        torch.testing.assert_close(logits, network(image), rtol=1e-4, atol=1e-4)
 
 
 def test_the_reduction_standardises(contract, image, device):
@@ -269,6 +287,8 @@ def test_a_channel_that_is_not_kept_is_taken_for_its_mean(contract, image, devic
         filled = torch.where(kept[..., None, None, None], features, network.feature_mean.view(1, -1, 1, 1, 1))
         torch.testing.assert_close(network.adapt(features, kept), network.adapt(filled), atol=1e-9, rtol=1e-9)
         assert torch.equal(network.adapt(features, torch.ones_like(kept)), network.adapt(features))
+        maps = MapCrops.whole(network.backbone(torch.cat([image, image + 1]).double()), image.shape[2:])
+        torch.testing.assert_close(network.adapt(maps, kept), network.adapt(features, kept), atol=1e-6, rtol=1e-6)
 
 
 VARIANTS = [
