@@ -16,6 +16,7 @@ from fsefs_nnunet.features.bank import FeatureBank, Request
 from fsefs_nnunet.features.crops import CropLoader, region_transform
 from fsefs_nnunet.features.disk import cap_in_gb, has_space
 from fsefs_nnunet.features.layout import Layout, support_layout, whole_layout, whole_name
+from fsefs_nnunet.features.map_crops import MapCrops
 from fsefs_nnunet.features.views import SupportViews
 from fsefs_nnunet.features.volume import VolumeFeatures
 from fsefs_nnunet.inference.logits import logits_of
@@ -184,12 +185,12 @@ class BankTrainer(AdaptedTrainer):
         """Of the whole training, while it runs."""
         return self.current_epoch * self.num_iterations_per_epoch + self.dataloader_train.step - 1
 
-    def kept_channels(self, features: torch.Tensor) -> torch.Tensor | None:
-        """Which channels of features (B, C, X, Y, Z) the step sees, (B, C); a function of the step, for `--c`."""
+    def kept_channels(self, features: MapCrops) -> torch.Tensor | None:
+        """Which channels of crops the step sees, (B, C); a function of the step, for `--c`."""
         if not self.method.channel_dropout:
             return None
         rng = np.random.default_rng((self.settings.seed, fold_seed(self.fold), self.training_step))
-        return torch.from_numpy(rng.random(features.shape[:2]) >= self.method.channel_dropout).to(features.device)
+        return torch.from_numpy(rng.random((len(features), features.channels)) >= self.method.channel_dropout).to(features.device)
 
     def train_step(self, batch: dict) -> dict:
         features = batch["data"].to(self.device, non_blocking=True)
