@@ -236,14 +236,18 @@ def test_queries_go_through_the_backbone_once_for_the_prior_and_the_final_valida
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False])
 def test_the_final_validation_is_nnunets_prediction(work, monkeypatch, float32, kept):
-    """Of the queries, whether their features are in the bank or the backbone runs again."""
+    """Of the queries, whether their features are in the bank or the backbone runs again.
+
+    But for the two outermost voxels: nnU-Net's adapter sees features of padding there.
+    """
     if not kept:
         monkeypatch.setattr(BankTrainer, "whole_queries", lambda self: [])
     trainer = validated(work)
     for case in trainer.run.labelled_queries:
         made = nib.load(Path(trainer.output_folder) / "validation" / f"{case}.nii.gz")
-        expected = predicted(trainer, case)
-        assert (np.asarray(made.dataobj) == expected).mean() > 0.999 and expected.any()
+        inside = (slice(2, -2),) * 3
+        expected = predicted(trainer, case)[inside]
+        assert (np.asarray(made.dataobj)[inside] == expected).mean() > 0.999 and expected.any()
     summary = json.loads((Path(trainer.output_folder) / "validation" / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == 3 and summary["foreground_mean"]["Dice"] > 0
 
