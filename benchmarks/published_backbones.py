@@ -81,12 +81,16 @@ def time_window(backbone_id: str, size: int, fused: bool) -> dict:
 
 def time_volume(image_file: str, backbone_id: str) -> dict:
     """The preprocessed CT through the backbone, as the feature bank does it."""
-    from fsefs_nnunet.features.windows import extract_features
+    from fsefs_nnunet.features.tiling import Tiling
+    from fsefs_nnunet.features.windows import run_windows
 
     backbone = FrozenBackbone(backbone_id, "last")
     image = torch.from_numpy(np.load(image_file))
+    tiling = Tiling.of(image.shape[1:], backbone.contract.patch_size, backbone.maps)
     start = perf_counter(), process_time()
-    features = extract_features(backbone, image, backbone.contract.patch_size, torch.device("cpu"))
+    slabs = [slab.maps[0].clone() for slab in run_windows(backbone, image, tiling, torch.device("cpu"))]
+    inside = (slice(b, b + n) for b, n in zip(tiling.before, tiling.shape))
+    features = torch.cat(slabs, 1)[(slice(None), *inside)]
     return {
         "seconds": perf_counter() - start[0],
         "cpu seconds": process_time() - start[1],

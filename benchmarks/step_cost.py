@@ -21,11 +21,12 @@ import torch
 from hippocampus import DATASET, decathlon_folder, prepare
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.backbones.maps import at_full_resolution
 from fsefs_nnunet.evaluation.tables import markdown_table
 from fsefs_nnunet.features.bank import Entry
 from fsefs_nnunet.features.crops import CropLoader
 from fsefs_nnunet.features.disk import used_bytes
+from fsefs_nnunet.features.map_crops import MapCrops, crop_of
+from fsefs_nnunet.features.tiling import Tiling
 from fsefs_nnunet.nnunet.experiment import Experiment
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 
@@ -37,10 +38,10 @@ class RecomputedEntry(Entry):
     """Crops of a volume whose features are computed each time, in the window that holds the crop."""
 
     def __init__(self, entry: Entry, image: torch.Tensor, backbone: FrozenBackbone, window: list[int]):
-        super().__init__(entry.layout, entry.boxes, entry.sums, entry.square_sums)
+        super().__init__(entry.packing, entry.arrays, entry.sums, entry.square_sums)
         object.__setattr__(self, "recompute", (image, backbone, window))
 
-    def crop(self, start, size) -> np.ndarray:
+    def crop(self, start, size) -> MapCrops:
         image, backbone, window = self.recompute
         missing = [max(0, n - have) for n, have in zip(window, image.shape[1:])]
         padding = [p for total in reversed(missing) for p in (total // 2, total - total // 2)]
@@ -50,8 +51,9 @@ class RecomputedEntry(Entry):
         first = np.clip(centre - np.array(window) // 2, 0, np.array(padded.shape[1:]) - window)
         inside = (slice(None), *(slice(a, a + n) for a, n in zip(first, window)))
         offset = np.array(start) + before - first
-        wanted = (slice(None), *(slice(a, a + n) for a, n in zip(offset, size)))
-        return at_full_resolution(backbone(padded[inside][None]), window)[0][wanted].numpy()
+        tiling = Tiling.of(window, window, backbone.maps)
+        regions = [[(0, n) for n in tiling.grid(i)] for i in range(len(backbone.maps))]
+        return crop_of([m[0] for m in backbone(padded[inside][None])], regions, tiling, offset.tolist(), size)
 
 
 def trainer(work: Path) -> FSEFTTrainer:
@@ -70,8 +72,8 @@ def measure(work: Path, way: str, steps: int) -> dict:
     loader: CropLoader = made.dataloader_train
     if way == "backbone":
         for case in loader.cases:
-            load = made.make_view if case in made.views.names else made.load_image
-            image = torch.from_numpy(np.array(load(case), np.float32))
+            image = made.views.make(case)[0] if case in made.views.names else made.load_image(case)
+            image = torch.from_numpy(np.array(image, np.float32))
             window = made.configuration_manager.patch_size
             loader.bank._entries[case] = RecomputedEntry(loader.bank[case], image, made.network.backbone, window)
     made.on_train_epoch_start()

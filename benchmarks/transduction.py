@@ -13,6 +13,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -22,9 +23,9 @@ from tqdm import tqdm
 from fsefs_nnunet.cases.folders import dataset_folders, model_folder
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits
 from fsefs_nnunet.evaluation.tables import markdown_table
-from fsefs_nnunet.features.windows import extract_features
+from fsefs_nnunet.features.volume import VolumeFeatures
 from fsefs_nnunet.files import read_json, write_atomically
-from fsefs_nnunet.inference.prediction import QueryPredictor
+from fsefs_nnunet.inference.prediction import QueryPredictor, Volume
 from fsefs_nnunet.inference.support import memories_of
 from fsefs_nnunet.inference.trained_model import TrainedModel
 
@@ -42,20 +43,20 @@ def measure(model: TrainedModel, cases: list[str], choices: dict[str, dict | Non
     dataset_class = infer_dataset_class(str(preprocessed_of(model)))
     dataset = dataset_class(str(preprocessed_of(model)), cases)
     predictor = QueryPredictor(model, memories_of(model))
-    memories, rows = predictor.memories, {name: [] for name in choices}
+    rows = {name: [] for name in choices}
     for case in tqdm(cases):
         image, labels = (np.asarray(array[:]) for array in dataset.load_case(case)[:2])
-        window = tuple(model.configuration.patch_size)
-        image = torch.from_numpy(image.astype(np.float32))
-        features = extract_features(model.network.backbone, image, window, model.device).half()
-        for name, settings in choices.items():
-            predictor.memories = memories if settings is not None else None
-            model.settings = replace(base, **(settings or {}))
-            logits, prediction = predictor.predict_fold(0, features, features)
-            segmentation = model.label_manager.convert_logits_to_segmentation(logits).numpy()
-            masks = [(np.isin(segmentation, label), np.isin(labels[0], label)) for label in model.classes]
-            errors = [abs(p.sum() / t.sum() - 1) if t.any() else np.nan for p, t in masks]
-            rows[name].append((np.nanmean([dice(*m) for m in masks]), np.nanmean(errors), prediction.steps))
+        backbone, window = model.network.backbone, model.configuration.patch_size
+        with TemporaryDirectory() as folder:
+            volume = Volume(image, {}, VolumeFeatures(backbone, image, window, model.device, Path(folder)))
+            for name, settings in choices.items():
+                model.settings = replace(base, **(settings or {}))
+                predict = predictor._inductive if settings is None else predictor._transductive
+                logits, (prediction,) = predict(volume)
+                segmentation = model.label_manager.convert_logits_to_segmentation(logits).numpy()
+                masks = [(np.isin(segmentation, label), np.isin(labels[0], label)) for label in model.classes]
+                errors = [abs(p.sum() / t.sum() - 1) if t.any() else np.nan for p, t in masks]
+                rows[name].append((np.nanmean([dice(*m) for m in masks]), np.nanmean(errors), prediction.steps))
     model.settings = base
     return {name: dict(zip(("Dice", "size error", "steps"), np.nanmean(of, 0).tolist())) for name, of in rows.items()}
 

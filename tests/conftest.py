@@ -18,6 +18,7 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor impo
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from trainings import make_trainer, text_of
 
+from fsefs_nnunet import device as precision
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 
 SHAPE = (24, 20, 22)
@@ -77,6 +78,12 @@ def quick_nnunet():
         patch.setattr(LocalLogger, "plot_progress_png", leave_file)
         patch.setattr(DatasetFingerprintExtractor, "collect_foreground_intensities", staticmethod(few_voxels))
         yield
+
+
+@pytest.fixture
+def float32(monkeypatch):
+    """No bfloat16 on CPUs that have instructions for it."""
+    monkeypatch.setattr(precision, "native_bfloat16", lambda: False)
 
 
 @pytest.fixture(scope="session")

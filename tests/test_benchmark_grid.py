@@ -18,7 +18,7 @@ from fsefs_nnunet.benchmark.shared_features import _features_of
 from fsefs_nnunet.benchmark.summary import fold_means
 from fsefs_nnunet.cases.splits import load_splits
 from fsefs_nnunet.cli.main import main
-from fsefs_nnunet.inference import prediction
+from fsefs_nnunet.features import volume
 from fsefs_nnunet.nnunet import experiment
 
 

@@ -30,12 +30,6 @@ CROPS = [
 ]
 
 
-@pytest.fixture
-def float32(monkeypatch):
-    """On CPUs that compute in bfloat16, too."""
-    monkeypatch.setattr(precision, "native_bfloat16", lambda: False)
-
-
 def random_maps(shape=(37, 24, 31), window=WINDOW, strides=STRIDES) -> tuple[Tiling, list[torch.Tensor]]:
     """Maps (C, x, y, z) of a volume."""
     tiling = Tiling.of(shape, window, [FeatureMap(i + 1, stride) for i, stride in enumerate(strides)])

@@ -6,6 +6,7 @@ from dataclasses import replace
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from trainings import edit
@@ -14,6 +15,7 @@ from fsefs_nnunet.backbones.store import EMBEDDED, load_weights, save_backbone
 from fsefs_nnunet.cases.images import list_images
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cli.main import main
+from fsefs_nnunet.methods.settings import Settings
 from fsefs_nnunet.nnunet import drawing, planning
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 
@@ -47,7 +49,7 @@ def test_configurations(tiny, contract):
         assert child["architecture"]["arch_kwargs"]["sha256"] == contract.sha256
         assert (child["fseft_lambda"], child["fseft_gamma"]) == (0.3, 0.1)
         assert (child["fseft_crops_per_step"], child["fseft_steps_per_epoch"]) == (2, 8)
-        assert child["fseft_views"] == 64
+        assert child["fseft_views"] == 64 and child["fseft_pool"] == [2, 2, 2]
         flat = {key: value for key, value in child.items() if key.startswith("fseft_")}
         assert not any(isinstance(value, dict) for value in flat.values())  # inherits_from is a shallow merge
 
@@ -320,3 +322,39 @@ def test_query_folders_that_are_refused(workspace, tmp_path):
     (workspace.queries / "scan_0_0000.nii.gz").rename(workspace.queries / "case_0_0000.nii.gz")
     with pytest.raises(ValueError, match="has cases of imagesTr, e.g. case_0: give other images"):
         drawing.write_splits(77, [], str(workspace.queries), 20, 5, 1)
+
+
+@pytest.mark.parametrize(
+    "spacing, pool", [((1.0, 1.0, 1.0), [2, 2, 2]), ((5.0, 0.8, 0.8), [1, 2, 2]), ((1.0, 3.0, 3.0), [2, 1, 1])]
+)
+def test_queries_are_pooled_over_cubes(workspace, spacing, pool):
+    """Of twice the finest spacing."""
+    planner = FSEFTPlanner("Dataset077_Tiny", backbone="phantom")
+    parent = {"median_image_size_in_voxels": [40, 40, 40], "spacing": list(spacing)}
+    assert planner.child(5, parent)["fseft_pool"] == pool
+
+
+def test_blocks_of_large_volumes(workspace, monkeypatch):
+    """Of 4 mm at least where the volume is longer than two windows; a CPU keeps 100,000 of them."""
+    planner = FSEFTPlanner("Dataset077_Tiny", backbone="phantom")
+    parent = {"median_image_size_in_voxels": [300, 300, 300], "spacing": [1.5] * 3}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert planner.child(5, parent)["fseft_pool"] == [3, 3, 3]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (side,) = set(planner.child(5, parent)["fseft_pool"])
+    assert (300 / side) ** 3 <= 100_000 < (300 / (side - 1)) ** 3
+
+
+@pytest.mark.parametrize("value, pool", [(4, (4, 4, 4)), ([4, 4, 1], (4, 4, 1)), (1, (1, 1, 1))])
+def test_blocks_may_be_one_number_in_the_plans(tiny, value, pool):
+    child = tiny.plans(fseft_pool=value)["configurations"]["3d_fullres_5shot"]
+    assert Settings.read(child, "3d_fullres_5shot", "FSEFTPlans").pool == pool
+
+
+@pytest.mark.parametrize("value", [0, [2, 2], [2, 0, 2], "2", True, 1.5, None])
+def test_blocks_that_there_are_none_of(tiny, value):
+    child = tiny.plans(fseft_pool=value)["configurations"]["3d_fullres_5shot"]
+    with pytest.raises(
+        ValueError, match="^fseft_pool of '3d_fullres_5shot' .*: make it a whole number from 1 on, or t"
+    ):
+        Settings.read(child, "3d_fullres_5shot", "FSEFTPlans")

@@ -15,30 +15,25 @@ from published_files import turned
 from scipy.ndimage import label
 from trainings import edit
 
-from fsefs_nnunet import device as precision
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.cases.splits import load_splits
 from fsefs_nnunet.cli.main import main
-from fsefs_nnunet.inference.prediction import (
-    PART_FOLDER,
-    QueryPredictor,
-    averaged,
-    cast_for_reduction,
-    keep_largest_components,
-    volume_logits,
-)
+from fsefs_nnunet.features.map_crops import MapCrops
+from fsefs_nnunet.inference.prediction import PART_FOLDER, QueryPredictor, keep_largest_components, part_folder
 from fsefs_nnunet.inference.support import memories_of, memory_from_bank
 from fsefs_nnunet.inference.trained_model import MEMORY_KEY, PRIOR_KEY, TrainedModel
 from fsefs_nnunet.losses.segmentation import segmentation_loss
-from fsefs_nnunet.methods.network import AdaptedNetwork
 from fsefs_nnunet.priors.size import ExpectedSize, SizePrior
+from fsefs_nnunet.priors.support_memory import SupportMemory
 from fsefs_nnunet.priors.transduction import Transduction
-from fsefs_nnunet.priors.volumes import PredictedSizes
+from fsefs_nnunet.priors.volumes import PredictedSizes, QueryVolume
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 
 FIVE = "3d_fullres_5shot"
 CPU = torch.device("cpu")
-OTHER_MEMORY = {"features": torch.zeros(1, 3, 4, 4, 4).half(), "targets": torch.zeros(1, 1, 4, 4, 4)}
+THREE_CHANNELS = MapCrops((torch.zeros(1, 3, 4, 4, 4).half(),), (0,), (None,))
+OTHER_MEMORY = {"features": THREE_CHANNELS.state(), "targets": torch.zeros(1, 1, 4, 4, 4)}
+EARLIER_MEMORY = {**OTHER_MEMORY, "features": torch.zeros(1, 3, 4, 4, 4).half()}
 
 
 @pytest.fixture(scope="module")
@@ -127,32 +122,8 @@ def test_inductive_prediction_is_nnunets(work):
         assert (work.root / "ours" / name).read_bytes() == (model_folder(work) / name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    "adapter, channels",
-    [("spatial", None), ("spatial", 20), ("context", 20), ("spatial_in", 20), ("linear_probe", None)],
-)
-@pytest.mark.parametrize("reduced", [False, True])
-def test_slabs_are_the_whole(contract, monkeypatch, device, adapter, channels, reduced):
-    network = AdaptedNetwork(1, 3, "phantom", contract.sha256, adapter, "last", channels, 0)
-    for parameter in network.adapter.parameters():
-        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
-    features = torch.randn(16, 9, 5, 4, generator=torch.Generator().manual_seed(0)).half()
-    network.to(device)
-    monkeypatch.setattr(precision, "native_bfloat16", lambda: reduced)
-    on_cpu = torch.bfloat16 if reduced else torch.float32
-    cast = cast_for_reduction(network, features)
-    assert cast.dtype == (on_cpu if channels and device.type == "cpu" else torch.float16)
-    whole, exact = volume_logits(network, cast), network.adapt(features[None].float().to(device))[0].detach().cpu()
-    tolerance = 0.05 if reduced or device.type != "cpu" else 1e-4
-    assert whole.dtype == torch.float32
-    torch.testing.assert_close(whole, exact, rtol=tolerance, atol=tolerance)
-    monkeypatch.setattr("fsefs_nnunet.inference.prediction.SLAB_VOXELS", 2 * 5 * 4)
-    assert cast_for_reduction(network, features) is features
-    torch.testing.assert_close(volume_logits(network, features), exact, rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.slow
-def test_sizes_outside_their_band_are_drawn_towards_it(work):
+def test_sizes_outside_their_band_are_drawn_towards_it(work, float32):
     """A prior of twice what is predicted: adaptation enlarges the organ; within the band it takes no step."""
     assert main(["remember", "-d", "77", "-c", FIVE, "-f", "0", "-device", "cpu"]) == 0
     assert predict(work, "inductive", "--inductive") == 0
@@ -194,9 +165,9 @@ def test_an_organ_at_the_border_is_not_enlarged(work):
     network = model.network
     network.load_state_dict(model.weights[0])
     loss = segmentation_loss("nnunet", model.label_manager, False)
-    volume = averaged(
-        torch.randn((network.backbone.out_channels, 8, 8, 8), generator=torch.Generator().manual_seed(0)), 1.0
-    )
+    shape = (1, network.backbone.out_channels, 8, 8, 8)
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    volume = QueryVolume(features, torch.ones(shape[2:]))
     sizes = volume.predict(network, False).sizes.soft.detach()
     prior = SizePrior((ExpectedSize(2 * sizes[0].item(), 0.0, 5), None, None))
     transduction = Transduction(prior, memory, loss, model.settings, False)
@@ -248,6 +219,45 @@ def test_folds_share_one_pass_of_the_backbone(work):
     assert passes.count(1) == passes.count(2) > 0
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_the_backbone_runs_once_where_the_disk_holds_the_features(work, monkeypatch, room):
+    """Adaptation looks at them again; without room for them the backbone runs again, and little changes."""
+    if not room:
+        monkeypatch.setenv("fseft_bank_gb", "0")
+    model = load(work, "0", "1")
+    memory = memory_from_bank(load(work), 0) if room else SupportMemory(*memory_without_a_bank(model))
+    model.priors = [SizePrior(tuple(ExpectedSize(1e-9, 0.0, 5) for _ in prior.expected)) for prior in model.priors]
+    predictor = QueryPredictor(model, [memory] * 2)
+    image, output = [str(first_image(work))], work.root / "made" / "x.nii.gz"
+    output.parent.mkdir()
+    report = predictor.predict(image, output)
+    assert all(report["steps"])
+    assert predictor.windows == (1 if room else 4)  # two folds, before and after their adaptation
+    assert [file.name for file in output.parent.iterdir()] == ["x.nii.gz"]
+
+
+def memory_without_a_bank(model):
+    """Crops of noise and their labels."""
+    maps = tuple(torch.randn(4, m.channels, *(8 // s for s in m.stride)).half() for m in model.network.backbone.maps)
+    return MapCrops.whole(maps, (8, 8, 8)), torch.randint(0, 4, (4, 1, 8, 8, 8), dtype=torch.int16)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_nothing_is_left_of_features_where_a_prediction_ends_early(work, monkeypatch, error):
+    def end(self, network, volume, before) -> int:
+        assert list(output.parent.glob(f"{PART_FOLDER}*/features.npy"))
+        raise error
+
+    output = work.root / "made" / "x.nii.gz"
+    output.parent.mkdir()
+    model = load(work)
+    predictor = QueryPredictor(model, [memory_from_bank(model, 0)])
+    monkeypatch.setattr(Transduction, "adapt", end)
+    with pytest.raises(error):
+        predictor.predict([str(first_image(work))], output)
+    assert not list(output.parent.iterdir())
+
+
 def test_a_broken_volume_does_not_stop_the_others(work, capsys):
     images = sorted((work.root / "images").iterdir())
     volume = nib.load(images[0])
@@ -276,12 +286,14 @@ def test_an_interrupted_prediction_goes_on(work):
 
 def test_support_features_keep_to_their_bytes(work, monkeypatch):
     whole = memory_from_bank(load(work), 0)
-    a_crop = whole.features[0].nbytes + whole.targets[0].nbytes
-    assert len(whole.features) * a_crop <= 50_000_000 < (len(whole.features) + 1) * a_crop
+    a_crop = whole.features[torch.tensor([0])].nbytes + whole.targets[0].nbytes
+    assert len(whole.features) == 64 and 64 * a_crop <= 50_000_000
     for limit, crops in ((3 * a_crop, 3), (3 * a_crop - 1, 2), (1, 1)):
         monkeypatch.setattr("fsefs_nnunet.priors.support_memory.MAX_BYTES", limit)
         memory = memory_from_bank(load(work), 0)
-        assert len(memory.features) == crops and torch.equal(memory.features, whole.features[:crops])
+        first = whole.features[torch.arange(crops)].at_full_resolution()
+        assert len(memory.features) == crops and torch.equal(memory.features.at_full_resolution(), first)
+        assert all(m.dtype == torch.float16 for m in memory.features.maps)
 
 
 def test_inductive_predictions_are_no_transductive_ones(work):
@@ -293,11 +305,22 @@ def test_inductive_predictions_are_no_transductive_ones(work):
 
 def test_leftovers_of_a_killed_prediction_stay_out(work):
     case = next(iter((work.root / "images").iterdir())).name[: -len("_0000.nii.gz")]
-    left = work.root / "output" / f"{PART_FOLDER}_{case}"
-    left.mkdir(parents=True)
-    (left / f"{case}.npz").write_bytes(b"of other weights")
+    for purpose, file in (("export", f"{case}.npz"), ("features", "features.npy")):
+        left = work.root / "output" / f"{PART_FOLDER}_{case}.nii.gz_{purpose}"
+        left.mkdir(parents=True)
+        (left / file).write_bytes(b"of other weights")
     assert predict(work, "output", "--inductive") == 0
-    assert not left.exists() and not list((work.root / "output").glob("*.npz"))
+    assert not list((work.root / "output").glob(f"{PART_FOLDER}*"))
+    assert not list((work.root / "output").glob("*.npz"))
+
+
+def test_parts_of_cases_with_dots_in_their_names_are_apart(tmp_path):
+    """Several processes may predict them at once."""
+    with part_folder(tmp_path / "1.2.840.1.nii.gz", "features") as one:
+        with part_folder(tmp_path / "1.2.840.2.nii.gz", "features") as other:
+            assert one != other
+        assert one.exists() and not other.exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_interrupt(work, monkeypatch, capsys):
@@ -350,7 +373,7 @@ def test_a_continued_prediction_keeps_what_the_same_command_made(work, change):
     assert [file.stat().st_mtime_ns > then for file, then in zip(files, before)] == again
 
 
-def test_an_adaptation_that_diverges_leaves_the_trained_model(work, monkeypatch):
+def test_an_adaptation_that_diverges_leaves_the_trained_model(work, monkeypatch, float32):
     def diverge(self, network, volume, before) -> int:
         network.head.weight.data.fill_(float("nan"))
         return 3
@@ -428,6 +451,7 @@ def test_support_of_other_draws_is_refused(work):
     [
         (lambda work: shutil.rmtree(work.preprocessed), "or predict with --inductive"),
         (lambda work: edit_checkpoint(work, **{MEMORY_KEY: OTHER_MEMORY}), "have 3 channels"),
+        (lambda work: edit_checkpoint(work, **{MEMORY_KEY: EARLIER_MEMORY}), "by an earlier version: write them again"),
         (lambda work: (work.root / "output").write_text("a file"), "choose another output folder"),
         (lambda work: shutil.rmtree(model_folder(work) / "fold_0"), "trained folds: 1. Choose with -f"),
         (lambda work: (model_folder(work) / "plans.json").unlink(), "is no trained model"),

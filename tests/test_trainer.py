@@ -1,10 +1,12 @@
 """What a training reads, and what it leaves."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -12,10 +14,12 @@ from nnunetv2.run.run_training import run_training
 from trainings import (
     FIVE,
     TINY,
+    edit_images,
     edit_labels,
     identical,
     labels_of,
     make_trainer,
+    predicted,
     splits_of,
     text_of,
     trained,
@@ -27,8 +31,11 @@ from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cases.splits import query_cases, save_splits
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.disk import BANK_FOLDER
+from fsefs_nnunet.features.map_crops import MapCrops
+from fsefs_nnunet.features.views import SupportViews
 from fsefs_nnunet.files import PART
 from fsefs_nnunet.nnunet.shims import fseft_trainers
+from fsefs_nnunet.trainers.bank_trainer import BankTrainer
 from fsefs_nnunet.trainers.by_name import FSEFTTrainer_Adapter, FSEFTTrainer_Context
 
 # ---- what a training reads ----
@@ -86,16 +93,17 @@ def test_folds_and_seeds_differ(work):
 def test_dropped_channels_are_a_function_of_the_step(work):
     trainer = make_trainer(work, FSEFTTrainer_Context)
     trainer.on_train_start()
-    features = torch.zeros(2, 500, 1, 1, 1)
+    crops = MapCrops((torch.zeros(2, 300, 4, 4, 4), torch.zeros(2, 200, 1, 1, 1)), (0, 0), (None,))
     kept = []
     for epoch, step in ((0, 1), (0, 2), (1, 1), (0, 1)):
         trainer.current_epoch, trainer.dataloader_train.step = epoch, step
-        kept.append(trainer.kept_channels(features))
+        kept.append(trainer.kept_channels(crops))
     assert torch.equal(kept[0], kept[3])
     assert not any(torch.equal(kept[i], kept[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     assert not torch.equal(kept[0][0], kept[0][1])
     assert 0.87 < torch.stack(kept[:3]).float().mean() < 0.93
-    assert make_trainer(work).kept_channels(features) is None
+    assert kept[0].shape == (2, 500)
+    assert make_trainer(work).kept_channels(crops) is None
 
 
 def test_dropped_channels_change_the_training(work):
@@ -190,13 +198,58 @@ def test_lambda_0_wants_nothing_of_the_queries(work):
     assert trainer.query_volumes is None
 
 
+def validated(work, *args):
+    """A training of an epoch with its final validation, as nnUNetv2_train runs them."""
+    trainer = trained(work, *args, epochs=1)
+    trainer.perform_actual_validation()
+    return trainer
+
+
 @pytest.mark.slow
 def test_after_a_training_without_prior_only_the_queries_are_left_to_compute(work):
     shutil.rmtree(work.preprocessed / BANK_FOLDER)
-    without = trained(work, FSEFTTrainer_Adapter, epochs=1)
-    # of a window each, but a view may be the case as it is
-    assert len(without.run.support) < without.bank.windows <= len(without.run.support) + len(without.views.names)
-    assert trained(work, epochs=1).bank.windows == len(without.run.queries)
+    without = validated(work, FSEFTTrainer_Adapter)
+    # of a window each; the final validation looks at three of the queries
+    assert without.run.windows == len(without.run.support) + len(without.views.names)
+    assert without.run.validation_windows == len(without.run.labelled_queries) == 3
+    with_prior = validated(work)
+    assert with_prior.run.windows == len(with_prior.run.queries) == 5 and with_prior.run.validation_windows == 0
+
+
+def test_queries_go_through_the_backbone_once_for_the_prior_and_the_final_validation(work, monkeypatch):
+    shutil.rmtree(work.preprocessed / BANK_FOLDER)
+    trainer = validated(work)
+    run = trainer.run
+    assert run.windows == len(run.support) + len(trainer.views.names) + len(run.queries) == 15
+    assert run.validation_windows == 0
+    # another fold on the same features, and a method that looks at all of the queries; where there is no room, again
+    assert validated(work, FSEFTTrainer_Adapter).run.validation_windows == 0
+    used = sum(file.stat().st_size for file in (work.preprocessed / BANK_FOLDER).rglob("*.npy"))
+    for file in (work.preprocessed / BANK_FOLDER).rglob("*__whole_*"):
+        used -= file.stat().st_size
+        file.unlink()
+    monkeypatch.setenv("fseft_bank_gb", str((used + 1e5) / 1e9))
+    assert validated(work, FSEFTTrainer_Adapter).run.validation_windows == 3
+    assert not list((work.preprocessed / BANK_FOLDER).rglob("*__whole_*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_final_validation_is_nnunets_prediction(work, monkeypatch, float32, kept):
+    """Of the queries, whether their features are in the bank or the backbone runs again.
+
+    But for the two outermost voxels: nnU-Net's adapter sees features of padding there.
+    """
+    if not kept:
+        monkeypatch.setattr(BankTrainer, "whole_queries", lambda self: [])
+    trainer = validated(work)
+    for case in trainer.run.labelled_queries:
+        made = nib.load(Path(trainer.output_folder) / "validation" / f"{case}.nii.gz")
+        inside = (slice(2, -2),) * 3
+        expected = predicted(trainer, case)[inside]
+        assert (np.asarray(made.dataobj)[inside] == expected).mean() > 0.999 and expected.any()
+    summary = json.loads((Path(trainer.output_folder) / "validation" / "summary.json").read_text())
+    assert len(summary["metric_per_case"]) == 3 and summary["foreground_mean"]["Dice"] > 0
 
 
 def test_cap_of_the_bank_in_the_plans(work):
@@ -260,11 +313,11 @@ def test_views_of_the_support(work):
         loaders.append(trainer.dataloader_train)
     state = np.random.get_state()[1].copy()
     case = trainer.run.support[0]
-    original, views = trainer.load_image(case), [trainer.make_view(f"{case}__view{v}") for v in range(2)]
+    original, views = trainer.load_image(case), [trainer.views.make(f"{case}__view{v}")[0] for v in range(2)]
     assert np.array_equal(np.random.get_state()[1], state)
     assert all(view.shape == original.shape for view in views)
     assert not np.array_equal(views[0], original) and not np.array_equal(*views)
-    assert np.array_equal(views[0], trainers[0].make_view(f"{case}__view0"))
+    assert np.array_equal(views[0], trainers[0].views.make(f"{case}__view0")[0])
     assert trainer.segmentations[f"{case}__view0"].shape == trainer.segmentations[case].shape
     names = {key for _ in range(40) for key in next(loaders[0])["keys"]}
     assert names == {*trainer.run.support, *(f"{c}__view{v}" for c in trainer.run.support for v in range(2))}
@@ -286,7 +339,7 @@ def test_views_of_a_volume_larger_than_the_window(work):
     assert all(entry.layout.boxes == (((0, 0, 0), (16, 20, 22)),) for entry in entries)
     kidneys = 0
     for name in trainer.views.names:
-        image, kidney = trainer.make_view(name)[0], trainer.segmentations[name][0] == 3
+        image, kidney = trainer.views.make(name)[0][0], trainer.segmentations[name][0] == 3
         if kidney.sum() > 20:
             kidneys += 1
             assert image[kidney].mean() > image[~kidney].mean()
@@ -296,7 +349,62 @@ def test_views_of_a_volume_larger_than_the_window(work):
 def test_second_training_fills_no_bank(work):
     bank = work.preprocessed / "fseft_features"
     times = {file: file.stat().st_mtime_ns for file in bank.rglob("*.npy")}
-    assert len(times) == 20  # five support cases, a view of each, once more pooled, five queries
+    # five support cases, a view of each with its label map, once more pooled, five queries, three of them whole, too
+    assert len(times) == 5 + 2 * 5 + 5 + 5 + 3
     trainer = trained(work, epochs=1, fold=2)
+    assert trainer.run.windows == trainer.run.validation_windows == 0
     assert {file: file.stat().st_mtime_ns for file in bank.rglob("*.npy")} == times
     assert "through the frozen backbone" not in text_of(trainer)
+
+
+def test_a_second_training_makes_no_view(work, monkeypatch):
+    """Their label maps are kept beside their features."""
+
+    def make(self, name):
+        raise AssertionError
+
+    first = make_trainer(work)
+    first.on_train_start()
+    monkeypatch.setattr(SupportViews, "make", make)
+    second = make_trainer(work)
+    second.on_train_start()
+    assert second.run.windows == 0 and len(second.views.names) == 5
+    for name in second.views.names:
+        assert np.array_equal(second.segmentations[name], first.segmentations[name])
+        assert second.segmentations[name].shape[1:] == second.bank[name].layout.shape
+
+
+def preprocessed_files(work) -> list[Path]:
+    folders = (work.preprocessed / f"FSEFTPlans_3d_fullres{ending}" for ending in ("", "_queries"))
+    return [file for folder in folders for file in folder.iterdir()]
+
+
+def test_touched_cases_are_not_computed_again_and_changed_ones_are(work):
+    for file in preprocessed_files(work):
+        os.utime(file)
+    trainer = make_trainer(work)
+    trainer.on_train_start()
+    assert trainer.run.windows == 0
+    support, query = trainer.run.support[0], trainer.run.labelled_queries[0]
+    edit_images(work, support, lambda image: image + 0.1)
+    changed = make_trainer(work)
+    changed.on_train_start()
+    assert changed.run.windows == 2  # the case and its view
+    edit_images(work, query, lambda image: image + 0.1)
+    changed = make_trainer(work)
+    changed.on_train_start()
+    assert changed.run.windows == 1
+    unlabelled = UnlabelledQueries(work.preprocessed / "FSEFTPlans_3d_fullres")
+    file = unlabelled.file(unlabelled.cases[0])
+    np.save(file, np.load(file) + 0.1)
+    changed = make_trainer(work)
+    changed.on_train_start()
+    assert changed.run.windows == 1
+
+
+def test_other_labels_of_a_support_case_make_other_views_of_it(work):
+    case = splits_of(work)["folds"][0][0]
+    edit_labels(work, [case], lambda seg: np.roll(seg, 5, 1))
+    trainer = make_trainer(work)
+    trainer.on_train_start()
+    assert trainer.run.windows == 1  # the view alone

@@ -10,7 +10,6 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from fsefs_nnunet import device as precision
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.maps import FeatureMap
 from fsefs_nnunet.errors import InputError
@@ -185,12 +184,6 @@ def fitted(network, image: torch.Tensor, window, labels: dict) -> None:
     """Give a network the statistics of an image's features."""
     features = full_features(network.backbone, image, window)
     network.fit(features.flatten(1).mean(1), features.flatten(1).std(1), labels, False)
-
-
-@pytest.fixture
-def float32(monkeypatch):
-    """On CPUs that compute in bfloat16, too."""
-    monkeypatch.setattr(precision, "native_bfloat16", lambda: False)
 
 
 @pytest.mark.parametrize("shape", [(24, 24, 24), (24, 22, 20)])

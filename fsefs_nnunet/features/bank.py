@@ -60,7 +60,7 @@ class Request:
     @property
     def volume(self) -> tuple:
         """Requests of one volume share a pass of the backbone."""
-        return tuple(map(str, self.files)), json.dumps(self.made, sort_keys=True)
+        return tuple(file.name for file in self.files), json.dumps(self.made, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -234,12 +234,15 @@ class FeatureBank:
 
     def _compute(self, requests: list[Request], log: Callable[[str], None], progress: tqdm) -> int:
         """Entries of one volume; returns how many this process computed."""
-        with self._locked(short_hash(repr(requests[0].volume))):
+        with self._locked(short_hash(repr(requests[0].volume))) as alone:
             missing = [request for request in requests if not self._open(request)]
             if not missing:  # another training computed them meanwhile
                 progress.update(self.packing(requests[0].layout).tiling.num_windows)
                 return 0
-            stamps = [[stamp_of(file) for file in request.files] for request in missing]
+            if alone:
+                self._clear_up(missing)
+            # before the image is read: of one that is replaced meanwhile the entry will not be
+            stamps = [{"files": [stamp_of(f) for f in r.files], "content_sha256": r.content()} for r in missing]
             image = np.ascontiguousarray(missing[0].image(), dtype=np.float32)
             case = missing[0].case
             require_finite(image, [f"The preprocessed image of {case}"] * len(image))
@@ -267,9 +270,11 @@ class FeatureBank:
         return len(missing)
 
     @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        """Of several processes one computes a volume. Without locks in the file system they may all do: whoever is last
-        replaces what is the same."""
+    def _locked(self, name: str) -> Iterator[bool]:
+        """Whether this process alone computes a volume: without locks in the file system several may do.
+
+        Whoever is last then replaces what is the same.
+        """
         # the kernel releases the lock when its holder dies; the empty file stays
         lock = FileLock(self.folder / f"{name}.lock")
         try:
@@ -279,17 +284,20 @@ class FeatureBank:
                 raise
             lock = None
         try:
-            yield
+            yield lock is not None
         finally:
             if lock is not None:
                 lock.release()
 
+    def _clear_up(self, requests: list[Request]) -> None:
+        """Remove what killed processes left of entries."""
+        for request in requests:
+            for left in self.folder.glob(f".{escape(self._key(request).name)}.*{PART}"):
+                left.unlink(missing_ok=True)
+
     def _write(self, requests: list[Request], stamps: list, image: np.ndarray, dtype: type, progress: tqdm) -> None:
         packings = [self.packing(request.layout) for request in requests]
         tiling, names = packings[0].tiling, [self._key(request).name for request in requests]
-        for name in names:
-            for left in self.folder.glob(f".{escape(name)}.*{PART}"):  # of a killed process; this one has the lock
-                left.unlink(missing_ok=True)
         with _files([self.folder / f"{name}.npy" for name in names], [p.size for p in packings], dtype) as flats:
             sums = Sums(tiling) if any(request.statistics for request in requests) else None
             keep = [
@@ -305,12 +313,11 @@ class FeatureBank:
                 if packing.layout.pool is not None:
                     values = consumer.result().cpu()
                     flat[:] = (as_half(values) if dtype == np.float16 else values).numpy().ravel()
-        for request, name, of_files in zip(requests, names, stamps):
+        for request, name, stamp in zip(requests, names, stamps):
             npy = self.folder / f"{name}.npy"
             content = {
                 "key": asdict(self._key(request)),
-                "files": of_files,
-                "content_sha256": request.content(),
+                **stamp,
                 "features": stamp_of(npy),
                 "features_sha256": sha256_of(npy),
                 "precision": "float16 autocast" if self.device.type == "cuda" else "float32",

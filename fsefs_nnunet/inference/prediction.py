@@ -252,7 +252,7 @@ class QueryPredictor:
 @contextmanager
 def part_folder(output: Path, purpose: str) -> Iterator[Path]:
     """A folder beside the segmentation `output`, of its own: other parts of its folder are predicted beside."""
-    folder = output.parent / f"{PART_FOLDER}_{output.name.split('.')[0]}_{purpose}"
+    folder = output.parent / f"{PART_FOLDER}_{output.name}_{purpose}"
     shutil.rmtree(folder, ignore_errors=True)  # of a prediction that was killed
     folder.mkdir()
     try:

@@ -202,6 +202,8 @@ class AdaptedNetwork(nn.Module):
         else:
             full = reduced.at_full_resolution()
         with unless_thin(full):
+            if not torch.is_autocast_enabled(full.device.type):
+                full = full.to(self.head.weight)
             adapted = self.adapter(full)
         with torch.autocast(full.device.type, enabled=False):  # rounded logits would tie
             return _pointwise(adapted.to(self.head.weight), self.head.weight.flatten(1), self.head.bias)
