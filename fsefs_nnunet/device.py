@@ -49,7 +49,10 @@ def native_bfloat16() -> bool:
 
 
 def unless_thin(features: torch.Tensor) -> torch.autocast:
-    """The autocast that is on, but float32 for features (B, C, X, Y, Z) that are too thin on a CPU."""
+    """The autocast that is on, but float32 on a CPU where features (B, C, X, Y, Z) are too thin.
+
+    features: whatever has a tensor's device and shape.
+    """
     kind = features.device.type
     thin = kind == "cpu" and features.shape[2] <= THIN
     return torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not thin)

@@ -119,7 +119,6 @@ def test_a_file_system_without_locks(bank, images, monkeypatch, error):
     assert bank.fill(requests(images)) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="each of them deletes the other's unfinished files")
 def test_without_locks_two_trainings_may_compute_a_volume_at_once(bank, images, contract, monkeypatch):
     """The second is done while the first one's backbone runs."""
 
@@ -209,7 +208,6 @@ def test_an_interrupt_leaves_no_part_of_an_entry(bank, images, contract):
     assert bank.fill(requests(images)) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the new image's hash is kept beside the old one's features")
 def test_an_image_that_changes_while_the_backbone_runs_over_it(bank, images, contract):
     """Its features are those of what it was."""
 

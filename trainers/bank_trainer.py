@@ -190,9 +190,7 @@ class BankTrainer(AdaptedTrainer):
         if not self.method.channel_dropout:
             return None
         rng = np.random.default_rng((self.settings.seed, fold_seed(self.fold), self.training_step))
-        return torch.from_numpy(rng.random((len(features), features.channels)) >= self.method.channel_dropout).to(
-            features.device
-        )
+        return torch.from_numpy(rng.random(features.shape[:2]) >= self.method.channel_dropout).to(features.device)
 
     def train_step(self, batch: dict) -> dict:
         features = batch["data"].to(self.device, non_blocking=True)

@@ -63,8 +63,11 @@ class MapCrops:
         return self.maps[0].device
 
     @property
-    def channels(self) -> int:
-        return sum(m.shape[1] for m in self.maps)
+    def shape(self) -> tuple[int, ...]:
+        """(B, C, X, Y, Z), what the crops have at full resolution."""
+        first, weights = self.maps[0], self.weights[self.resolutions[0]]
+        sides = first.shape[2:] if weights is None else (along.shape[1] for along in weights)
+        return (len(first), sum(m.shape[1] for m in self.maps), *sides)
 
     @property
     def nbytes(self) -> int:

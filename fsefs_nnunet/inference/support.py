@@ -36,9 +36,9 @@ def stored_memory(model: TrainedModel, index: int) -> SupportMemory | None:
     if stored is None:
         return None
     memory = SupportMemory.from_state(stored, str(model.files[index]))
-    if memory.features.channels != model.network.backbone.out_channels:
+    if memory.features.shape[1] != model.network.backbone.out_channels:
         raise InputError(
-            f"The support features in {model.files[index]} have {memory.features.channels} channels, the backbone "
+            f"The support features in {model.files[index]} have {memory.features.shape[1]} channels, the backbone "
             f"gives {model.network.backbone.out_channels}: write them again with `fseft remember`."
         )
     return memory

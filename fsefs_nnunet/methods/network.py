@@ -151,7 +151,8 @@ class AdaptedNetwork(nn.Module):
 
         kept: (B, C), 1 for a channel that is seen, 0 for one that is taken for its mean; None: all are seen.
         """
-        return self.finish(self.reduce(features, kept))
+        with unless_thin(features):
+            return self.finish(self.reduce(features, kept))
 
     @property
     def reduces(self) -> bool:
