@@ -3,7 +3,8 @@
     python backbone_clock.py train OUT.json ARGUMENTS_OF_nnUNetv2_train
     python backbone_clock.py features OUT.json X Y Z
 
-OUT.json gets the CPU seconds of all layers of the backbone's network: neither upsampling nor blending is part of them.
+OUT.json gets the CPU seconds of all layers of the backbone's network, and of its whole forward pass: in version 0.1.0
+that upsamples the maps to the window, later ones do so elsewhere. Blending is part of neither.
 `features` also fills a bank with one support case of X x Y x Z voxels.
 """
 
@@ -20,30 +21,37 @@ WINDOW, CROP = (64, 64, 64), (32, 32, 32)
 
 
 class Clock:
-    """Adds up the CPU seconds of the layers of every backbone that is made after `install`."""
+    """Adds up the CPU seconds that modules spend in their forward passes."""
 
     def __init__(self):
         self.seconds, self._start = 0.0, 0.0
 
-    def install(self) -> None:
-        from fsefs_nnunet.backbones.frozen import FrozenBackbone
-
-        original = FrozenBackbone.__init__
-
-        def init(backbone, *args, **kwargs) -> None:
-            original(backbone, *args, **kwargs)
-            unet = backbone.module.unet
-            for layer in (unet.encoder, *unet.decoder.transpconvs, *unet.decoder.stages):
-                layer.register_forward_pre_hook(self._begin)
-                layer.register_forward_hook(self._end)
-
-        FrozenBackbone.__init__ = init
+    def watch(self, module) -> None:
+        module.register_forward_pre_hook(self._begin)
+        module.register_forward_hook(self._end)
 
     def _begin(self, *_) -> None:
         self._start = process_time()
 
     def _end(self, *_) -> None:
         self.seconds += process_time() - self._start
+
+
+def watch_backbones() -> dict[str, Clock]:
+    """Clocks of every backbone that is made from now on: of its layers, and of its whole forward pass."""
+    from fsefs_nnunet.backbones.frozen import FrozenBackbone
+
+    layers, forward, original = Clock(), Clock(), FrozenBackbone.__init__
+
+    def init(backbone, *args, **kwargs) -> None:
+        original(backbone, *args, **kwargs)
+        unet = backbone.module.unet
+        for layer in (unet.encoder, *unet.decoder.transpconvs, *unet.decoder.stages):
+            layers.watch(layer)
+        forward.watch(backbone)
+
+    FrozenBackbone.__init__ = init
+    return {"backbone_cpu_seconds": layers, "backbone_forward_cpu_seconds": forward}
 
 
 def fill_one(image, labels, root: Path) -> None:
@@ -87,8 +95,7 @@ def features(shape: tuple[int, ...]) -> float:
 
 def main() -> None:
     what, out, *arguments = sys.argv[1:]
-    clock, figures = Clock(), {}
-    clock.install()
+    clocks, figures = watch_backbones(), {}
     if what == "features":
         figures["cpu_seconds"] = features(tuple(map(int, arguments)))
     else:
@@ -96,7 +103,7 @@ def main() -> None:
 
         sys.argv[1:] = arguments
         run_training_entry()
-    Path(out).write_text(json.dumps({**figures, "backbone_cpu_seconds": clock.seconds}), "utf-8")
+    Path(out).write_text(json.dumps(figures | {name: clock.seconds for name, clock in clocks.items()}), "utf-8")
 
 
 if __name__ == "__main__":

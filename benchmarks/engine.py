@@ -368,6 +368,7 @@ def features(version: Version, args: argparse.Namespace) -> dict:
         **{name: round(seconds, 2) for name, seconds in found.items()},
         "outside_share_of_backbone": round(outside / found["backbone_cpu_seconds"], 4),
         "outside_share_of_all": round(outside / found["cpu_seconds"], 4),
+        "outside_forward_share_of_all": round(1 - found["backbone_forward_cpu_seconds"] / found["cpu_seconds"], 4),
         # by voxels, which is what it would be for the full volume if this one is smaller
         "cpu_seconds_scaled_to_full": round(found["cpu_seconds"] * voxels[1] / voxels[0], 1),
     }
@@ -387,7 +388,7 @@ def chaos_bank(version: Version, args: argparse.Namespace) -> dict:
     full = version.measure(*command, fseft_final_validation="0")
     return {
         "bank_cpu_seconds": round(filling["cpu_seconds"] - full["cpu_seconds"], 1),
-        "backbone_cpu_seconds": round(layers["backbone_cpu_seconds"], 1),
+        **{name: round(seconds, 1) for name, seconds in layers.items()},
         "bank_gb": round(dataset.bank_gb(), 3),
         "peak_gb": filling["peak_gb"],
         "stage_wall_seconds": stages,
