@@ -56,7 +56,7 @@ def test_upsampling_after_a_crop_is_upsampling_before_it(start, size):
     tiling, maps = random_maps()
     regions = [[(0, n) for n in tiling.grid(i)] for i in range(len(maps))]
     crop = crop_of(maps, regions, tiling, start, size)
-    assert (len(crop), crop.channels, crop.resolutions) == (1, 15, (0, 1, 2, 3, 1))
+    assert (len(crop), crop.shape[1], crop.resolutions) == (1, 15, (0, 1, 2, 3, 1))
     expected = interpolated(maps, tiling)[inside(start, size)]
     torch.testing.assert_close(crop.at_full_resolution()[0], expected, rtol=1e-5, atol=1e-5)
     for part, feature_map in zip(crop.maps, tiling.maps):  # no more than a voxel around the crop
@@ -117,7 +117,7 @@ def test_full_resolution_is_interpolates(contract):
     full = [torch.nn.functional.interpolate(m, image.shape[2:], mode="trilinear") for m in maps]
     crops = MapCrops.whole(maps, image.shape[2:])
     torch.testing.assert_close(crops.at_full_resolution(), torch.cat(full, 1), rtol=1e-5, atol=1e-5)
-    assert crops.weights[0] is None and crops.channels == backbone.out_channels and len(crops) == 2
+    assert crops.weights[0] is None and crops.shape[1] == backbone.out_channels and len(crops) == 2
 
 
 # ---- batches ----
