@@ -1,0 +1,125 @@
+"""`fseft bank --verify`, `--export` and `--import`."""
+
+import json
+import os
+import zipfile
+
+import numpy as np
+import pytest
+from banks import make_bank, make_images, requests
+
+from fsefs_nnunet.cli.main import main
+from fsefs_nnunet.features.disk import BANK_FOLDER
+
+DATASET = "Dataset009_Bank"
+
+
+@pytest.fixture
+def machines(tmp_path, monkeypatch, backbone):
+    """Two preprocessed folders of one dataset, and a function that chooses one; the first has a filled bank."""
+
+    def choose(name: str):
+        folders = {n: tmp_path / name / n for n in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        for variable, folder in folders.items():
+            (folder / DATASET).mkdir(parents=True, exist_ok=True)
+            monkeypatch.setenv(variable, str(folder))
+        preprocessed = folders["nnUNet_preprocessed"] / DATASET
+        kwargs = {"backbone": "phantom", "sha256": backbone.contract.sha256}
+        plans = {"configurations": {"3d_fullres_5shot": {"architecture": {"arch_kwargs": kwargs}}}}
+        (preprocessed / "FSEFTPlans.json").write_text(json.dumps(plans))
+        (preprocessed / "splits_final.json").write_text("[]")
+        (folders["nnUNet_raw"] / DATASET / "dataset.json").write_text("{}")
+        return make_bank(preprocessed / BANK_FOLDER, backbone), make_images(preprocessed)
+
+    bank, images = choose("gpu")
+    bank.fill(requests(images))
+    return choose, tmp_path / "bank.zip"
+
+
+def test_a_bank_moves_to_another_machine(machines, capsys):
+    choose, file = machines
+    assert main(["bank", "-d", "9", "--export", str(file)]) == 0
+    laptop, images = choose("laptop")
+    assert main(["bank", "-d", "9", "--import", str(file)]) == 0
+    assert laptop.fill(requests(images)) == 0 and laptop.windows == 0
+    gpu, images = choose("gpu")
+    gpu.fill(requests(images))
+    assert np.array_equal(laptop["a"].arrays[0][0], gpu["a"].arrays[0][0])
+    choose("laptop")
+    assert main(["bank", "-d", "9", "--import", str(file)]) == 0
+    assert "0 files imported" in capsys.readouterr().out
+
+
+def test_other_images_are_computed_again(machines):
+    choose, file = machines
+    main(["bank", "-d", "9", "--export", str(file)])
+    laptop, images = choose("laptop")
+    main(["bank", "-d", "9", "--import", str(file)])
+    np.save(images["a"], np.load(images["a"]) + 1)
+    assert laptop.fill(requests(images)) == 1
+
+
+def test_a_bank_of_another_backbone(machines, backbone, capsys):
+    choose, file = machines
+    main(["bank", "-d", "9", "--export", str(file)])
+    root = choose("laptop")[0].root
+    plans = root.parent / "FSEFTPlans.json"
+    plans.write_text(plans.read_text().replace(backbone.contract.sha256, "0" * 64))
+    assert main(["bank", "-d", "9", "--import", str(file)]) == 2
+    assert "holds features of backbone 'phantom' of SHA-256" in capsys.readouterr().err
+    assert not root.exists()
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def text(file):
+    file.write_text("no archive")
+
+
+def climbing(file):
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("../evil.npy", b"")
+
+
+def missing(file):
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage, said", [(cut, "is damaged"), (text, "is damaged"), (climbing, "no file that"), (missing, "There is no")]
+)
+def test_files_that_nobody_exported(machines, capsys, damage, said):
+    choose, file = machines
+    main(["bank", "-d", "9", "--export", str(file)])
+    root = choose("laptop")[0].root
+    damage(file)
+    assert main(["bank", "-d", "9", "--import", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and str(file) in error and "Traceback" not in error
+    assert not root.exists()
+
+
+def test_nothing_to_export(machines, capsys):
+    choose, file = machines
+    choose("laptop")
+    assert main(["bank", "-d", "9", "--export", str(file)]) == 2
+    assert "There is no feature bank in" in capsys.readouterr().err and not file.exists()
+
+
+def test_damage_that_neither_size_nor_time_shows(machines, capsys):
+    choose, _ = machines
+    bank, images = choose("gpu")
+    bank.fill(requests(images))
+    (npy,) = bank.folder.glob("a_*[0-9a-f].npy")
+    before, content = npy.stat(), bytearray(npy.read_bytes())
+    content[-1] ^= 64
+    npy.write_bytes(content)
+    os.utime(npy, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert bank.fill(requests(images)) == 0
+    assert main(["bank", "-d", "9", "--verify"]) == 0
+    said = capsys.readouterr().out
+    assert "2 entries" in said and f"Removed: {npy.stem}" in said
+    assert make_bank(bank.root, bank.backbone).fill(requests(images)) == 1
+    assert main(["bank", "-d", "9", "--verify"]) == 0 and "0 of them damaged" in capsys.readouterr().out
