@@ -68,8 +68,9 @@ def fill_one(image, labels, root: Path) -> None:
         from fsefs_nnunet.features.bank import FeatureBank, Request
         from fsefs_nnunet.features.layout import support_layout
 
-        requests = [Request("case", lambda: image, lambda shape: support_layout("case", labels, CROP, WINDOW))]
-        FeatureBank(root, backbone, "skips", WINDOW, device).fill(requests)
+        layout = support_layout("case", labels, CROP, WINDOW)
+        request = Request("case", [], lambda: "noise", lambda: image, layout, statistics=True)
+        FeatureBank(root, backbone, "skips", WINDOW, device).fill([request])
         return
     FeatureBank(root, backbone, "skips", WINDOW, device).fill(
         ["case"], lambda case: image, lambda case, shape: support_layout(case, labels, CROP, WINDOW)
