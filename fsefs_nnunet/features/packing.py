@@ -110,10 +110,9 @@ class Boxes:
 
 
 def as_half(values: torch.Tensor) -> torch.Tensor:
-    made = values.half()
-    if made.isinf().any():
+    if max(-values.min(), values.max()) > LARGEST_HALF:
         raise Overflow
-    return made
+    return values.half()
 
 
 class Blocks:
