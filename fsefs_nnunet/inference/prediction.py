@@ -24,6 +24,7 @@ from fsefs_nnunet.features.layout import cube_that_leaves, query_layout
 from fsefs_nnunet.features.memory import memory_warnings
 from fsefs_nnunet.features.packing import Blocks
 from fsefs_nnunet.features.volume import VolumeFeatures
+from fsefs_nnunet.files import gigabytes
 from fsefs_nnunet.inference.logits import BlocksOfLogits, Place
 from fsefs_nnunet.inference.trained_model import TrainedModel
 from fsefs_nnunet.losses.segmentation import segmentation_loss
@@ -108,12 +109,17 @@ class QueryPredictor:
             return Volume(image, properties, None)
         window, cap = model.configuration.patch_size, cap_in_gb(model.settings.bank_gb)
         features = VolumeFeatures(model.network.backbone, image, window, model.device, keep_in, cap)
-        self._tell_memory(features)
+        self._tell_memory(features, keep_in)
         return Volume(image, properties, features)
 
-    def _tell_memory(self, features: VolumeFeatures) -> None:
+    def _tell_memory(self, features: VolumeFeatures, keep_in: Path | None) -> None:
         """Once, and again where a larger volume does not fit."""
         lines = memory_warnings(features.tiling, len(features.image), self.model.device)
+        if keep_in is not None and features.file is None:
+            size = gigabytes(2 * features.packing.size)
+            lines.append(
+                f"There is no room for {size} of features in {keep_in.parent}: the backbone runs again instead."
+            )
         if features.tiling.slab_values > self._largest:
             for line in lines[int(self._largest > 0) :]:
                 tqdm.write(line)
