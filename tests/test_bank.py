@@ -23,17 +23,6 @@ from fsefs_nnunet.features.layout import Layout, query_layout
 from fsefs_nnunet.files import PART
 
 
-@pytest.fixture
-def images(tmp_path):
-    (tmp_path / "images").mkdir()
-    return make_images(tmp_path / "images")
-
-
-@pytest.fixture
-def bank(backbone, tmp_path):
-    return make_bank(tmp_path / "banks", backbone)
-
-
 def replaced(file, change=lambda image: image + 0.5):
     """Another image in `file`."""
     np.save(file, change(np.load(file)))
@@ -207,7 +196,7 @@ def test_statistics_of_coarse_maps(tmp_path, shape):
     bank = FeatureBank(tmp_path / "banks", backbone, "all", WINDOW, CPU)
     bank.fill([request_of("a", tmp_path / "a.npy", statistics=True)])
     tiling, maps = whole_maps(backbone, image)
-    inside = (slice(None), *(slice(b, b + n) for b, n in zip(tiling.before, shape)))
+    inside = (slice(None), *tiling.inside)
     repeated = [torch.nn.functional.interpolate(m[None], tiling.padded)[0][inside] for m in maps]
     values = torch.cat(repeated).flatten(1).double()
     mean, std = bank.statistics(["a"])

@@ -2,33 +2,22 @@
 
 import errno
 import json
+import os
 import shutil
 from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
-from banks import CPU, WINDOW, Given, make_bank, make_images, request_of, requests, store
+from banks import CPU, WINDOW, Given, make_bank, request_of, requests, store
 from filelock import FileLock
 
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.features import bank as bank_module
 from fsefs_nnunet.features.bank import FeatureBank
 from fsefs_nnunet.features.layout import Layout, query_layout
 from fsefs_nnunet.files import PART
 
 SHAPE = (16, 16, 20)
-
-
-@pytest.fixture
-def images(tmp_path):
-    (tmp_path / "images").mkdir()
-    return make_images(tmp_path / "images")
-
-
-@pytest.fixture
-def bank(backbone, tmp_path):
-    return make_bank(tmp_path / "banks", backbone)
 
 
 def left_behind(bank) -> list[str]:
@@ -82,7 +71,7 @@ def test_features_too_large_for_float16_are_stored_in_float32(bank, layout):
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_fills_up_in_the_middle(bank, images, monkeypatch, code):
     """The first volume is kept, of the second nothing is; both are there once there is space."""
-    allocate, calls = bank_module.os.posix_fallocate, []
+    allocate, calls = os.posix_fallocate, []
 
     def full(*args):
         calls.append(args)
@@ -90,7 +79,7 @@ def test_a_disk_that_fills_up_in_the_middle(bank, images, monkeypatch, code):
             raise OSError(code, "full")
         allocate(*args)
 
-    monkeypatch.setattr(bank_module.os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(InputError, match="^The disk of .* is full: free some of it, clear old banks with `fseft bank"):
         bank.fill(requests(images))
     assert [name[0] for name in left_behind(bank)] == ["a", "a"]
@@ -98,9 +87,9 @@ def test_a_disk_that_fills_up_in_the_middle(bank, images, monkeypatch, code):
 
 
 def test_a_disk_that_fills_up_while_the_second_of_two_layouts_is_made(bank, images, monkeypatch):
-    allocate, calls = bank_module.os.posix_fallocate, []
+    allocate, calls = os.posix_fallocate, []
     monkeypatch.setattr(
-        bank_module.os,
+        os,
         "posix_fallocate",
         lambda *args: no_space() if calls else calls.append(allocate(*args)),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,9 +20,10 @@ from tqdm import tqdm
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.cases.preprocessed import require_finite
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.features.arrays import mapped, new_files
 from fsefs_nnunet.features.disk import BANK_FOLDER, require_space, used_bytes
+from fsefs_nnunet.features.entry import Entry, EntryKey, short_hash, stamp_of
 from fsefs_nnunet.features.layout import Layout
-from fsefs_nnunet.features.map_crops import MapCrops
 from fsefs_nnunet.features.memory import memory_warnings
 from fsefs_nnunet.features.packing import Blocks, Boxes, Overflow, Packing, Sums, as_half
 from fsefs_nnunet.features.tiling import TILE_STEP_SIZE, Tiling
@@ -61,64 +61,6 @@ class Request:
     def volume(self) -> tuple:
         """Requests of one volume share a pass of the backbone."""
         return tuple(file.name for file in self.files), json.dumps(self.made, sort_keys=True)
-
-
-@dataclass(frozen=True)
-class EntryKey:
-    """What an entry depends on beside its files."""
-
-    recipe: dict
-    case: str
-    layout: Layout
-    made: dict
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @property
-    def name(self) -> str:
-        return f"{self.case}_{short_hash(self.to_json())}"
-
-
-def short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def stamp_of(file: Path) -> list[int]:
-    """Size and time of a file."""
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Stored features of a volume.
-
-    arrays: what `packing` unpacks, by box and map, memory-mapped.
-    sums, square_sums: (C,) over the volume, None where nobody asked for them.
-    labels: (1, X, Y, Z) of a view.
-    precision: in which the backbone ran.
-    """
-
-    packing: Packing
-    arrays: list[list[np.ndarray]]
-    sums: np.ndarray | None = None
-    square_sums: np.ndarray | None = None
-    labels: np.ndarray | None = None
-    precision: str = ""
-
-    @property
-    def layout(self) -> Layout:
-        return self.packing.layout
-
-    def crop(self, start: Sequence[int], size: Sequence[int]) -> MapCrops:
-        """The crop from voxel `start` of the volume on; IndexError if no box holds it."""
-        return self.packing.crop(self.arrays, start, size)
-
-    @property
-    def blocks(self) -> np.ndarray:
-        """(C, *blocks) of a query."""
-        return self.arrays[0][0]
 
 
 class FeatureBank:
@@ -185,7 +127,7 @@ class FeatureBank:
         with refused_if_unwritable(self.root):
             return self._fill(list(requests), cap_gb, log)
 
-    def lacks(self, requests: Iterable[Request]) -> int:
+    def missing_bytes(self, requests: Iterable[Request]) -> int:
         """Bytes that the entries of `requests` that are not there would take in float16."""
         return sum(2 * self.packing(r.layout).size for r in requests if not self._open(r))
 
@@ -206,7 +148,7 @@ class FeatureBank:
         )
         self._tell_odd(missing, log)
         require_space(self.root, needed, cap_gb)
-        largest = max((self.packing(r.layout).tiling for r in missing), key=lambda tiling: tiling.slab_values)
+        largest = max((self.packing(r.layout).tiling for r in missing), key=lambda tiling: tiling.slab_bytes)
         for warning in memory_warnings(largest, len(self.backbone.contract.channel_names), self.device):
             log(warning)
         computed = 0
@@ -298,7 +240,7 @@ class FeatureBank:
     def _write(self, requests: list[Request], stamps: list, image: np.ndarray, dtype: type, progress: tqdm) -> None:
         packings = [self.packing(request.layout) for request in requests]
         tiling, names = packings[0].tiling, [self._key(request).name for request in requests]
-        with _files([self.folder / f"{name}.npy" for name in names], [p.size for p in packings], dtype) as flats:
+        with new_files([self.folder / f"{name}.npy" for name in names], [p.size for p in packings], dtype) as flats:
             sums = Sums(tiling) if any(request.statistics for request in requests) else None
             keep = [
                 Boxes(packing, flat) if packing.layout.pool is None else Blocks(tiling, packing.layout, self.device)
@@ -350,7 +292,7 @@ class FeatureBank:
             if content != content | now:
                 with suppress(OSError):  # of others, whom it serves as well
                     write_atomically(json_file, json.dumps(content | now))
-            flat = _mapped(npy)
+            flat = mapped(npy)
             if flat.shape != (packing.size,):
                 return False
             labels = None if request.labels is None else np.load(self.folder / f"{key.name}.labels.npy")
@@ -371,44 +313,3 @@ class FeatureBank:
         # a channel that is dead on these images stays at its mean
         std = np.where(std > 1e-3 * max(std.max(), 1e-6), std, 1.0)
         return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
-
-
-@contextmanager
-def _files(files: Sequence[Path], sizes: Sequence[int], dtype: type) -> Iterator[list[np.ndarray]]:
-    """Flat arrays that become `files` (.npy) at the end; none of them after an error."""
-    if not files:
-        yield []
-        return
-    with replacing(files[0]) as part, _files(files[1:], sizes[1:], dtype) as others:
-        array = new_array(part, sizes[0], dtype)
-        yield [array, *others]
-        if isinstance(array, np.memmap):
-            array.flush()
-        else:
-            np.save(part.open("wb"), array)
-
-
-def new_array(file: Path, size: int, dtype: type) -> np.ndarray:
-    """A flat array in a new .npy `file`, mapped; in memory where the file system cannot map files.
-
-    Raises:
-        OSError: if the disk cannot hold it, now and not while it is written, which a mapped file would not survive.
-    """
-    try:
-        array = np.lib.format.open_memmap(file, "w+", dtype, (size,))
-    except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        return np.zeros(size, dtype)
-    if hasattr(os, "posix_fallocate"):
-        with open(file, "r+b") as f:
-            os.posix_fallocate(f.fileno(), 0, max(file.stat().st_size, 1))
-    return array
-
-
-def _mapped(npy: Path) -> np.ndarray:
-    """Content of an .npy file, mapped so that nothing of ours changes it; in memory where it cannot be mapped."""
-    try:
-        return np.load(npy, mmap_mode="c")
-    except OSError:
-        return np.load(npy)

@@ -15,8 +15,6 @@ from fsefs_nnunet.features.map_crops import MapCrops, crop_of
 from fsefs_nnunet.features.tiling import Tiling, linear_weights
 from fsefs_nnunet.features.windows import Slab
 
-LARGEST_HALF = torch.finfo(torch.float16).max
-
 
 class Overflow(Exception):
     """A feature is larger than float16 can hold."""

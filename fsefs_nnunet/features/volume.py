@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fsefs_nnunet.features.bank import Entry, new_array
+from fsefs_nnunet.features.arrays import new_array
+from fsefs_nnunet.features.entry import Entry
 from fsefs_nnunet.features.layout import whole_layout
 from fsefs_nnunet.features.packing import Boxes, Overflow, Packing
 from fsefs_nnunet.features.tiling import Tiling
