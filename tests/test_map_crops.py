@@ -41,7 +41,7 @@ def random_maps(shape=(37, 24, 31), window=WINDOW, strides=STRIDES) -> tuple[Til
 def interpolated(maps, tiling: Tiling) -> torch.Tensor:
     """All maps (C, X, Y, Z), by PyTorch's own upsampling of the padded volume."""
     full = [torch.nn.functional.interpolate(m[None], tiling.padded, mode="trilinear") for m in maps]
-    return torch.cat(full, 1)[(0, slice(None), *(slice(b, b + n) for b, n in zip(tiling.before, tiling.shape)))]
+    return torch.cat(full, 1)[(0, slice(None), *tiling.inside)]
 
 
 def inside(start, size) -> tuple[slice, ...]:

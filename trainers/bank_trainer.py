@@ -78,12 +78,15 @@ class BankTrainer(AdaptedTrainer):
         self.fill_bank()
         super().prepare_training()
 
-    def fill_bank(self) -> None:
-        """Run the frozen backbone once over what the training needs, unless an earlier one did."""
+    def open_bank(self) -> FeatureBank:
         preprocessed = Path(self.preprocessed_dataset_folder_base)
-        self.bank = FeatureBank.of_configuration(
+        return FeatureBank.of_configuration(
             preprocessed, self.network.backbone, self.configuration_manager, self.device
         )
+
+    def fill_bank(self) -> None:
+        """Run the frozen backbone once over what the training needs, unless an earlier one did."""
+        self.bank = self.open_bank()
         self.clock.lap(self.run, "start")
         self.bank.fill(self.requests(), cap_in_gb(self.settings.bank_gb), self.print_to_log_file)
         self.segmentations |= {view: self.bank[view].labels for view in self.views.names}
@@ -231,14 +234,11 @@ class BankTrainer(AdaptedTrainer):
             self.request(case, whole_layout(self.shape_of(case)), whole_name(case)) for case in self.do_split()[1]
         ]
         cap = cap_in_gb(self.settings.bank_gb)
-        return requests if has_space(self.bank.root, self.bank.lacks([*others, *requests]), cap) else []
+        return requests if has_space(self.bank.root, self.bank.missing_bytes([*others, *requests]), cap) else []
 
     def validate_queries(self, save_probabilities: bool) -> None:
         if not hasattr(self, "bank"):  # `--val` has not trained
-            preprocessed = Path(self.preprocessed_dataset_folder_base)
-            self.bank = FeatureBank.of_configuration(
-                preprocessed, self.network.backbone, self.configuration_manager, self.device
-            )
+            self.bank = self.open_bank()
         requests = self.whole_queries()
         self.bank.fill(requests, cap_in_gb(self.settings.bank_gb), self.print_to_log_file)
         self.stored_queries = {request.case for request in requests}

@@ -159,9 +159,8 @@ class FSEFTTrainer(BankTrainer):
             return None
         step, has_regions = self.training_step, self.label_manager.has_regions
         query = self.query_volumes.rotating(step, self.settings.seed)
-        if (
-            self.device.type == "cpu"
-        ):  # most sizes are as expected, where a gradient would be zero; on a GPU, asking waits
+        # most sizes are as expected and give no gradient; on a GPU, the comparison would wait for the kernels
+        if self.device.type == "cpu":
             with torch.no_grad():
                 prediction = self.query_volumes.predict(self.network, query, has_regions)
                 penalty = self.prior.penalty(prediction, self.settings.gamma)

@@ -61,6 +61,11 @@ class Tiling:
         """Padding in front of the volume's first voxel, per axis."""
         return tuple(max(w - n, 0) // 2 for n, w in zip(self.shape, self.window))
 
+    @property
+    def inside(self) -> tuple[slice, ...]:
+        """Where the volume lies in the padded one."""
+        return tuple(slice(first, first + n) for first, n in zip(self.before, self.shape))
+
     @cached_property
     def starts(self) -> list[list[int]]:
         """First padded voxels of the windows along each axis, in order."""
@@ -84,10 +89,10 @@ class Tiling:
         return sum(feature_map.channels for feature_map in self.maps)
 
     @property
-    def slab_values(self) -> int:
-        """Numbers in all maps of a slab as long as a window: what is in memory of a volume of any length."""
+    def slab_bytes(self) -> int:
+        """Of all maps, float32, of a slab as long as a window: what is in memory of a volume of any length."""
         length = self.window[0] / self.padded[0]
-        return int(length * sum(m.channels * prod(self.grid(i)) for i, m in enumerate(self.maps)))
+        return 4 * int(length * sum(m.channels * prod(self.grid(i)) for i, m in enumerate(self.maps)))
 
     def image_window(self, image: torch.Tensor, start: Sequence[int]) -> torch.Tensor:
         """The window at padded voxel `start` of the image (channels, X, Y, Z), zeros where it lies outside."""

@@ -11,6 +11,7 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from torch import nn
 
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.features.memory import blending_device
 from fsefs_nnunet.features.tiling import Tiling
 
 MOST_WINDOWS = 8  # in a batch: more gain nothing on the cards that we know
@@ -50,20 +51,12 @@ def run_windows(network: nn.Module, image: torch.Tensor, tiling: Tiling, device:
         ((_, maps),) = batch.from_plane(0)
         yield _checked(Slab(0, tiling.padded[0], [m[0].float() for m in maps]))
         return
-    blending = _Blending(tiling, _blends_on(tiling, device))
+    blending = _Blending(tiling, blending_device(tiling, device))
     for place, first in enumerate(tiling.starts[0]):
         last = place + 1 == len(tiling.starts[0])
         for starts, maps in batch.from_plane(first):
             blending.add(starts, maps)
         yield _checked(blending.finished(tiling.padded[0] if last else tiling.starts[0][place + 1]))
-
-
-def _blends_on(tiling: Tiling, device: torch.device) -> torch.device:
-    """The device, or the CPU where a slab would take more than half of its free memory."""
-    if device.type != "cuda":
-        return torch.device("cpu")
-    free = torch.cuda.mem_get_info(device)[0]
-    return device if 4 * tiling.slab_values < free / 2 else torch.device("cpu")
 
 
 class _Batches:

@@ -114,10 +114,10 @@ class QueryPredictor:
     def _tell_memory(self, features: VolumeFeatures) -> None:
         """Once, and again where a larger volume does not fit."""
         lines = memory_warnings(features.tiling, len(features.image), self.model.device)
-        if features.tiling.slab_values > self._largest:
+        if features.tiling.slab_bytes > self._largest:
             for line in lines[int(self._largest > 0) :]:
                 tqdm.write(line)
-            self._largest = features.tiling.slab_values
+            self._largest = features.tiling.slab_bytes
 
     def segment(self, volume: Volume, output: Path, keep_largest: bool = False) -> dict:
         """Segment a volume that `read` gave, or that of another model on the same backbone and plans."""

@@ -237,12 +237,10 @@ class ZeroShotPredictor:
     def _logits(self, image: np.ndarray) -> torch.Tensor:
         """Of a preprocessed image (channels, X, Y, Z) the head's, (out_channels, X, Y, Z)."""
         features = VolumeFeatures(self.network, image, self.configuration.patch_size, self.device)
-        padded = features.tiling.padded
-        inside = tuple(slice(b, b + n) for b, n in zip(features.tiling.before, features.tiling.shape))
-        logits = torch.empty((self.network.out_channels, *padded))
+        logits = torch.empty((self.network.out_channels, *features.tiling.padded))
         for slab in features.slabs():
             logits[:, slab.first : slab.stop] = slab.maps[0].cpu()
-        return logits[(slice(None), *inside)]
+        return logits[(slice(None), *features.tiling.inside)]
 
     def _resampled(self, logits: torch.Tensor, properties: dict) -> torch.Tensor:
         """As nnU-Net's export does it, which finds nothing left to resample then."""
