@@ -15,7 +15,7 @@ from fsefs_nnunet.files import replacing
 
 @contextmanager
 def new_files(files: Sequence[Path], sizes: Sequence[int], dtype: type) -> Iterator[list[np.ndarray]]:
-    """Flat arrays that become `files` (.npy) at the end; none of them after an error."""
+    """New flat arrays that become `files` (.npy) at the end; after an error none of them does."""
     if not files:
         yield []
         return
@@ -33,7 +33,8 @@ def new_array(file: Path, size: int, dtype: type) -> np.ndarray:
     """A flat array in a new .npy `file`, mapped; in memory where the file system cannot map files.
 
     Raises:
-        OSError: if the disk cannot hold it, now and not while it is written, which a mapped file would not survive.
+        OSError: if the disk cannot hold it. Space is reserved at once, since a mapped file that runs out of it later
+            kills the process.
     """
     try:
         array = np.lib.format.open_memmap(file, "w+", dtype, (size,))
@@ -48,7 +49,7 @@ def new_array(file: Path, size: int, dtype: type) -> np.ndarray:
 
 
 def mapped(npy: Path) -> np.ndarray:
-    """Content of an .npy file, mapped so that nothing of ours changes it; in memory where it cannot be mapped."""
+    """Content of an .npy file, mapped copy-on-write; in memory where the file system cannot map files."""
     try:
         return np.load(npy, mmap_mode="c")
     except OSError:

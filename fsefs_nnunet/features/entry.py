@@ -17,7 +17,7 @@ from fsefs_nnunet.features.packing import Packing
 
 @dataclass(frozen=True)
 class EntryKey:
-    """What an entry depends on beside its files."""
+    """What an entry depends on besides its files."""
 
     recipe: dict
     case: str
@@ -37,7 +37,7 @@ def short_hash(text: str) -> str:
 
 
 def stamp_of(file: Path) -> list[int]:
-    """Size and time of a file."""
+    """Size in bytes and modification time in ns of a file."""
     status = file.stat()
     return [status.st_size, status.st_mtime_ns]
 
@@ -46,10 +46,10 @@ def stamp_of(file: Path) -> list[int]:
 class Entry:
     """Stored features of a volume.
 
-    arrays: what `packing` unpacks, by box and map, memory-mapped.
-    sums, square_sums: (C,) over the volume, None where nobody asked for them.
-    labels: (1, X, Y, Z) of a view.
-    precision: in which the backbone ran.
+    arrays: (C, x, y, z) by box and map, memory-mapped, as `packing` unpacks them.
+    sums, square_sums: (C,) over the volume, None if no request needed them.
+    labels: label map (1, X, Y, Z) of a view.
+    precision: that the backbone ran in, for the record.
     """
 
     packing: Packing
@@ -64,10 +64,10 @@ class Entry:
         return self.packing.layout
 
     def crop(self, start: Sequence[int], size: Sequence[int]) -> MapCrops:
-        """The crop from voxel `start` of the volume on; IndexError if no box holds it."""
+        """The crop that starts at voxel `start` of the volume; IndexError if no box contains it."""
         return self.packing.crop(self.arrays, start, size)
 
     @property
     def blocks(self) -> np.ndarray:
-        """(C, *blocks) of a query."""
+        """(C, *blocks), averages over the blocks of a pooled layout."""
         return self.arrays[0][0]

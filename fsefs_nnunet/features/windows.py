@@ -14,7 +14,7 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.memory import blending_device
 from fsefs_nnunet.features.tiling import Tiling
 
-MOST_WINDOWS = 8  # in a batch: more gain nothing on the cards that we know
+MOST_WINDOWS = 8  # of a batch: more were no faster on the GPUs tried
 SHARE_OF_FREE_MEMORY = 0.6  # of a GPU's, for the activations of a batch
 
 
@@ -33,14 +33,14 @@ class Slab:
 
 @torch.no_grad()
 def run_windows(network: nn.Module, image: torch.Tensor, tiling: Tiling, device: torch.device) -> Iterator[Slab]:
-    """Run a network over a volume in slabs along its first axis; memory does not depend on that axis' length.
+    """Run a network over a volume in slabs along its first axis; the length of that axis does not affect memory.
 
-    Windows are weighed with nnU-Net's Gaussian and blended in float32, each map at its own resolution, on the device
-    unless it is too small for a slab. On CUDA the network runs under autocast, as in nnU-Net's predictor, and once more
-    in float32 where a batch overflows.
+    Windows are weighted by nnU-Net's Gaussian and blended in float32, each map at its own resolution, on the device
+    unless it is too small for a slab. On CUDA the network runs under autocast, as in nnU-Net's predictor; a batch that
+    overflows runs again in float32.
 
     Args:
-        network: gives `tiling.maps`.
+        network: returns the maps that `tiling.maps` describes.
         image: preprocessed, (channels, X, Y, Z), on the CPU.
 
     Raises:
@@ -64,9 +64,10 @@ class _Batches:
 
     def __init__(self, network: nn.Module, image: torch.Tensor, tiling: Tiling, device: torch.device):
         self.network, self.image, self.tiling, self.device = network, image, tiling, device
-        self.size = 1  # until the first has shown what a window takes
+        self.size = 1  # until the first window has shown how much memory it takes
 
     def from_plane(self, first: int) -> Iterator[tuple[list[tuple[int, ...]], list[torch.Tensor]]]:
+        """First voxels and maps (B, C, x, y, z) of the windows that start at `first`, batch by batch."""
         starts = self.tiling.windows_from(first)
         while starts:
             now, starts = starts[: self.size], starts[self.size :]
@@ -113,12 +114,12 @@ def _checked(slab: Slab) -> Slab:
 
 
 def _finite(maps: Sequence[torch.Tensor]) -> bool:
-    # a sum is finite unless one of its terms is not, or is so large that it overflows the sum
+    # a sum is finite unless one of its terms is not, or terms are so large that it overflows
     return bool(torch.stack([m.float().sum() for m in maps]).isfinite().all())
 
 
 class _Blending:
-    """Weighted sums of windows, for as many planes as a window is long."""
+    """Weighted sums of windows, over as many planes as a window is long."""
 
     def __init__(self, tiling: Tiling, device: torch.device):
         self.tiling, self.device = tiling, device
@@ -139,14 +140,14 @@ class _Blending:
                 self.weights[index][at] += gaussian
 
     def finished(self, stop: int) -> Slab:
-        """The planes from the last slab's end up to padded voxel `stop`."""
+        """The planes from the end of the last slab to padded voxel `stop`, which no later window touches."""
         length, done = stop - self.first, []
         for index, feature_map in enumerate(self.tiling.maps):
             planes = length // feature_map.stride[0]
             sums, weights = self.sums[index], self.weights[index]
             done.append(sums[:, :planes] / weights[:planes])
             for kept in (sums.unbind(0), (weights,)):
-                for array in kept:  # one channel at a time: what overlaps itself is copied
+                for array in kept:  # one channel at a time, since the overlapping move needs a copy
                     array[:-planes] = array[planes:].clone() if planes < len(array) else array[:-planes]
                     array[-planes:] = 0
         slab = Slab(self.first, stop, done)
@@ -156,6 +157,6 @@ class _Blending:
 
 @lru_cache(maxsize=16)
 def _gaussian(window: tuple[int, ...], stride: tuple[int, ...], device: str) -> torch.Tensor:
-    """nnU-Net's weights of a window's voxels, averaged to a map's."""
+    """nnU-Net's weights of a window's voxels, averaged to the resolution of a map."""
     weights = compute_gaussian(window, 1 / 8, 10, dtype=torch.float32, device=torch.device("cpu"))
     return torch.nn.functional.avg_pool3d(weights[None, None], stride)[0, 0].to(device)
