@@ -32,7 +32,7 @@ def first_cases(sources: dict[str, dict], held_out: list[str], most: int) -> dic
 
 
 class LogitMap(nn.Module):
-    """A segmentation network as one that gives a single map, its logits."""
+    """A segmentation network in the form of a backbone whose only map is its logits."""
 
     def __init__(self, network: nn.Module, label_manager: LabelManager):
         super().__init__()

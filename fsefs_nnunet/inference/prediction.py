@@ -33,7 +33,7 @@ from fsefs_nnunet.priors.support_memory import SupportMemory
 from fsefs_nnunet.priors.transduction import Transduction
 from fsefs_nnunet.priors.volumes import PredictedSizes, QueryVolume, SizesInBlocks, block_voxels, sizes_of
 
-MAX_ADAPTED_VOXELS = 10_000  # blocks of a volume that adaptation looks at
+MAX_ADAPTED_VOXELS = 10_000  # most blocks of a volume for an adaptation
 PART_FOLDER = ".fseft_part"  # nnU-Net takes every file in the output folder for a segmentation, but no folder
 
 
@@ -43,7 +43,7 @@ class Volume:
 
     image: (channels, X, Y, Z).
     properties: nnU-Net's, of how it was preprocessed.
-    features: None of an image that holds one value alone and shows nothing.
+    features: None for a constant image, which shows nothing.
     """
 
     image: np.ndarray
@@ -53,7 +53,7 @@ class Volume:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What adaptation did in one fold, and its wall time. `after` is `before` where there was none, or it diverged."""
+    """What adaptation did in one fold, and its wall time; `after` is `before` without adaptation or if it diverged."""
 
     before: PredictedSizes
     after: PredictedSizes
@@ -63,10 +63,10 @@ class Prediction:
 
 
 class QueryPredictor:
-    """Segments volumes with the folds of one trained model, which share what the backbone gives of each volume."""
+    """Segments volumes with the folds of one trained model, which share the backbone's features of each volume."""
 
     def __init__(self, model: TrainedModel, memories: Sequence[SupportMemory] | None, save_probabilities: bool = False):
-        """memories: of the folds' support, in the folds' order; None: no adaptation (inductive)."""
+        """memories: support features of each fold, in order; None: no adaptation (inductive)."""
         self.model = model
         self.memories = memories
         self.save_probabilities = save_probabilities
@@ -82,15 +82,15 @@ class QueryPredictor:
         self._largest = 0
 
     def predict(self, files: list[str], output: Path, keep_largest: bool = False) -> dict:
-        """Segment the image in `files`, one per channel, write `output`; returns the report of its sizes."""
+        """Segment the image in `files`, one per channel, and write `output`; returns the report of its sizes."""
         with part_folder(output, "features") as folder:
             # without adaptation one look is enough
             return self.segment(self.read(files, folder if self.memories is not None else None), output, keep_largest)
 
     def read(self, files: list[str], keep_in: Path | None = None) -> Volume:
-        """Preprocess an image; the backbone runs over it when its features are looked at.
+        """Preprocess an image; the backbone runs when its features are first looked at.
 
-        keep_in: folder for the features, for those who look more than once.
+        keep_in: folder for the features, if they will be looked at more than once.
 
         Raises:
             InputError: if the image cannot be read, or holds NaN or infinite values.
@@ -108,11 +108,11 @@ class QueryPredictor:
             return Volume(image, properties, None)
         window, cap = model.configuration.patch_size, cap_in_gb(model.settings.bank_gb)
         features = VolumeFeatures(model.network.backbone, image, window, model.device, keep_in, cap)
-        self._tell_memory(features)
+        self._report_memory(features)
         return Volume(image, properties, features)
 
-    def _tell_memory(self, features: VolumeFeatures) -> None:
-        """Once, and again where a larger volume does not fit."""
+    def _report_memory(self, features: VolumeFeatures) -> None:
+        """Print the estimate for the first volume, and later only warnings for larger ones."""
         lines = memory_warnings(features.tiling, len(features.image), self.model.device)
         if features.tiling.slab_bytes > self._largest:
             for line in lines[int(self._largest > 0) :]:
@@ -120,7 +120,7 @@ class QueryPredictor:
             self._largest = features.tiling.slab_bytes
 
     def segment(self, volume: Volume, output: Path, keep_largest: bool = False) -> dict:
-        """Segment a volume that `read` gave, or that of another model on the same backbone and plans."""
+        """Segment a volume from `read`, its own or that of another model with the same backbone and plans."""
         if volume.features is None:
             return self._segment_nothing(volume, output, keep_largest)
         windows = volume.features.windows
@@ -132,7 +132,7 @@ class QueryPredictor:
         return {**self._report(folds), "windows": windows}
 
     def _inductive(self, volume: Volume) -> tuple[torch.Tensor, list[Prediction]]:
-        """The sum of the folds' logits (outputs, X, Y, Z), in one look."""
+        """The sum of the folds' logits (outputs, X, Y, Z), from one look."""
         features, outputs = volume.features, [network.adapt for network in self.networks]
         alone = len(self.networks) == 1 and features.only_look
         if alone and self.networks[0].reduces:  # there is less to blend
@@ -146,7 +146,7 @@ class QueryPredictor:
     def _look(
         self, features: VolumeFeatures, outputs: list, *others: Blocks
     ) -> tuple[torch.Tensor, list[SizesInBlocks]]:
-        """The sum of the logits of `outputs`, and the sizes in those of each."""
+        """The sum of the logits of all `outputs`, and the sizes that each predicts; `others` get the same slabs."""
         shape = features.tiling.shape
         sizes = [SizesInBlocks(shape, self.voxel_ml, self.has_regions) for _ in outputs]
         total = torch.zeros((self.model.label_manager.num_segmentation_heads, *shape))
@@ -180,7 +180,7 @@ class QueryPredictor:
     def _adapt(
         self, fold: int, features: VolumeFeatures, blocks: torch.Tensor, pool: Sequence[int], before: PredictedSizes
     ) -> tuple[torch.Tensor | None, Prediction]:
-        """Logits after the adaptation of a fold to features averaged over blocks (1, C, x, y, z); None without one."""
+        """Logits after a fold's adaptation to block averages (1, C, x, y, z) of the features; None if it did not adapt."""
         start = monotonic()
         network = self.model.network_of(fold)
         voxels = block_voxels(features.tiling.shape, pool) * self.voxel_ml
@@ -251,7 +251,7 @@ class QueryPredictor:
 
 @contextmanager
 def part_folder(output: Path, purpose: str) -> Iterator[Path]:
-    """A folder beside the segmentation `output`, of its own: other parts of its folder are predicted beside."""
+    """A temporary folder next to the segmentation `output`, named after it: others may be predicted at once."""
     folder = output.parent / f"{PART_FOLDER}_{output.name}_{purpose}"
     shutil.rmtree(folder, ignore_errors=True)  # of a prediction that was killed
     folder.mkdir()
@@ -262,7 +262,7 @@ def part_folder(output: Path, purpose: str) -> Iterator[Path]:
 
 
 def mean_report(reports: Sequence[dict[str, dict | None]]) -> dict[str, dict | None]:
-    """What priors report of each class, its numbers averaged over those that know it."""
+    """The priors' reports by class, numbers averaged over the priors that have the class."""
     means = {}
     for name in reports[0]:
         known = [report[name] for report in reports if report[name]]
@@ -271,7 +271,7 @@ def mean_report(reports: Sequence[dict[str, dict | None]]) -> dict[str, dict | N
 
 
 def keep_largest_components(file: Path, model: TrainedModel) -> None:
-    """nnU-Net's postprocessing: of each class, the largest component alone; in place."""
+    """nnU-Net's postprocessing: keep the largest component of each class, in place."""
     reader = model.plans_manager.image_reader_writer_class()
     segmentation, properties = reader.read_seg(str(file))
     for label_or_region in model.classes:
