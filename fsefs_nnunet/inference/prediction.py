@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -13,8 +10,6 @@ from time import monotonic
 
 import numpy as np
 import torch
-from nnunetv2.inference.export_prediction import export_prediction_from_logits
-from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 from tqdm import tqdm
 
 from fsefs_nnunet.cases.dataset_json import shows_ct
@@ -24,6 +19,7 @@ from fsefs_nnunet.features.layout import cube_that_leaves, query_layout
 from fsefs_nnunet.features.memory import memory_warnings
 from fsefs_nnunet.features.packing import Blocks
 from fsefs_nnunet.features.volume import VolumeFeatures
+from fsefs_nnunet.inference.export import export, part_folder
 from fsefs_nnunet.inference.logits import BlocksOfLogits, Place
 from fsefs_nnunet.inference.trained_model import TrainedModel
 from fsefs_nnunet.losses.segmentation import segmentation_loss
@@ -34,7 +30,6 @@ from fsefs_nnunet.priors.transduction import Transduction
 from fsefs_nnunet.priors.volumes import PredictedSizes, QueryVolume, SizesInBlocks, block_voxels, sizes_of
 
 MAX_ADAPTED_VOXELS = 10_000  # most blocks of a volume for an adaptation
-PART_FOLDER = ".fseft_part"  # nnU-Net takes every file in the output folder for a segmentation, but no folder
 
 
 @dataclass(frozen=True)
@@ -128,7 +123,7 @@ class QueryPredictor:
         windows = volume.features.windows - windows
         self.windows += windows
         # as nnU-Net does: the mean of the logits
-        self._export(total.div_(len(folds)), volume.properties, output, keep_largest)
+        self._export(total.div_(len(folds)), volume, output, keep_largest)
         return {**self._report(folds), "windows": windows}
 
     def _inductive(self, volume: Volume) -> tuple[torch.Tensor, list[Prediction]]:
@@ -180,7 +175,7 @@ class QueryPredictor:
     def _adapt(
         self, fold: int, features: VolumeFeatures, blocks: torch.Tensor, pool: Sequence[int], before: PredictedSizes
     ) -> tuple[torch.Tensor | None, Prediction]:
-        """Logits after a fold's adaptation to block averages (1, C, x, y, z) of the features; None if it did not adapt."""
+        """Logits after a fold's adaptation to block averages (1, C, x, y, z); None if it did not adapt."""
         start = monotonic()
         network = self.model.network_of(fold)
         voxels = block_voxels(features.tiling.shape, pool) * self.voxel_ml
@@ -204,27 +199,11 @@ class QueryPredictor:
         if not self.has_regions:
             logits[0] = 0  # the background's
         sizes = sizes_of(logits, self.voxel_ml, self.has_regions)
-        self._export(logits, volume.properties, output, keep_largest)
+        self._export(logits, volume, output, keep_largest)
         return {**self._report([Prediction(sizes, sizes)] * len(self.model.weights)), "windows": 0}
 
-    def _export(self, logits: torch.Tensor, properties: dict, output: Path, keep_largest: bool) -> None:
-        model, ending = self.model, self.model.dataset_json["file_ending"]
-        stem = output.name[: -len(ending)]
-        with part_folder(output, "export") as folder:
-            export_prediction_from_logits(
-                logits,
-                properties,
-                model.configuration,
-                model.plans_manager,
-                model.dataset_json,
-                str(folder / stem),
-                self.save_probabilities,
-                torch.get_num_threads(),
-            )
-            if keep_largest:
-                keep_largest_components(folder / output.name, model)
-            for file in sorted(folder.iterdir(), key=lambda file: file.name == output.name):
-                os.replace(file, output.parent / file.name)  # the segmentation last
+    def _export(self, logits: torch.Tensor, volume: Volume, output: Path, keep_largest: bool) -> None:
+        export(self.model, logits, volume.properties, output, self.save_probabilities, keep_largest)
 
     def _report(self, folds: list[Prediction]) -> dict:
         names, gamma = self.model.class_names, self.model.settings.predict_gamma
@@ -249,18 +228,6 @@ class QueryPredictor:
         }
 
 
-@contextmanager
-def part_folder(output: Path, purpose: str) -> Iterator[Path]:
-    """A temporary folder next to the segmentation `output`, named after it: others may be predicted at once."""
-    folder = output.parent / f"{PART_FOLDER}_{output.name}_{purpose}"
-    shutil.rmtree(folder, ignore_errors=True)  # of a prediction that was killed
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def mean_report(reports: Sequence[dict[str, dict | None]]) -> dict[str, dict | None]:
     """The priors' reports by class, numbers averaged over the priors that have the class."""
     means = {}
@@ -268,12 +235,3 @@ def mean_report(reports: Sequence[dict[str, dict | None]]) -> dict[str, dict | N
         known = [report[name] for report in reports if report[name]]
         means[name] = {key: round(fmean(of[key] for of in known), 4) for key in known[0]} if known else None
     return means
-
-
-def keep_largest_components(file: Path, model: TrainedModel) -> None:
-    """nnU-Net's postprocessing: keep the largest component of each class, in place."""
-    reader = model.plans_manager.image_reader_writer_class()
-    segmentation, properties = reader.read_seg(str(file))
-    for label_or_region in model.classes:
-        segmentation = remove_all_but_largest_component_from_segmentation(segmentation, label_or_region)
-    reader.write_seg(segmentation[0], str(file), properties)
