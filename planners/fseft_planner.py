@@ -90,7 +90,7 @@ class FSEFTPlanner(ExperimentPlanner):
             backbone: default: what the environment variable `fseft_backbone` names, else the embedded one.
             shots: default: those of DEFAULT_SHOTS that the labelled cases allow.
             accept_positive_ct: see check_training_cases; so does the environment variable `fseft_accept_positive_ct=1`.
-            support: cases whose labels may be used to measure the cost of the spacing; default: those of the drawn folds.
+            support: cases whose labels may show the cost of the spacing; default: those of the drawn folds.
 
         Raises:
             InputError: for an unknown or damaged backbone, for more shots than labelled cases, for a dataset that the

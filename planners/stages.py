@@ -11,8 +11,8 @@ from fsefs_nnunet.backbones.architectures import build_architecture
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.maps import FeatureMap
 
-# All stages of nnU-Net's own U-Nets have 960 channels or more. Whether a reduction can learn from so many with few cases
-# has not been measured.
+# All stages of nnU-Net's own U-Nets have 960 channels or more. Whether a reduction can learn from so many with few
+# cases has not been measured.
 MOST_FEATURES = 256
 RICHEST_FIRST = ("skips", "all", "last")
 

@@ -226,7 +226,7 @@ class BankTrainer(AdaptedTrainer):
     # ---- final validation ----
 
     def whole_queries(self, others: Sequence[Request] = ()) -> list[Request]:
-        """The labelled queries, for the final validations of all folds and methods; none if the bank has no room for them.
+        """The labelled queries, for the final validations of all folds and methods; none if the bank lacks the room.
 
         others: requests that take room, too.
         """

@@ -201,9 +201,8 @@ class FSEFTTrainer(BankTrainer):
             self.print_to_log_file(f"  {query}: {line}", add_timestamp=False)
             for name, reasons in self.prior.remarks(sizes, self.class_names).items():
                 remarks.append(f"{name} of {query} {' and '.join(reasons)}: the prior does not enlarge it.")
-        for remark in (
-            remarks if self.current_epoch else []
-        ):  # what an untrained network misses says nothing about a query
+        # what an untrained network misses says nothing about a query
+        for remark in remarks if self.current_epoch else []:
             self.print_to_log_file(remark)
 
     def added_to_checkpoint(self) -> dict:

@@ -240,7 +240,7 @@ class Cell:
         self.experiment.train(self.method.trainer, self.configuration, self.fold, **environment)
 
     def preprocess(self) -> None:
-        """Preprocess the labelled cases by the method's own plans, unless that is done: `fseft plan` only makes them."""
+        """Preprocess the labelled cases by the method's own plans, unless that is done; `fseft plan` does not do it."""
         splits, parent = self.study.splits, self.configurations()["3d_fullres"]
         try:
             require_cases(

@@ -29,7 +29,7 @@ def plan(
 ) -> str:
     """Fingerprint and plans, with nnU-Net's own for the baseline. Returns the plans' name.
 
-    support: cases whose labels may be used to measure the cost of the spacing; default: those of the drawn folds.
+    support: cases whose labels may show the cost of the spacing; default: those of the drawn folds.
     """
     planner = FSEFTPlanner(
         dataset_id,

@@ -46,7 +46,7 @@ class SpatialAdapter(nn.Module):
 
 
 def split(x: torch.Tensor, step: int) -> torch.Tensor:
-    """(B, C, X, Y, Z) -> (B step^3, C, x, y, z): every step-th voxel, from each offset; padded with zeros at the end."""
+    """(B, C, X, Y, Z) -> (B step^3, C, x, y, z): every step-th voxel, from each offset; zeros pad the far ends."""
     b, c, *shape = x.shape
     sides = [-(-n // step) for n in shape]
     x = F.pad(x, [n for side, have in zip(reversed(sides), reversed(shape)) for n in (0, side * step - have)])
