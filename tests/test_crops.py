@@ -179,7 +179,7 @@ def test_crops_of_a_partly_annotated_volume(tmp_path, backbone):
 
 
 def place_of(target: torch.Tensor, segmentation: np.ndarray, crop) -> tuple[int, ...]:
-    """Where a crop of numbered voxels begins."""
+    """First voxel of a crop whose voxels are numbered."""
     starts = np.argwhere(segmentation[0] == target[0, 0, 0, 0].item())
     (start,) = [
         tuple(map(int, start))
@@ -191,7 +191,7 @@ def place_of(target: torch.Tensor, segmentation: np.ndarray, crop) -> tuple[int,
 
 @pytest.mark.parametrize("kept", ["whole", "in parts"])
 def test_crops_of_coarse_maps_are_those_of_the_volume(tmp_path, kept):
-    """Of a batch, whatever the places of its crops, at full resolution; but for float16."""
+    """Crops of a batch at full resolution equal those of the volume, up to float16, wherever they lie."""
     backbone, shape, crop = FrozenBackbone("phantom", "skips"), (44, 30, 40), (8, 9, 7)
     image = torch.rand((1, *shape), generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "a.npy", image.numpy())

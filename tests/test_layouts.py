@@ -128,7 +128,7 @@ def test_at_most_so_many_voxels_are_a_stride_of_argwhere(labels, number):
 
 
 def averages(features: torch.Tensor, pool) -> torch.Tensor:
-    """Of features (C, X, Y, Z) over blocks, in float64; incomplete blocks average what they hold."""
+    """Averages of features (C, X, Y, Z) over blocks, in float64; incomplete blocks over the voxels that they have."""
     sides = [-(-n // p) for n, p in zip(features.shape[1:], pool)]
     made = torch.zeros((len(features), *sides), dtype=torch.double)
     for block in product(*map(range, sides)):

@@ -358,7 +358,7 @@ def test_second_training_fills_no_bank(work):
 
 
 def test_a_second_training_makes_no_view(work, monkeypatch):
-    """Their label maps are kept beside their features."""
+    """Their label maps are stored with their features."""
 
     def make(self, name):
         raise AssertionError
