@@ -451,7 +451,7 @@ def cost_by_volume(version: Version, sizes: Sequence[int]) -> dict[str, dict]:
     for i, size in enumerate(sizes):
         dataset = phantoms(version, f"Dataset{40 + i:03d}_Cube{size}", (size,) * 3, (2.0,) * 3, 4)
         image = one_image(dataset)
-        version.run("fseft", *dataset.planning(2, shots=[2]))
+        version.run("fseft", *dataset.planning(2, (2.0,) * 3, [2]))
         dataset.shorten(two, 1)
         trained = version.measure("nnUNetv2_train", *dataset.training(TRAINER, two), fseft_final_validation="0")
         found["training, one epoch"][size] = trained

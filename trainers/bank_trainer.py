@@ -176,6 +176,7 @@ class BankTrainer(AdaptedTrainer):
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
+        self.bank.forget_pages()
         self.dataloader_train.start_epoch(self.current_epoch)
         self.dataloader_val.start_epoch(0)  # the same crops each time, so that epochs can be compared
 

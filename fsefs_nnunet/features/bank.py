@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -97,6 +98,7 @@ class FeatureBank:
         self.folder = self.root / f"{backbone.contract.id}_{short_hash(json.dumps(self.recipe, sort_keys=True))}"
         self.windows = 0
         self._entries: dict[str, Entry] = {}
+        self._flats: dict[str, np.ndarray] = {}
 
     @classmethod
     def of_configuration(
@@ -306,10 +308,20 @@ class FeatureBank:
             labels = None if request.labels is None else np.load(self.folder / f"{key.name}.labels.npy")
             sums = [content[name] and np.array(content[name]) for name in ("sums", "square_sums")]
             # mapped from here on, so that it can be read even if the bank is cleared meanwhile
+            self._flats[key.case] = flat
             self._entries[key.case] = Entry(packing, packing.unpack(flat), *sums, labels, content["precision"])
         except (OSError, EOFError, ValueError, KeyError, TypeError):
             return False
         return True
+
+    def forget_pages(self) -> None:
+        """Release the pages of mapped files; what is needed again is read again.
+
+        The system would reclaim them, too, but until then counts them as the training's memory.
+        """
+        for flat in self._flats.values():
+            if isinstance(flat, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+                flat._mmap.madvise(mmap.MADV_DONTNEED)
 
     def statistics(self, cases: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of each channel (C,) over all voxels of `cases`."""

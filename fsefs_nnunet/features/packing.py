@@ -15,6 +15,8 @@ from fsefs_nnunet.features.map_crops import MapCrops, crop_of
 from fsefs_nnunet.features.tiling import Tiling, linear_weights
 from fsefs_nnunet.features.windows import Slab
 
+LARGEST_HALF = torch.finfo(torch.float16).max
+
 
 class Overflow(Exception):
     """A feature is too large for float16."""
@@ -109,10 +111,9 @@ class Boxes:
 
 def as_half(values: torch.Tensor) -> torch.Tensor:
     """`values` in float16; raises Overflow if one is too large."""
-    made = values.half()
-    if made.isinf().any():
+    if max(-values.min(), values.max()) > LARGEST_HALF:
         raise Overflow
-    return made
+    return values.half()
 
 
 class Blocks:

@@ -146,10 +146,11 @@ class _Blending:
             planes = length // feature_map.stride[0]
             sums, weights = self.sums[index], self.weights[index]
             done.append(sums[:, :planes] / weights[:planes])
-            for kept in (sums.unbind(0), (weights,)):
-                for array in kept:  # one channel at a time, since the overlapping move needs a copy
-                    array[:-planes] = array[planes:].clone() if planes < len(array) else array[:-planes]
-                    array[-planes:] = 0
+            for array in (sums, weights[None]):
+                kept = array[:, planes:]
+                # an overlapping move needs a copy
+                array[:, : kept.shape[1]] = kept if kept.shape[1] <= planes else kept.clone()
+                array[:, kept.shape[1] :] = 0
         slab = Slab(self.first, stop, done)
         self.first = stop
         return slab

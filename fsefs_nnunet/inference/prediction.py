@@ -19,6 +19,7 @@ from fsefs_nnunet.features.layout import cube_that_leaves, query_layout
 from fsefs_nnunet.features.memory import memory_warnings
 from fsefs_nnunet.features.packing import Blocks
 from fsefs_nnunet.features.volume import VolumeFeatures
+from fsefs_nnunet.files import gigabytes
 from fsefs_nnunet.inference.export import export, part_folder
 from fsefs_nnunet.inference.logits import BlocksOfLogits, Place
 from fsefs_nnunet.inference.trained_model import TrainedModel
@@ -103,12 +104,17 @@ class QueryPredictor:
             return Volume(image, properties, None)
         window, cap = model.configuration.patch_size, cap_in_gb(model.settings.bank_gb)
         features = VolumeFeatures(model.network.backbone, image, window, model.device, keep_in, cap)
-        self._report_memory(features)
+        self._report_memory(features, keep_in)
         return Volume(image, properties, features)
 
-    def _report_memory(self, features: VolumeFeatures) -> None:
+    def _report_memory(self, features: VolumeFeatures, keep_in: Path | None) -> None:
         """Print the estimate for the first volume, and later only warnings for larger ones."""
         lines = memory_warnings(features.tiling, len(features.image), self.model.device)
+        if keep_in is not None and features.file is None:
+            size = gigabytes(2 * features.packing.size)
+            lines.append(
+                f"There is no room for {size} of features in {keep_in.parent}: the backbone runs again instead."
+            )
         if features.tiling.slab_bytes > self._largest:
             for line in lines[int(self._largest > 0) :]:
                 tqdm.write(line)
