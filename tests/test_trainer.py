@@ -241,7 +241,7 @@ def test_the_final_validation_is_nnunets_prediction(work, monkeypatch, float32, 
     But for the two outermost voxels: nnU-Net's adapter sees features of padding there.
     """
     if not kept:
-        monkeypatch.setattr(BankTrainer, "whole_queries", lambda self: [])
+        monkeypatch.setattr(BankTrainer, "whole_queries", lambda self, *others: [])
     trainer = validated(work)
     for case in trainer.run.labelled_queries:
         made = nib.load(Path(trainer.output_folder) / "validation" / f"{case}.nii.gz")
