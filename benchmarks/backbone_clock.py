@@ -4,7 +4,7 @@
     python backbone_clock.py features OUT.json X Y Z
 
 OUT.json gets the CPU seconds of all layers of the backbone's network, and of its whole forward pass: in version 0.1.0
-that upsamples the maps to the window, later ones do so elsewhere. Blending is part of neither.
+that upsamples the maps to the window, later ones do so elsewhere. Neither includes blending.
 `features` also fills a bank with one support case of X x Y x Z voxels.
 """
 
@@ -38,7 +38,7 @@ class Clock:
 
 
 def watch_backbones() -> dict[str, Clock]:
-    """Clocks of every backbone that is made from now on: of its layers, and of its whole forward pass."""
+    """Clocks of all backbones that are built from now on: of their layers, and of their whole forward passes."""
     from fsefs_nnunet.backbones.frozen import FrozenBackbone
 
     layers, forward, original = Clock(), Clock(), FrozenBackbone.__init__

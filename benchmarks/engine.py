@@ -1,4 +1,4 @@
-"""What an installed version costs, by its command-line programs: CPU seconds, wall time, memory, and the Dice kept.
+"""What the commands of an installed version cost in CPU seconds, wall time and memory, and the Dice that they reach.
 
     FSEFT_SHARED=FOLDER python benchmarks/engine.py ROW --work /data/engine
     FSEFT_SHARED=FOLDER python benchmarks/engine.py ROW --work /data/engine_old --bin /data/old_environment/bin
@@ -14,11 +14,11 @@ large        a CT of 512 x 512 x 400 voxels: peak memory of planning, training a
 cost         CPU seconds and memory against volume, folds, shots and methods, with two plots
 
 Commands run on one core. CPU seconds are user and system time of a command and all that it starts; memory is the sum
-of the proportional set sizes of its processes, looked at five times a second. It counts pages of files that are
-mapped, those of the bank above all, which the system takes back where it needs them: `peak_without_files_gb` does not.
+of the proportional set sizes of its processes, looked at five times a second. It counts pages of mapped
+files, those of the bank above all, which the system can reclaim at any time; `peak_without_files_gb` does not.
 GB are 10^9 bytes. A convolution of fixed size runs before and after each command: where its time differs by more than a
 fifth, the figure is marked `discard`. Results are appended to --results. What a row leaves in its folder below --work
-is removed when it is measured again.
+is removed when the row is measured again.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def memory_gb(session: int) -> tuple[float, float]:
 
 
 class MemoryWatch(Thread):
-    """Samples the memory of a session, and kills it where it takes more than `cap_gb`."""
+    """Samples the memory of a session, and kills it if it takes more than `cap_gb`."""
 
     def __init__(self, session: int, cap_gb: float, cores: set[int]):
         super().__init__(daemon=True)
@@ -369,7 +369,7 @@ def features(version: Version, args: argparse.Namespace) -> dict:
         "outside_share_of_backbone": round(outside / found["backbone_cpu_seconds"], 4),
         "outside_share_of_all": round(outside / found["cpu_seconds"], 4),
         "outside_forward_share_of_all": round(1 - found["backbone_forward_cpu_seconds"] / found["cpu_seconds"], 4),
-        # by voxels, which is what it would be for the full volume if this one is smaller
+        # in proportion to voxels, an estimate for the full volume if this one is smaller
         "cpu_seconds_scaled_to_full": round(found["cpu_seconds"] * voxels[1] / voxels[0], 1),
     }
 

@@ -89,8 +89,7 @@ def time_volume(image_file: str, backbone_id: str) -> dict:
     tiling = Tiling.of(image.shape[1:], backbone.contract.patch_size, backbone.maps)
     start = perf_counter(), process_time()
     slabs = [slab.maps[0].clone() for slab in run_windows(backbone, image, tiling, torch.device("cpu"))]
-    inside = (slice(b, b + n) for b, n in zip(tiling.before, tiling.shape))
-    features = torch.cat(slabs, 1)[(slice(None), *inside)]
+    features = torch.cat(slabs, 1)[(slice(None), *tiling.inside)]
     return {
         "seconds": perf_counter() - start[0],
         "cpu seconds": process_time() - start[1],

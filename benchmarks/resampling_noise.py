@@ -1,10 +1,10 @@
-"""How much noise nnU-Net's resampling leaves where it shrinks images: it interpolates and does not smooth.
+"""How much noise nnU-Net's resampling leaves when it shrinks images without smoothing.
 
     python benchmarks/resampling_noise.py
 
-A homogeneous volume of 0.8 x 0.8 x 1 mm with Gaussian noise of 20 HU, white or as correlated as a soft reconstruction
-makes it, is resampled to coarser spacings: standard deviation in HU by nnU-Net, linear as the embedded backbone wants
-it and cubic as stock plans have it, and after scikit-image's anti-aliasing.
+A homogeneous volume of 0.8 x 0.8 x 1 mm with Gaussian noise of 20 HU, white or as correlated as by a soft
+reconstruction kernel, is resampled to coarser spacings. Reported is the standard deviation in HU by nnU-Net, linear as
+for the embedded backbone and cubic as in stock plans, and with scikit-image's anti-aliasing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from skimage.transform import resize
 from fsefs_nnunet.evaluation.tables import markdown_table
 
 SHAPE, SPACING, NOISE = (160, 160, 128), (0.8, 0.8, 1.0), 20.0
-EDGE = 2  # voxels that interpolation does not see both sides of
+EDGE = 2  # voxels at the border, which are interpolated from one side only
 
 
 def noise(blur: float, seed: int) -> np.ndarray:

@@ -22,9 +22,9 @@ from hippocampus import DATASET, decathlon_folder, prepare
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.evaluation.tables import markdown_table
-from fsefs_nnunet.features.bank import Entry
 from fsefs_nnunet.features.crops import CropLoader
 from fsefs_nnunet.features.disk import used_bytes
+from fsefs_nnunet.features.entry import Entry
 from fsefs_nnunet.features.map_crops import MapCrops, crop_of
 from fsefs_nnunet.features.tiling import Tiling
 from fsefs_nnunet.nnunet.experiment import Experiment

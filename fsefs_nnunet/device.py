@@ -49,9 +49,9 @@ def native_bfloat16() -> bool:
 
 
 def unless_thin(features: torch.Tensor) -> torch.autocast:
-    """The autocast that is on, but float32 on a CPU where features (B, C, X, Y, Z) are too thin.
+    """The present autocast, but float32 if features (B, C, X, Y, Z) on a CPU are too thin.
 
-    features: whatever has a tensor's device and shape.
+    features: anything with a tensor's device and shape.
     """
     kind = features.device.type
     thin = kind == "cpu" and features.shape[2] <= THIN

@@ -90,7 +90,7 @@ class FSEFTPlanner(ExperimentPlanner):
             backbone: default: what the environment variable `fseft_backbone` names, else the embedded one.
             shots: default: those of DEFAULT_SHOTS that the labelled cases allow.
             accept_positive_ct: see check_training_cases; so does the environment variable `fseft_accept_positive_ct=1`.
-            support: cases whose labels may show what the spacing costs; default: of the folds that were drawn.
+            support: cases whose labels may show the cost of the spacing; default: those of the drawn folds.
 
         Raises:
             InputError: for an unknown or damaged backbone, for more shots than labelled cases, for a dataset that the
@@ -138,7 +138,7 @@ class FSEFTPlanner(ExperimentPlanner):
         return list(forward), np.argsort(forward).tolist()
 
     def determine_fullres_target_spacing(self) -> np.ndarray:
-        """mm per axis of the reader: plan_experiment transposes it."""
+        """mm, in the axes of the reader: plan_experiment transposes it."""
         return self._spacing_and_reason()[0]
 
     def _spacing_and_reason(self) -> tuple[np.ndarray, str]:
@@ -173,13 +173,13 @@ class FSEFTPlanner(ExperimentPlanner):
     # ---- the plans ----
 
     def stages(self, parent: dict) -> Stages:
-        """Those that the adapter gets the features of: half of the memory target is for them."""
+        """The stages whose features the adapter gets; they may take half of the memory target."""
         shape = parent["median_image_size_in_voxels"]
         half = self.UNet_vram_target_GB * 2**30 / 2
         return choose_stages(self.contract, self.contract.window(shape), shape, half)
 
     def pool(self, shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int, ...]:
-        """Blocks that queries are averaged over, for a median volume of `shape`."""
+        """Blocks that queries are averaged over, in voxels, for a median volume of `shape` (X, Y, Z)."""
         long = any(n > MOST_WINDOWS * w for n, w in zip(shape, self.contract.patch_size))
         return pooled_blocks(shape, spacing_mm, long, None if torch.cuda.is_available() else MAX_POOLED_VOXELS)
 
@@ -238,10 +238,10 @@ class FSEFTPlanner(ExperimentPlanner):
         return {n: c for n, c in configurations.items() if n == f"3d_fullres_{c.get('fseft_shots')}shot"}
 
     def all_shots(self) -> list[int | str]:
-        """Those that are wanted, and those that were planned before: they are planned anew, or they would be stale."""
+        """The requested shots, and those planned before, which would otherwise become stale."""
         return list(dict.fromkeys([*self.shots, *(c["fseft_shots"] for c in self._planned_before().values())]))
 
-    def _tell_what_is_reset(self, children: dict[str, dict]) -> None:
+    def _report_what_is_reset(self, children: dict[str, dict]) -> None:
         for name, before in self._planned_before().items():
             changed = [
                 f"{key} {before[key]} -> {value}"
@@ -267,7 +267,7 @@ class FSEFTPlanner(ExperimentPlanner):
         parent = plans["configurations"]["3d_fullres"]
         stages = self.stages(parent)
         children = {f"3d_fullres_{k}shot": self.child(k, parent, stages.name) for k in self.all_shots()}
-        self._tell_what_is_reset(children)
+        self._report_what_is_reset(children)
         # the baseline on the same support cases; nnU-Net keeps other configurations that lie in the file
         scratch = {f"{name}_scratch": self.untrained(child) for name, child in children.items()}
         plans["configurations"] = {"3d_fullres": parent, **children, **scratch}
@@ -318,7 +318,7 @@ class FSEFTPlanner(ExperimentPlanner):
             print(untrained_decoder(contract))
 
     def _explain_cost(self, plans: dict) -> None:
-        """What labels lose by the spacing; queries' labels are not read for it."""
+        """Print what labels lose by the spacing; labels of queries are not read."""
         spacings = np.array(self.dataset_fingerprint["spacings"])[:, plans["transpose_forward"]]
         spacing = plans["configurations"]["3d_fullres"]["spacing"]
         if all(same_spacing(own, spacing) for own in spacings):
@@ -331,7 +331,7 @@ class FSEFTPlanner(ExperimentPlanner):
             print("What labels lose by this spacing: run `fseft splits -d ID` and plan again, support cases show it.")
 
     def _support_drawn_before(self) -> list[str]:
-        """Labelled cases that are no queries; none before the folds are drawn, when any case may become a query."""
+        """Labelled cases that are not queries; none before the folds are drawn, since any case may become a query."""
         try:
             return load_splits(Path(nnUNet_preprocessed, self.dataset_name, SPLITS_FILE))["folds"][0]
         except InputError:

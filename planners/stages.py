@@ -1,4 +1,4 @@
-"""Which feature maps of a backbone a GPU can hold."""
+"""The feature maps of a backbone that fit into a GPU's memory."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from fsefs_nnunet.backbones.architectures import build_architecture
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.maps import FeatureMap
 
-# In all stages nnU-Net's own U-Nets have 960 channels and more. What a reduction learns of so many from few cases has
-# not been measured.
+# All stages of nnU-Net's own U-Nets have 960 channels or more. Whether a reduction can learn from so many with few
+# cases has not been measured.
 MOST_FEATURES = 256
 RICHEST_FIRST = ("skips", "all", "last")
 
 
 @dataclass(frozen=True)
 class Stages:
-    """
+    """A choice of feature maps.
+
     name: the plans' `stages`.
-    channels: as many at full resolution take as much memory as the maps at their own.
-    slab_bytes: of the maps of a slab, which is one window long and as wide and high as the volume.
+    channels: number at full resolution that takes as much memory as the maps at their own resolutions.
+    slab_bytes: of the maps (float32) of a slab one window long, and as wide and high as the volume.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Stages:
 
 
 def choose_stages(contract: BackboneContract, window: Sequence[int], shape: Sequence[int], most_bytes: float) -> Stages:
-    """The richest stages of which a slab and twice the maps of one window take at most `most_bytes`, else "last".
+    """The richest stages whose slab and twice the maps of a window take at most `most_bytes`, else "last".
 
     Args:
         window: the backbone's, (X, Y, Z).
@@ -49,4 +50,5 @@ def choose_stages(contract: BackboneContract, window: Sequence[int], shape: Sequ
 
 
 def channels_in_effect(maps: Sequence[FeatureMap]) -> float:
+    """See Stages.channels."""
     return float(sum(m.channels / np.prod(m.stride) for m in maps))

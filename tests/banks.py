@@ -27,14 +27,14 @@ def make_images(folder: Path, cases="ab") -> dict[str, Path]:
 
 
 def request_of(case: str, file: Path, layout=None, **others) -> Request:
-    """Of the image in `file`, all of it unless `layout` says otherwise."""
+    """A request for the image in `file`, by default the whole volume."""
     image = partial(np.load, file)
     shape = np.load(file, mmap_mode="r").shape[1:]
     return Request(case, [file], lambda: hash_of(image()), image, layout or whole_layout(shape), **others)
 
 
 def requests(images: dict[str, Path], cases=None, layout=None) -> list[Request]:
-    """Of `cases`, all of `images` by default, with their statistics."""
+    """Requests for `cases`, by default all of `images`, with their statistics."""
     return [request_of(case, images[case], layout, statistics=True) for case in cases or images]
 
 
@@ -54,7 +54,7 @@ class Given(torch.nn.Module):
 
 
 def store(bank: FeatureBank, case: str, features: torch.Tensor, layout=None) -> None:
-    """Put features (C, X, Y, Z) of our own into a bank, as if its backbone had given them."""
+    """Put given features (C, X, Y, Z) into a bank, as if its backbone had computed them."""
     bank.root.mkdir(parents=True, exist_ok=True)
     np.save(bank.root / f"{case}.npy", features.numpy())
     bank.backbone = Given(len(features), bank.backbone.contract)

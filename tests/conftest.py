@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from banks import make_bank
+from banks import make_bank, make_images
 from nnunet_models import FOLDER, Model, write_model
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
@@ -255,7 +255,14 @@ def backbone():
 
 @pytest.fixture
 def bank(backbone, tmp_path):
-    return make_bank(tmp_path, backbone)
+    return make_bank(tmp_path / "banks", backbone)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Files of two images for a bank, by case."""
+    (tmp_path / "images").mkdir()
+    return make_images(tmp_path / "images")
 
 
 @pytest.fixture

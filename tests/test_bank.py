@@ -23,19 +23,8 @@ from fsefs_nnunet.features.layout import Layout, query_layout
 from fsefs_nnunet.files import PART
 
 
-@pytest.fixture
-def images(tmp_path):
-    (tmp_path / "images").mkdir()
-    return make_images(tmp_path / "images")
-
-
-@pytest.fixture
-def bank(backbone, tmp_path):
-    return make_bank(tmp_path / "banks", backbone)
-
-
 def replaced(file, change=lambda image: image + 0.5):
-    """Another image in `file`."""
+    """Replace the image in `file`."""
     np.save(file, change(np.load(file)))
 
 
@@ -114,13 +103,13 @@ def test_damaged_entry_is_computed_again(bank, images, backbone, damage):
     assert again.fill(requests(images, "a"), log=said.append) == 1
     assert f"1 entries were not whole, or their files were altered, and are computed again: {npy.stem}." in said
     assert npy.read_bytes() == expected
-    assert json.loads(json_file.read_text()) | {"features": info["features"]} == info  # but for the time
+    assert json.loads(json_file.read_text()) | {"features": info["features"]} == info  # apart from the time
     assert not list(bank.folder.glob(f".*{PART}"))
     assert again.fill(requests(images, "a")) == 0
 
 
 def test_an_entry_altered_with_its_size_and_time_restored_is_found_by_no_fill(bank, images, backbone):
-    """Content is hashed where size or time differ: `fseft bank --verify` is for the rest."""
+    """Content is hashed only where size or time differ; `fseft bank --verify` finds the rest."""
     bank.fill(requests(images, "a"))
     (npy,), (json_file,) = bank.folder.glob("a_*.npy"), bank.folder.glob("a_*.json")
     before = npy.stat()
@@ -132,7 +121,7 @@ def test_an_entry_altered_with_its_size_and_time_restored_is_found_by_no_fill(ba
 
 
 def test_a_copied_bank_is_hashed_once(bank, images, backbone, monkeypatch):
-    """Another time alone means no other content; it is noted, so that the next training need not look again."""
+    """A different time does not mean different content; it is stored, so that the next training need not hash again."""
     bank.fill(requests(images))
     for file in [*bank.folder.glob("*.npy"), *images.values()]:
         os.utime(file)
@@ -201,13 +190,13 @@ def test_statistics_are_those_of_whole_volumes(bank, images):
 
 @pytest.mark.parametrize("shape", [(24, 22, 20), (10, 16, 7)])
 def test_statistics_of_coarse_maps(tmp_path, shape):
-    """Each map at its own resolution, its voxels weighed by how much of the volume they cover."""
+    """Each map at its own resolution, its voxels weighted by how much of the volume they cover."""
     backbone, image = FrozenBackbone("phantom", "all"), torch.rand(1, *shape)
     np.save(tmp_path / "a.npy", image.numpy())
     bank = FeatureBank(tmp_path / "banks", backbone, "all", WINDOW, CPU)
     bank.fill([request_of("a", tmp_path / "a.npy", statistics=True)])
     tiling, maps = whole_maps(backbone, image)
-    inside = (slice(None), *(slice(b, b + n) for b, n in zip(tiling.before, shape)))
+    inside = (slice(None), *tiling.inside)
     repeated = [torch.nn.functional.interpolate(m[None], tiling.padded)[0][inside] for m in maps]
     values = torch.cat(repeated).flatten(1).double()
     mean, std = bank.statistics(["a"])

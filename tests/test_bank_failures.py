@@ -2,17 +2,17 @@
 
 import errno
 import json
+import os
 import shutil
 from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
-from banks import CPU, WINDOW, Given, make_bank, make_images, request_of, requests, store
+from banks import CPU, WINDOW, Given, make_bank, request_of, requests, store
 from filelock import FileLock
 
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.features import bank as bank_module
 from fsefs_nnunet.features.bank import FeatureBank
 from fsefs_nnunet.features.layout import Layout, query_layout
 from fsefs_nnunet.files import PART
@@ -20,19 +20,8 @@ from fsefs_nnunet.files import PART
 SHAPE = (16, 16, 20)
 
 
-@pytest.fixture
-def images(tmp_path):
-    (tmp_path / "images").mkdir()
-    return make_images(tmp_path / "images")
-
-
-@pytest.fixture
-def bank(backbone, tmp_path):
-    return make_bank(tmp_path / "banks", backbone)
-
-
 def left_behind(bank) -> list[str]:
-    """Files of the bank's folder but for locks."""
+    """Files in the bank's folder except locks."""
     return sorted(file.name for file in bank.folder.iterdir() if file.suffix != ".lock")
 
 
@@ -81,8 +70,8 @@ def test_features_too_large_for_float16_are_stored_in_float32(bank, layout):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_fills_up_in_the_middle(bank, images, monkeypatch, code):
-    """The first volume is kept, of the second nothing is; both are there once there is space."""
-    allocate, calls = bank_module.os.posix_fallocate, []
+    """The first volume is kept, the second leaves nothing; once there is space, only the second is computed."""
+    allocate, calls = os.posix_fallocate, []
 
     def full(*args):
         calls.append(args)
@@ -90,7 +79,7 @@ def test_a_disk_that_fills_up_in_the_middle(bank, images, monkeypatch, code):
             raise OSError(code, "full")
         allocate(*args)
 
-    monkeypatch.setattr(bank_module.os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(InputError, match="^The disk of .* is full: free some of it, clear old banks with `fseft bank"):
         bank.fill(requests(images))
     assert [name[0] for name in left_behind(bank)] == ["a", "a"]
@@ -98,9 +87,9 @@ def test_a_disk_that_fills_up_in_the_middle(bank, images, monkeypatch, code):
 
 
 def test_a_disk_that_fills_up_while_the_second_of_two_layouts_is_made(bank, images, monkeypatch):
-    allocate, calls = bank_module.os.posix_fallocate, []
+    allocate, calls = os.posix_fallocate, []
     monkeypatch.setattr(
-        bank_module.os,
+        os,
         "posix_fallocate",
         lambda *args: no_space() if calls else calls.append(allocate(*args)),
     )
@@ -120,7 +109,7 @@ def test_a_file_system_without_locks(bank, images, monkeypatch, error):
 
 
 def test_without_locks_two_trainings_may_compute_a_volume_at_once(bank, images, contract, monkeypatch):
-    """The second is done while the first one's backbone runs."""
+    """The second one finishes while the backbone of the first one runs."""
 
     def acquire(*args, **kwargs):
         raise NotImplementedError
@@ -186,7 +175,7 @@ def test_an_entry_that_is_replaced_while_it_is_mapped(bank, images):
 def test_crops_do_not_change_what_is_stored(bank, images, backbone):
     bank.fill(requests(images))
     bank["a"].crop((0, 0, 0), (4, 4, 4)).maps[0].fill_(7)
-    bank["a"].arrays[0][0][:] = 7  # even this changes the memory of this process alone
+    bank["a"].arrays[0][0][:] = 7  # this changes only the memory of this process
     assert make_bank(bank.root, backbone).fill(requests(images)) == 0
 
 
@@ -209,7 +198,7 @@ def test_an_interrupt_leaves_no_part_of_an_entry(bank, images, contract):
 
 
 def test_an_image_that_changes_while_the_backbone_runs_over_it(bank, images, contract):
-    """Its features are those of what it was."""
+    """Its features are those of the earlier content."""
 
     def preprocess_anew(call: int) -> None:
         if call == 1:

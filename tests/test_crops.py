@@ -6,9 +6,10 @@ import torch
 from banks import CPU, WINDOW, make_bank, request_of, store, whole_crop, whole_maps
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.cases.shown_voxels import ShownVoxels
 from fsefs_nnunet.features.bank import FeatureBank
 from fsefs_nnunet.features.crops import CropLoader
-from fsefs_nnunet.features.layout import BACKGROUND_BLOCKS, Voxels, support_layout
+from fsefs_nnunet.features.layout import BACKGROUND_BLOCKS, support_layout
 from fsefs_nnunet.features.map_crops import MapCrops
 
 
@@ -178,7 +179,7 @@ def test_crops_of_a_partly_annotated_volume(tmp_path, backbone):
 
 
 def place_of(target: torch.Tensor, segmentation: np.ndarray, crop) -> tuple[int, ...]:
-    """Where a crop of numbered voxels begins."""
+    """First voxel of a crop whose voxels are numbered."""
     starts = np.argwhere(segmentation[0] == target[0, 0, 0, 0].item())
     (start,) = [
         tuple(map(int, start))
@@ -190,7 +191,7 @@ def place_of(target: torch.Tensor, segmentation: np.ndarray, crop) -> tuple[int,
 
 @pytest.mark.parametrize("kept", ["whole", "in parts"])
 def test_crops_of_coarse_maps_are_those_of_the_volume(tmp_path, kept):
-    """Of a batch, whatever the places of its crops, at full resolution; but for float16."""
+    """Crops of a batch at full resolution equal those of the volume, up to float16, wherever they lie."""
     backbone, shape, crop = FrozenBackbone("phantom", "skips"), (44, 30, 40), (8, 9, 7)
     image = torch.rand((1, *shape), generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "a.npy", image.numpy())
@@ -203,7 +204,7 @@ def test_crops_of_coarse_maps_are_those_of_the_volume(tmp_path, kept):
     features = whole_crop(maps, tiling).at_full_resolution()[0]
     numbered = np.random.default_rng(0).integers(0, 30_000, (1, *shape))
     loader = CropLoader(bank, {"a": numbered}, crop, 3, (1, 2))
-    loader.foreground["a"] = Voxels(segmentation[0], lambda labels: labels > 0)
+    loader.foreground["a"] = ShownVoxels(segmentation[0], lambda labels: labels > 0)
     for _ in range(8):
         batch = next(loader)
         crops = full(batch["data"])

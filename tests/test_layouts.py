@@ -9,11 +9,11 @@ from banks import CPU, WINDOW, full_features, store, whole_crop
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.maps import FeatureMap
+from fsefs_nnunet.cases.shown_voxels import ShownVoxels
 from fsefs_nnunet.features.layout import (
     BACKGROUND_BLOCKS,
     MAX_POOLED_VOXELS,
     Layout,
-    Voxels,
     cube,
     cube_that_leaves,
     pooled_blocks,
@@ -109,7 +109,7 @@ LABEL_MAPS = {
 
 @pytest.mark.parametrize("labels", LABEL_MAPS.values(), ids=LABEL_MAPS)
 def test_voxels_are_those_of_argwhere_in_its_order(labels):
-    voxels, expected = Voxels(labels, lambda part: part == 1), np.argwhere(labels == 1)
+    voxels, expected = ShownVoxels(labels, lambda part: part == 1), np.argwhere(labels == 1)
     assert len(voxels) == len(expected)
     assert all(np.array_equal(voxels[k], expected[k]) for k in range(len(expected)))
 
@@ -119,7 +119,7 @@ def test_voxels_are_those_of_argwhere_in_its_order(labels):
 def test_at_most_so_many_voxels_are_a_stride_of_argwhere(labels, number):
     expected = np.argwhere(labels == 1)
     step = max(1, -(-len(expected) // number))
-    found = Voxels(labels, lambda part: part == 1).at_most(number)
+    found = ShownVoxels(labels, lambda part: part == 1).at_most(number)
     assert found.shape == (len(expected[::step]), 3) and len(found) <= number
     assert np.array_equal(found, expected[::step])
 
@@ -128,7 +128,7 @@ def test_at_most_so_many_voxels_are_a_stride_of_argwhere(labels, number):
 
 
 def averages(features: torch.Tensor, pool) -> torch.Tensor:
-    """Of features (C, X, Y, Z) over blocks, in float64; incomplete blocks average what they hold."""
+    """Averages of features (C, X, Y, Z) over blocks, in float64; incomplete blocks over the voxels that they have."""
     sides = [-(-n // p) for n, p in zip(features.shape[1:], pool)]
     made = torch.zeros((len(features), *sides), dtype=torch.double)
     for block in product(*map(range, sides)):

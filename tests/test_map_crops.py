@@ -41,7 +41,7 @@ def random_maps(shape=(37, 24, 31), window=WINDOW, strides=STRIDES) -> tuple[Til
 def interpolated(maps, tiling: Tiling) -> torch.Tensor:
     """All maps (C, X, Y, Z), by PyTorch's own upsampling of the padded volume."""
     full = [torch.nn.functional.interpolate(m[None], tiling.padded, mode="trilinear") for m in maps]
-    return torch.cat(full, 1)[(0, slice(None), *(slice(b, b + n) for b, n in zip(tiling.before, tiling.shape)))]
+    return torch.cat(full, 1)[(0, slice(None), *tiling.inside)]
 
 
 def inside(start, size) -> tuple[slice, ...]:
@@ -76,7 +76,7 @@ def test_crops_of_a_padded_volume(shape):
 
 @pytest.mark.parametrize("box", [((0, 0, 0), (12, 10, 11)), ((7, 5, 13), (20, 19, 30)), ((25, 12, 18), (37, 24, 31))])
 def test_every_crop_of_a_box_is_that_of_the_volume(box):
-    """From the region of each map that the bank keeps for the box."""
+    """From the regions of the maps that the bank keeps for a box."""
     tiling, maps = random_maps()
     regions = [tiling.region(i, box) for i in range(len(maps))]
     parts = [m[(slice(None), *(slice(a, b) for a, b in region))] for m, region in zip(maps, regions)]
@@ -95,7 +95,7 @@ def test_every_crop_of_a_box_is_that_of_the_volume(box):
 
 
 def test_crops_of_the_backbones_maps_through_the_bank(tmp_path):
-    """What is blended, stored in boxes and cut is what interpolating the blended maps gives, but for float16."""
+    """Blending, storing in boxes and cutting give what interpolating the blended maps gives, up to float16."""
     backbone, box = FrozenBackbone("phantom", "skips"), ((3, 0, 20), (31, 17, 31))
     image = torch.rand((1, 37, 24, 31), generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "a.npy", image.numpy())
@@ -284,7 +284,7 @@ def test_a_second_look_without_a_folder_runs_again(contract):
 
 
 def test_features_too_large_for_float16_are_not_kept(contract, tmp_path):
-    """65504 is the largest number of float16; at the second look the backbone runs again."""
+    """65504 is the largest float16 number; above it, the second look runs the backbone again."""
     image = np.ones((1, 40, 16, 16), np.float32)
     image[0, 35] = 7e4
     features = VolumeFeatures(Given(1, contract), image, WINDOW, CPU, tmp_path)

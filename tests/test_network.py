@@ -248,7 +248,7 @@ def test_adapt_takes_what_forward_computes(contract, image, device):
 
 @pytest.mark.parametrize("stages, maps", [("last", 1), ("all", 3), ("skips", 3)])
 def test_a_reduced_backbone_gives_one_map_a_resolution(contract, image, device, stages, maps):
-    """What the network finishes is what it gives."""
+    """Finishing its maps gives the network's logits."""
     network, image = randomised(build(contract, stages=stages), 0).to(device), image.to(device)
     fit(network, image, SOFTMAX, False)
     reduced = ReducedBackbone(network)

@@ -331,7 +331,7 @@ def test_queries_are_pooled_over_cubes(workspace, spacing, pool):
     """Of twice the finest spacing."""
     planner = FSEFTPlanner("Dataset077_Tiny", backbone="phantom")
     parent = {"median_image_size_in_voxels": [40, 40, 40], "spacing": list(spacing)}
-    assert planner.child(5, parent, "skips")["fseft_pool"] == pool
+    assert planner.child(5, parent, "last")["fseft_pool"] == pool
 
 
 def test_blocks_of_large_volumes(workspace, monkeypatch):
@@ -339,9 +339,9 @@ def test_blocks_of_large_volumes(workspace, monkeypatch):
     planner = FSEFTPlanner("Dataset077_Tiny", backbone="phantom")
     parent = {"median_image_size_in_voxels": [300, 300, 300], "spacing": [1.5] * 3}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert planner.child(5, parent, "skips")["fseft_pool"] == [3, 3, 3]
+    assert planner.child(5, parent, "last")["fseft_pool"] == [3, 3, 3]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (side,) = set(planner.child(5, parent, "skips")["fseft_pool"])
+    (side,) = set(planner.child(5, parent, "last")["fseft_pool"])
     assert (300 / side) ** 3 <= 100_000 < (300 / (side - 1)) ** 3
 
 

@@ -19,7 +19,8 @@ from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.cases.splits import load_splits
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.features.map_crops import MapCrops
-from fsefs_nnunet.inference.prediction import PART_FOLDER, QueryPredictor, keep_largest_components, part_folder
+from fsefs_nnunet.inference.export import PART_FOLDER, keep_largest_components, part_folder
+from fsefs_nnunet.inference.prediction import QueryPredictor
 from fsefs_nnunet.inference.support import memories_of, memory_from_bank
 from fsefs_nnunet.inference.trained_model import MEMORY_KEY, PRIOR_KEY, TrainedModel
 from fsefs_nnunet.losses.segmentation import segmentation_loss

@@ -1,4 +1,4 @@
-"""What planning says of the labels that a spacing costs."""
+"""What planning says about labels that a spacing costs."""
 
 import json
 import shutil
@@ -94,7 +94,7 @@ def test_regions_and_ignored_voxels(tiny, labels, tmp_path):
 
 @pytest.fixture
 def read(monkeypatch):
-    """Names of the label maps that are read for it."""
+    """Names of the label maps that are read for the cost."""
     files = []
 
     def spy(label_files, *args):

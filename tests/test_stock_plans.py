@@ -1,4 +1,4 @@
-"""nnU-Net's own plans, which the baseline called nnU-Net is trained by."""
+"""nnU-Net's own plans, which the baseline `nnunet` trains with."""
 
 import json
 
@@ -21,7 +21,7 @@ def read(workspace) -> dict:
 
 
 def stock_plans(workspace) -> dict:
-    """What nnU-Net's planner makes of the same fingerprint."""
+    """Plans of nnU-Net's planner for the same fingerprint."""
     planner = ExperimentPlanner(workspace.dataset, plans_name="Stock")
     planner.plan_experiment()
     text = (workspace.preprocessed / "Stock.json").read_text()

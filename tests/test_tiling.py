@@ -52,7 +52,7 @@ def test_windows_start_at_multiples_of_the_strides_and_cover_the_volume(shape, w
 def test_small_volumes_lie_in_the_middle_and_others_at_the_start():
     tiling = Tiling.of((10, 16, 21), (16, 16, 16), maps_of((4, 4, 4)))
     assert tiling.before == (3, 0, 0) and tiling.padded == (16, 16, 24) and tiling.starts == [[0], [0], [0, 8]]
-    assert [tiling.grid(0), tiling.channels, tiling.slab_values] == [(4, 4, 6), 2, 2 * 4 * 4 * 6]
+    assert [tiling.grid(0), tiling.channels, tiling.slab_bytes] == [(4, 4, 6), 2, 4 * 2 * 4 * 4 * 6]
     image = torch.arange(10.0 * 16 * 21).view(1, 10, 16, 21) + 1
     padded = torch.nn.functional.pad(image, (0, 3, 0, 0, 3, 3))
     for start in tiling.windows_from(0):

@@ -241,7 +241,7 @@ def test_the_final_validation_is_nnunets_prediction(work, monkeypatch, float32, 
     But for the two outermost voxels: nnU-Net's adapter sees features of padding there.
     """
     if not kept:
-        monkeypatch.setattr(BankTrainer, "whole_queries", lambda self, others=(): [])
+        monkeypatch.setattr(BankTrainer, "whole_queries", lambda self, *others: [])
     trainer = validated(work)
     for case in trainer.run.labelled_queries:
         made = nib.load(Path(trainer.output_folder) / "validation" / f"{case}.nii.gz")
@@ -358,7 +358,7 @@ def test_second_training_fills_no_bank(work):
 
 
 def test_a_second_training_makes_no_view(work, monkeypatch):
-    """Their label maps are kept beside their features."""
+    """Their label maps are stored with their features."""
 
     def make(self, name):
         raise AssertionError

@@ -249,7 +249,7 @@ def test_a_bank_that_cannot_be_written(work, monkeypatch):
 
     shutil.rmtree(work.preprocessed / "fseft_features")
     trainer = make_trainer(work)
-    monkeypatch.setattr("fsefs_nnunet.features.bank.replacing", refuse)
+    monkeypatch.setattr("fsefs_nnunet.features.arrays.replacing", refuse)
     with pytest.raises(
         InputError, match=r"fseft_features/.* cannot be written \(Permission denied\): make it writable"
     ):

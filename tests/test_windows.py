@@ -1,4 +1,4 @@
-"""Features of whole volumes from windows, and that they give what nnU-Net's predictor gives."""
+"""Features of whole volumes from windows, and their agreement with nnU-Net's predictor."""
 
 from itertools import product
 

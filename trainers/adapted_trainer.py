@@ -1,4 +1,4 @@
-"""What every trainer of an AdaptedNetwork shares: its construction, loss, optimiser, schedule and stopping rule."""
+"""What all trainers of an AdaptedNetwork share: construction, loss, optimiser, schedule, stopping rule, validation."""
 
 from __future__ import annotations
 
@@ -149,8 +149,7 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
         return logits
 
     def validate_queries(self, save_probabilities: bool) -> None:
-        """As nnU-Net's, but over windows that start at multiples of the maps' strides, and without processes of its own
-        for a handful of small volumes."""
+        """As nnU-Net's, but on windows that start at multiples of the maps' strides, and without worker processes."""
         self.network.eval()
         folder = Path(self.output_folder, VALIDATION)
         folder.mkdir(parents=True, exist_ok=True)

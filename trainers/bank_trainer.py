@@ -27,7 +27,7 @@ from fsefs_nnunet.trainers.adapted_trainer import AdaptedTrainer
 class BankTrainer(AdaptedTrainer):
     """Trains reduction, adapter and head on crops of the support and its augmented views.
 
-    Needs a K-shot configuration of plans made by FSEFTPlanner, whose keys say what it does, as does its method's row.
+    Needs a K-shot configuration of plans made by FSEFTPlanner; its keys and the method's row decide what is trained.
     """
 
     # ---- cases ----
@@ -48,7 +48,7 @@ class BankTrainer(AdaptedTrainer):
         return tuple(self.load_case(case)[0].shape[1:])
 
     def content_of(self, case: str, with_labels: bool = False) -> str:
-        """Of the image of a training case, `with_labels` of its label map as well."""
+        """Hash of the image of a training case, and of its label map if `with_labels`."""
         image, labels = self.load_case(case)[:2]
         return hash_of(image[:], labels[:]) if with_labels else hash_of(image[:])
 
@@ -78,12 +78,15 @@ class BankTrainer(AdaptedTrainer):
         self.fill_bank()
         super().prepare_training()
 
-    def fill_bank(self) -> None:
-        """Run the frozen backbone once over what the training needs, unless an earlier one did."""
+    def open_bank(self) -> FeatureBank:
         preprocessed = Path(self.preprocessed_dataset_folder_base)
-        self.bank = FeatureBank.of_configuration(
+        return FeatureBank.of_configuration(
             preprocessed, self.network.backbone, self.configuration_manager, self.device
         )
+
+    def fill_bank(self) -> None:
+        """Run the frozen backbone over the volumes that the training needs and the bank lacks."""
+        self.bank = self.open_bank()
         self.clock.lap(self.run, "start")
         self.bank.fill(self.requests(), cap_in_gb(self.settings.bank_gb), self.print_to_log_file)
         self.segmentations |= {view: self.bank[view].labels for view in self.views.names}
@@ -104,7 +107,7 @@ class BankTrainer(AdaptedTrainer):
         ]
 
     def request(self, case: str, layout: Layout, name: str | None = None, statistics: bool = False) -> Request:
-        """A preprocessed training case, in the bank under `name`."""
+        """A preprocessed training case, which the bank keeps under `name`, by default the case's."""
         image_files, _ = files_of(self.preprocessed_dataset_folder, case)
         content, image = partial(self.content_of, case), partial(self.load_image, case)
         return Request(name or case, image_files, content, image, layout, statistics=statistics)
@@ -132,7 +135,7 @@ class BankTrainer(AdaptedTrainer):
         return support_layout(case, labels, self.settings.crop_size, self.configuration_manager.patch_size, ignored)
 
     def support_views(self) -> SupportViews:
-        """The support cases under nnU-Net's augmentation.
+        """Views of the support cases by nnU-Net's augmentation.
 
         Raises:
             InputError: if crops are larger than the views.
@@ -178,16 +181,16 @@ class BankTrainer(AdaptedTrainer):
         self.dataloader_val.start_epoch(0)  # the same crops each time, so that epochs can be compared
 
     def penalty(self) -> torch.Tensor | None:
-        """L_TI of the step; None where the step heeds no prior."""
+        """L_TI of the step; None without a prior."""
         return None
 
     @property
     def training_step(self) -> int:
-        """Of the whole training, while it runs."""
+        """Number of the present step in the whole training."""
         return self.current_epoch * self.num_iterations_per_epoch + self.dataloader_train.step - 1
 
     def kept_channels(self, features: MapCrops) -> torch.Tensor | None:
-        """Which channels of B crops the step sees, (B, C); a function of the step, for `--c`."""
+        """Channels (B, C) of the crops that the step keeps; a function of the step, so that `--c` draws the same."""
         if not self.method.channel_dropout:
             return None
         rng = np.random.default_rng((self.settings.seed, fold_seed(self.fold), self.training_step))
@@ -224,22 +227,19 @@ class BankTrainer(AdaptedTrainer):
     # ---- final validation ----
 
     def whole_queries(self, others: Sequence[Request] = ()) -> list[Request]:
-        """The labelled queries, whose final validation reads the bank; none where it has no room beside `others`.
+        """The labelled queries, for the final validations of all folds and methods; none if the bank lacks the room.
 
-        Folds and methods share them.
+        others: requests that take room, too.
         """
         requests = [
             self.request(case, whole_layout(self.shape_of(case)), whole_name(case)) for case in self.do_split()[1]
         ]
         cap = cap_in_gb(self.settings.bank_gb)
-        return requests if has_space(self.bank.root, self.bank.lacks([*others, *requests]), cap) else []
+        return requests if has_space(self.bank.root, self.bank.missing_bytes([*others, *requests]), cap) else []
 
     def validate_queries(self, save_probabilities: bool) -> None:
         if not hasattr(self, "bank"):  # `--val` has not trained
-            preprocessed = Path(self.preprocessed_dataset_folder_base)
-            self.bank = FeatureBank.of_configuration(
-                preprocessed, self.network.backbone, self.configuration_manager, self.device
-            )
+            self.bank = self.open_bank()
         requests = self.whole_queries()
         self.bank.fill(requests, cap_in_gb(self.settings.bank_gb), self.print_to_log_file)
         self.stored_queries = {request.case for request in requests}

@@ -75,7 +75,7 @@ class FSEFTTrainer(BankTrainer):
         spacing, ignored = self.configuration_manager.spacing, self.label_manager.ignore_label
         self.support_labels = SupportLabels(support, self.classes, spacing, ignored)
         self.pooled_support = {}
-        if max(self.settings.pool) > 1:  # without prior, too: a later training with it needs no second pass
+        if max(self.settings.pool) > 1:  # even without a prior, so that a later training with one needs no second pass
             cases = calibration_cases(self.support_labels.sizes_ml, len(self.classes))
             self.pooled_support = {pooled_name(case): case for case in cases}
         super().fill_bank()
@@ -83,13 +83,13 @@ class FSEFTTrainer(BankTrainer):
 
     def requests(self) -> list[Request]:
         pooled = [self.request(case, self.pooled(case), name) for name, case in self.pooled_support.items()]
-        wanted = [*super().requests(), *pooled]
+        requests = [*super().requests(), *pooled]
         if self.wants_prior:
-            wanted += [self.request(case, self.pooled(case)) for case in self.run.labelled_queries]
-            wanted += [self.unlabelled_request(case) for case in self.unlabelled_queries]
-            # of one pass: what the prior looks at, and what the final validation will look at
-            wanted += self.whole_queries(wanted) if self.validates else []
-        return wanted
+            requests += [self.request(case, self.pooled(case)) for case in self.run.labelled_queries]
+            requests += [self.unlabelled_request(case) for case in self.unlabelled_queries]
+            # the prior and the final validation share a pass of the backbone
+            requests += self.whole_queries(requests) if self.validates else []
+        return requests
 
     def unlabelled_request(self, case: str) -> Request:
         image = partial(self.unlabelled.load, case)
@@ -139,12 +139,12 @@ class FSEFTTrainer(BankTrainer):
 
     @property
     def prior_counts(self) -> bool:
-        """Whether the epoch's steps heed the prior: not while the warm-up lasts."""
+        """Whether the steps of the epoch use the prior: not during the warm-up."""
         return self.query_volumes is not None and self.current_epoch >= self.settings.prior_from_epoch
 
     @torch.no_grad()
     def calibrate(self) -> None:
-        """Measure what pooling takes from sizes, on the support."""
+        """Measure on the support how much pooling reduces predicted sizes."""
         if not self.pooled_support:
             return
         self.dataloader_val.start_epoch(0)  # the same crops each time
@@ -154,14 +154,13 @@ class FSEFTTrainer(BankTrainer):
         self.query_volumes.calibrate(self.network, self.label_manager.has_regions, found)
 
     def penalty(self) -> torch.Tensor | None:
-        """L_TI of the step's query; None while the prior does not count."""
+        """L_TI of the step's query; None while the prior is not used, or, on a CPU, where it is zero."""
         if not self.prior_counts:
             return None
         step, has_regions = self.training_step, self.label_manager.has_regions
         query = self.query_volumes.rotating(step, self.settings.seed)
-        if (
-            self.device.type == "cpu"
-        ):  # most sizes are as expected, where a gradient would be zero; on a GPU, asking waits
+        # most sizes are as expected and give no gradient; on a GPU, the comparison would wait for the kernels
+        if self.device.type == "cpu":
             with torch.no_grad():
                 prediction = self.query_volumes.predict(self.network, query, has_regions)
                 penalty = self.prior.penalty(prediction, self.settings.gamma)
@@ -202,9 +201,10 @@ class FSEFTTrainer(BankTrainer):
             self.print_to_log_file(f"  {query}: {line}", add_timestamp=False)
             for name, reasons in self.prior.remarks(sizes, self.class_names).items():
                 remarks.append(f"{name} of {query} {' and '.join(reasons)}: the prior does not enlarge it.")
-        for remark in remarks if self.current_epoch else []:  # what an untrained network misses says nothing of a query
+        # what an untrained network misses says nothing about a query
+        for remark in remarks if self.current_epoch else []:
             self.print_to_log_file(remark)
 
     def added_to_checkpoint(self) -> dict:
-        """What `fseft predict` needs of a model that travels alone."""
+        """What `fseft predict` needs of a model without its dataset."""
         return super().added_to_checkpoint() | {PRIOR_KEY: {"name": self.method.prior, "state": self.prior.state()}}

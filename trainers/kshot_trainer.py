@@ -181,6 +181,7 @@ class KShotTrainer(WithoutMirroring):
 
     @property
     def validates(self) -> bool:
+        """Whether the final validation is to run."""
         return os.environ.get("fseft_final_validation") != "0"
 
     def perform_actual_validation(self, save_probabilities: bool = False):

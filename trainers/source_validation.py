@@ -32,7 +32,7 @@ def first_cases(sources: dict[str, dict], held_out: list[str], most: int) -> dic
 
 
 class LogitMap(nn.Module):
-    """A segmentation network as one that gives a single map, its logits."""
+    """A segmentation network in the form of a backbone whose only map is its logits."""
 
     def __init__(self, network: nn.Module, label_manager: LabelManager):
         super().__init__()
@@ -51,11 +51,8 @@ def volume_dice(trainer: nnUNetTrainer, case: str) -> np.ndarray:
     data, segmentation, *_ = trainer.dataset_class(trainer.preprocessed_dataset_folder, [case]).load_case(case)
     window = trainer.configuration_manager.patch_size
     features = VolumeFeatures(LogitMap(network, trainer.label_manager), data[:], window, trainer.device)
-    tiling, planes = features.tiling, []
-    for slab in features.slabs():
-        planes.append((slab.maps[0] > 0).cpu())
-    inside = tuple(slice(b, b + n) for b, n in zip(tiling.before, tiling.shape))
-    predicted = torch.cat(planes, 1)[(slice(None), *inside)]
+    planes = [(slab.maps[0] > 0).cpu() for slab in features.slabs()]
+    predicted = torch.cat(planes, 1)[(slice(None), *features.tiling.inside)]
     regions = ConvertSegmentationToRegionsTransform(trainer.label_manager.foreground_regions, channel_in_seg=0)
     true = regions(segmentation=torch.from_numpy(segmentation[:]))["segmentation"].bool()
     both, either = ((predicted & true).sum((1, 2, 3)), predicted.sum((1, 2, 3)) + true.sum((1, 2, 3)))

@@ -49,7 +49,7 @@ class Cell:
 
     @property
     def experiment(self) -> OwnExperiment:
-        """The study's, with the plans of the method."""
+        """The study's experiment, with the plans of the method."""
         experiment = self.study.experiment
         return replace(experiment, plans=self.method.plans) if self.method.plans else experiment
 
@@ -142,7 +142,7 @@ class Cell:
             self.check_budget()
 
     def configurations(self) -> dict[str, dict]:
-        """Those of the method's plans; none where these are missing."""
+        """Configurations of the method's plans; {} if there are no such plans."""
         if not self.method.plans:
             return self.study.plans["configurations"]
         file = self.experiment.preprocessed / f"{self.method.plans}.json"
@@ -240,7 +240,7 @@ class Cell:
         self.experiment.train(self.method.trainer, self.configuration, self.fold, **environment)
 
     def preprocess(self) -> None:
-        """By plans that `fseft plan` makes and does not carry out, unless all labelled cases are there."""
+        """Preprocess the labelled cases by the method's own plans, unless that is done; `fseft plan` does not do it."""
         splits, parent = self.study.splits, self.configurations()["3d_fullres"]
         try:
             require_cases(

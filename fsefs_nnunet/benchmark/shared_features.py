@@ -15,7 +15,8 @@ from fsefs_nnunet.benchmark.cells import Cell, Spent
 from fsefs_nnunet.device import device_named
 from fsefs_nnunet.evaluation.tables import duration
 from fsefs_nnunet.files import write_atomically
-from fsefs_nnunet.inference.prediction import QueryPredictor, part_folder
+from fsefs_nnunet.inference.export import part_folder
+from fsefs_nnunet.inference.prediction import QueryPredictor
 from fsefs_nnunet.inference.support import memories_of
 from fsefs_nnunet.inference.trained_model import TrainedModel
 

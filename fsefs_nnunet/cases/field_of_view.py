@@ -1,4 +1,4 @@
-"""The spacing at which a volume is no more than a few of a backbone's windows long."""
+"""The spacing at which a volume is at most a few of a backbone's windows long."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-SPACINGS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)  # mm, of all axes
+SPACINGS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)  # mm, the same along all axes
 MOST_WINDOWS = 2
 
 
@@ -19,7 +19,7 @@ def fitting_spacing(extent: Sequence[float], own: Sequence[float], window: Seque
         window: the backbone's largest, in voxels per axis.
 
     Returns:
-        None where the volume fits at its own spacing, or would be no shorter at the one found.
+        mm; None if the volume fits at its own spacing, or would be no shorter at the one found.
     """
 
     def windows(spacing: float | Sequence[float]) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
+from fsefs_nnunet.cases.shown_voxels import foreground_of
 from fsefs_nnunet.errors import InputError, several
 
 
@@ -24,7 +25,7 @@ def files_of(folder: str | Path, case: str) -> tuple[list[Path], list[Path]]:
 
 
 def hash_of(*arrays: np.ndarray) -> str:
-    """Of what arrays hold, whatever their order in memory."""
+    """SHA-256 of the arrays' content, whatever their order in memory."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array))
@@ -56,10 +57,7 @@ def require_labels(cases: Iterable[tuple[str, np.ndarray]], ignore_label: int | 
     names, shown = [], False
     for name, segmentation in cases:
         names.append(name)
-        labelled = segmentation > 0
-        if ignore_label is not None:
-            labelled &= segmentation != ignore_label
-        shown |= bool(labelled.any())
+        shown |= bool(foreground_of(segmentation, ignore_label).any())
     if not shown:
         raise InputError(
             f"The support cases {several(names, 10)} show no labelled structure, there is nothing to learn from: label "

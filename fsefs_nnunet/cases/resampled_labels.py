@@ -1,4 +1,4 @@
-"""What a spacing costs: Dice of label maps that were resampled to it and back."""
+"""What a spacing costs: the Dice of label maps that are resampled to it and back."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def same_spacing(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def dice_there_and_back(label_files: Sequence[str], plans: PlansManager, dataset_json: dict) -> dict[str, float]:
-    """Mean Dice by class of label maps that are resampled to the spacing of `3d_fullres` and back, where it is another.
+    """Mean Dice by class of label maps that are resampled to the spacing of `3d_fullres` and back.
 
-    Of the first MOST_CASES files, fewer where these are large. What nnU-Net crops of the image is not cropped here.
-    A class that no label map shows is left out.
+    Covers those of the first MOST_CASES files whose spacing differs, fewer if they are large. Unlike in preprocessing,
+    images are not cropped. Classes that no label map shows are omitted.
     """
     reader, configuration = plans.image_reader_writer_class(), plans.get_configuration("3d_fullres")
     classes, ignored = foreground(dataset_json["labels"]), dataset_json["labels"].get("ignore")
@@ -47,9 +47,9 @@ def dice_there_and_back(label_files: Sequence[str], plans: PlansManager, dataset
 
 
 def resampled_and_back(labels: np.ndarray, spacing: Sequence[float], configuration: ConfigurationManager) -> np.ndarray:
-    """Labels (X, Y, Z) of `spacing`, as preprocessing resamples label maps, then as the export does a network's output.
+    """Labels (X, Y, Z) of `spacing`, resampled as label maps by preprocessing, then as network output by the export.
 
-    One label value at a time: nnU-Net's export holds all of them.
+    Takes one label value at a time to save memory, where nnU-Net's export holds all of them.
     """
     shape = compute_new_shape(labels.shape, spacing, configuration.spacing)
     small = configuration.resampling_fn_seg(labels[None], shape, spacing, configuration.spacing)[0]
@@ -63,7 +63,7 @@ def resampled_and_back(labels: np.ndarray, spacing: Sequence[float], configurati
 
 
 def describe_cost(dice: dict[str, float]) -> str:
-    """What planning prints of `dice_there_and_back`."""
+    """What planning prints about the result of `dice_there_and_back`."""
     figures = ", ".join(f"{name} {value:.3f}" for name, value in dice.items())
     text = f"Labels resampled to this spacing and back keep a Dice of {figures}."
     if lost := [name for name, value in dice.items() if value < LEAST_DICE]:

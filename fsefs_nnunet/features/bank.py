@@ -1,9 +1,8 @@
-"""FeatureBank: the frozen backbone runs over each volume; every fold, shot, seed and adapter reads what it gave."""
+"""FeatureBank: the frozen backbone runs once over each volume; all folds, shots, seeds and adapters read the result."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import mmap
 import os
@@ -22,9 +21,10 @@ from tqdm import tqdm
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.cases.preprocessed import require_finite
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.features.arrays import mapped, new_files
 from fsefs_nnunet.features.disk import BANK_FOLDER, require_space, used_bytes
+from fsefs_nnunet.features.entry import Entry, EntryKey, short_hash, stamp_of
 from fsefs_nnunet.features.layout import Layout
-from fsefs_nnunet.features.map_crops import MapCrops
 from fsefs_nnunet.features.memory import memory_warnings
 from fsefs_nnunet.features.packing import Blocks, Boxes, Overflow, Packing, Sums, as_half
 from fsefs_nnunet.features.tiling import TILE_STEP_SIZE, Tiling
@@ -34,18 +34,19 @@ from fsefs_nnunet.files import PART, gigabytes, refused_if_unwritable, replacing
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-FORMAT = 3  # raise it when the entries change: older ones are left alone then
+FORMAT = 3  # increase it when the content of entries changes: older ones are then ignored
 
 
 @dataclass(frozen=True)
 class Request:
     """A volume whose features are needed.
 
-    files: what the image is made of; while their sizes and times stay, nothing is read to see that they are the same.
-    content: hash of what they hold, for where they do not.
-    image: gives the preprocessed image (channels, X, Y, Z).
-    made: of a view, everything that it depends on beside the files.
-    labels: of a view, its label map (1, X, Y, Z), called after `image`; the entry keeps it.
+    files: those that hold the image; as long as their sizes and modification times match, they are not read.
+    content: computes a hash of their content, for the case that sizes or times differ.
+    image: loads the preprocessed image (channels, X, Y, Z).
+    layout: what to keep of the volume.
+    made: for a view, everything that it depends on besides the files.
+    labels: for a view, gives its label map (1, X, Y, Z), which the entry stores; called after `image`.
     statistics: whether the sums of the channels are needed.
     """
 
@@ -60,79 +61,28 @@ class Request:
 
     @property
     def volume(self) -> tuple:
-        """Requests of one volume share a pass of the backbone."""
+        """Key of the volume: requests with the same key share a pass of the backbone."""
         return tuple(file.name for file in self.files), json.dumps(self.made, sort_keys=True)
-
-
-@dataclass(frozen=True)
-class EntryKey:
-    """What an entry depends on beside its files."""
-
-    recipe: dict
-    case: str
-    layout: Layout
-    made: dict
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @property
-    def name(self) -> str:
-        return f"{self.case}_{short_hash(self.to_json())}"
-
-
-def short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def stamp_of(file: Path) -> list[int]:
-    """Size and time of a file."""
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Stored features of a volume.
-
-    arrays: what `packing` unpacks, by box and map, memory-mapped.
-    sums, square_sums: (C,) over the volume, None where nobody asked for them.
-    labels: (1, X, Y, Z) of a view.
-    precision: in which the backbone ran.
-    """
-
-    packing: Packing
-    arrays: list[list[np.ndarray]]
-    sums: np.ndarray | None = None
-    square_sums: np.ndarray | None = None
-    labels: np.ndarray | None = None
-    precision: str = ""
-
-    @property
-    def layout(self) -> Layout:
-        return self.packing.layout
-
-    def crop(self, start: Sequence[int], size: Sequence[int]) -> MapCrops:
-        """The crop from voxel `start` of the volume on; IndexError if no box holds it."""
-        return self.packing.crop(self.arrays, start, size)
-
-    @property
-    def blocks(self) -> np.ndarray:
-        """(C, *blocks) of a query."""
-        return self.arrays[0][0]
 
 
 class FeatureBank:
     """Features on disk: for each entry a flat `<name>.npy` as its layout packs it, and a `<name>.json`.
 
-    Numbers are float16, or float32 where that is too small for one. The JSON, written last, says in full what the entry
-    was made of; an entry whose files are not as it says is computed again.
+    Values are float16, or float32 if one of them overflows float16. The JSON, written last, states everything that the
+    entry was made from; an entry whose files do not match it is computed again.
     """
 
     def __init__(
         self, root: Path, backbone: FrozenBackbone, stages: str, patch_size: Sequence[int], device: torch.device
     ):
-        """root: the folder of all banks of a dataset. `windows` counts what has gone through the backbone."""
+        """
+        Args:
+            root: the folder of all banks of a dataset.
+            stages: the backbone's, as the plans name them.
+            patch_size: window of the backbone (X, Y, Z).
+
+        The attribute `windows` counts the windows that went through the backbone.
+        """
         self.root = Path(root)
         self.backbone = backbone
         self.patch_size = tuple(int(n) for n in patch_size)
@@ -163,7 +113,7 @@ class FeatureBank:
 
     @property
     def precisions(self) -> list[str]:
-        """In which the backbone ran for the entries in use."""
+        """Precisions that the backbone ran in for the entries in use."""
         return sorted({entry.precision for entry in self._entries.values()})
 
     def packing(self, layout: Layout) -> Packing:
@@ -175,7 +125,7 @@ class FeatureBank:
         """Open the entries of `requests` and compute those that are missing.
 
         Args:
-            cap_gb: what all banks in `root` may take.
+            cap_gb: GB (10^9 bytes) that all banks in `root` may take; None: no cap.
 
         Returns:
             How many entries this process computed.
@@ -187,18 +137,18 @@ class FeatureBank:
         with refused_if_unwritable(self.root):
             return self._fill(list(requests), cap_gb, log)
 
-    def lacks(self, requests: Iterable[Request]) -> int:
-        """Bytes that the entries of `requests` that are not there would take in float16."""
+    def missing_bytes(self, requests: Iterable[Request]) -> int:
+        """Bytes that the missing entries of `requests` would take in float16."""
         return sum(2 * self.packing(r.layout).size for r in requests if not self._open(r))
 
     def _fill(self, requests: list[Request], cap_gb: float | None, log: Callable[[str], None]) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):  # a whole bank that cannot be written serves as well
+        with suppress(OSError):  # a complete bank may be read-only
             os.utime(self.folder)  # last used
         missing = [request for request in requests if not self._open(request)]
         if not missing:
             return 0
-        volumes: dict[tuple, list[Request]] = {}  # a case may be kept in several ways
+        volumes: dict[tuple, list[Request]] = {}  # a volume may be kept in several layouts
         for request in missing:
             volumes.setdefault(request.volume, []).append(request)
         needed = sum(2 * self.packing(request.layout).size for request in missing)
@@ -206,9 +156,9 @@ class FeatureBank:
             f"Feature bank {self.folder}: {len(volumes)} volumes and views to go through the frozen backbone; their "
             f"features take {gigabytes(needed)}."
         )
-        self._tell_odd(missing, log)
+        self._log_damaged_and_small(missing, log)
         require_space(self.root, needed, cap_gb)
-        largest = max((self.packing(r.layout).tiling for r in missing), key=lambda tiling: tiling.slab_values)
+        largest = max((self.packing(r.layout).tiling for r in missing), key=lambda tiling: tiling.slab_bytes)
         for warning in memory_warnings(largest, len(self.backbone.contract.channel_names), self.device):
             log(warning)
         computed = 0
@@ -222,7 +172,7 @@ class FeatureBank:
     def _key(self, request: Request) -> EntryKey:
         return EntryKey(self.recipe, request.case, request.layout, request.made)
 
-    def _tell_odd(self, missing: list[Request], log: Callable[[str], None]) -> None:
+    def _log_damaged_and_small(self, missing: list[Request], log: Callable[[str], None]) -> None:
         names = [self._key(request).name for request in missing]
         damaged = [n for n in names if any((self.folder / f"{n}{ending}").exists() for ending in (".npy", ".json"))]
         if damaged:
@@ -235,15 +185,15 @@ class FeatureBank:
             log(f"{small} of them are smaller than the window of {self.patch_size} voxels: padded with zeros.")
 
     def _compute(self, requests: list[Request], log: Callable[[str], None], progress: tqdm) -> int:
-        """Entries of one volume; returns how many this process computed."""
+        """Compute the entries of one volume; returns how many this process computed."""
         with self._locked(short_hash(repr(requests[0].volume))) as alone:
             missing = [request for request in requests if not self._open(request)]
-            if not missing:  # another training computed them meanwhile
+            if not missing:  # another process has computed them in the meantime
                 progress.update(self.packing(requests[0].layout).tiling.num_windows)
                 return 0
             if alone:
                 self._clear_up(missing)
-            # before the image is read: of one that is replaced meanwhile the entry will not be
+            # taken before the image is read: if it is replaced meanwhile, the entry will not match the new file
             stamps = [{"files": [stamp_of(f) for f in r.files], "content_sha256": r.content()} for r in missing]
             image = np.ascontiguousarray(missing[0].image(), dtype=np.float32)
             case = missing[0].case
@@ -273,11 +223,11 @@ class FeatureBank:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[bool]:
-        """Whether this process alone computes a volume: without locks in the file system several may do.
+        """Yields whether this process holds the lock of a volume.
 
-        Whoever is last then replaces what is the same.
+        On a file system without locks several processes may compute a volume; the last one replaces equal files.
         """
-        # the kernel releases the lock when its holder dies; the empty file stays
+        # the kernel releases the lock if its holder dies; the empty file stays
         lock = FileLock(self.folder / f"{name}.lock")
         try:
             lock.acquire()
@@ -292,7 +242,7 @@ class FeatureBank:
                 lock.release()
 
     def _clear_up(self, requests: list[Request]) -> None:
-        """Remove what killed processes left of entries."""
+        """Remove unfinished files of these entries that killed processes left."""
         for request in requests:
             for left in self.folder.glob(f".{escape(self._key(request).name)}.*{PART}"):
                 left.unlink(missing_ok=True)
@@ -300,7 +250,7 @@ class FeatureBank:
     def _write(self, requests: list[Request], stamps: list, image: np.ndarray, dtype: type, progress: tqdm) -> None:
         packings = [self.packing(request.layout) for request in requests]
         tiling, names = packings[0].tiling, [self._key(request).name for request in requests]
-        with _files([self.folder / f"{name}.npy" for name in names], [p.size for p in packings], dtype) as flats:
+        with new_files([self.folder / f"{name}.npy" for name in names], [p.size for p in packings], dtype) as flats:
             sums = Sums(tiling) if any(request.statistics for request in requests) else None
             keep = [
                 Boxes(packing, flat) if packing.layout.pool is None else Blocks(tiling, packing.layout, self.device)
@@ -334,7 +284,7 @@ class FeatureBank:
     # ---- reading ----
 
     def _open(self, request: Request) -> bool:
-        """Open an entry; whether it is there and of the files that lie there now."""
+        """Open an entry; returns whether it exists and matches the present files."""
         key, packing = self._key(request), self.packing(request.layout)
         json_file, npy = (self.folder / f"{key.name}{ending}" for ending in (".json", ".npy"))
         try:
@@ -343,21 +293,21 @@ class FeatureBank:
                 return False
             if request.statistics and content["sums"] is None:
                 return False
-            # another time does not mean another content: the bank or the dataset may have been copied
+            # a different time does not mean different content: the bank or the dataset may have been copied
             now = {"features": stamp_of(npy), "files": [stamp_of(file) for file in request.files]}
             if content["features"] != now["features"] and sha256_of(npy) != content["features_sha256"]:
                 return False
             if content["files"] != now["files"] and request.content() != content["content_sha256"]:
                 return False
             if content != content | now:
-                with suppress(OSError):  # of others, whom it serves as well
+                with suppress(OSError):  # the bank may be read-only
                     write_atomically(json_file, json.dumps(content | now))
-            flat = _mapped(npy)
+            flat = mapped(npy)
             if flat.shape != (packing.size,):
                 return False
             labels = None if request.labels is None else np.load(self.folder / f"{key.name}.labels.npy")
             sums = [content[name] and np.array(content[name]) for name in ("sums", "square_sums")]
-            # mapped from here on: what was opened is what is read, even if the bank is cleared meanwhile
+            # mapped from here on, so that it can be read even if the bank is cleared meanwhile
             self._flats[key.case] = flat
             self._entries[key.case] = Entry(packing, packing.unpack(flat), *sums, labels, content["precision"])
         except (OSError, EOFError, ValueError, KeyError, TypeError):
@@ -365,9 +315,9 @@ class FeatureBank:
         return True
 
     def forget_pages(self) -> None:
-        """Give back the memory of what was read from mapped files; it is read again where it is needed again.
+        """Release the pages of mapped files; what is needed again is read again.
 
-        The system would take it back as well, but counts it as the training's until then.
+        The system would reclaim them, too, but until then counts them as the training's memory.
         """
         for flat in self._flats.values():
             if isinstance(flat, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
@@ -380,47 +330,6 @@ class FeatureBank:
         mean = np.sum([entry.sums for entry in entries], 0) / voxels
         variance = np.sum([entry.square_sums for entry in entries], 0) / voxels - mean**2
         std = np.sqrt(np.maximum(variance, 0))
-        # a channel that is dead on these images stays at its mean
+        # a channel that is constant on these images is not scaled
         std = np.where(std > 1e-3 * max(std.max(), 1e-6), std, 1.0)
         return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
-
-
-@contextmanager
-def _files(files: Sequence[Path], sizes: Sequence[int], dtype: type) -> Iterator[list[np.ndarray]]:
-    """Flat arrays that become `files` (.npy) at the end; none of them after an error."""
-    if not files:
-        yield []
-        return
-    with replacing(files[0]) as part, _files(files[1:], sizes[1:], dtype) as others:
-        array = new_array(part, sizes[0], dtype)
-        yield [array, *others]
-        if isinstance(array, np.memmap):
-            array.flush()
-        else:
-            np.save(part.open("wb"), array)
-
-
-def new_array(file: Path, size: int, dtype: type) -> np.ndarray:
-    """A flat array in a new .npy `file`, mapped; in memory where the file system cannot map files.
-
-    Raises:
-        OSError: if the disk cannot hold it, now and not while it is written, which a mapped file would not survive.
-    """
-    try:
-        array = np.lib.format.open_memmap(file, "w+", dtype, (size,))
-    except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        return np.zeros(size, dtype)
-    if hasattr(os, "posix_fallocate"):
-        with open(file, "r+b") as f:
-            os.posix_fallocate(f.fileno(), 0, max(file.stat().st_size, 1))
-    return array
-
-
-def _mapped(npy: Path) -> np.ndarray:
-    """Content of an .npy file, mapped so that nothing of ours changes it; in memory where it cannot be mapped."""
-    try:
-        return np.load(npy, mmap_mode="c")
-    except OSError:
-        return np.load(npy)

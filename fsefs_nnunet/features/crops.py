@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
 
+from fsefs_nnunet.cases.shown_voxels import ShownVoxels, annotated_in, foreground_of
 from fsefs_nnunet.features.bank import FeatureBank
-from fsefs_nnunet.features.layout import Voxels, annotated_in, foreground_of
 from fsefs_nnunet.features.map_crops import MapCrops
 
 
@@ -18,10 +18,10 @@ class CropLoader:
     """Iterates over batches like nnU-Net's data loaders: 'data', 'target' and 'keys'.
 
     'data' are crops of the maps, 'target' (B, 1, X, Y, Z) is the label map, or what `transform` makes of it.
-    A resumed training draws what an uninterrupted one would have drawn: call `start_epoch` before each epoch.
+    A resumed training draws the same crops as an uninterrupted one: call `start_epoch` before each epoch.
     Half of the crops are centred on a random foreground voxel, if there is one (foreground : background 1 : 1, as
-    published). The others lie anywhere, as far as the bank holds the volume: in a block that it keeps for them. Where
-    voxels are ignored, they lie around one that is not.
+    published). The others lie anywhere, or, if the bank keeps only parts of the volume, in one of the background
+    blocks. With an ignore label they are centred on an annotated voxel.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class CropLoader:
         self.cases = sorted(segmentations)
         self.segmentations = segmentations
         shown, annotated = (partial(f, ignore_label=ignore_label) for f in (foreground_of, annotated_in))
-        self.foreground = {case: Voxels(seg[0], shown) for case, seg in segmentations.items()}
+        self.foreground = {case: ShownVoxels(seg[0], shown) for case, seg in segmentations.items()}
         self.annotated = {
-            case: [] if ignore_label is None else Voxels(seg[0], annotated) for case, seg in segmentations.items()
+            case: [] if ignore_label is None else ShownVoxels(seg[0], annotated) for case, seg in segmentations.items()
         }
         shapes = np.array([seg.shape[1:] for seg in segmentations.values()])
         # crops of a batch share a shape: no axis is longer than the smallest support volume
@@ -88,14 +88,14 @@ class CropLoader:
             target = self.transform(**{"segmentation": target})["segmentation"]
         return entry.crop(start, self.crop_size.tolist()), target
 
-    def _around(self, rng: np.random.Generator, voxels: Voxels, shape: tuple[int, ...]) -> np.ndarray:
+    def _around(self, rng: np.random.Generator, voxels: ShownVoxels, shape: tuple[int, ...]) -> np.ndarray:
         """First voxel of a crop of a volume (X, Y, Z), around one of `voxels`."""
         centre = voxels[rng.integers(len(voxels))]
         return np.clip(centre - self.crop_size // 2, 0, np.array(shape) - self.crop_size)
 
 
 def region_transform(label_manager) -> Callable | None:
-    """What makes one channel per region of a label map, and one of ignored voxels; None for plain labels."""
+    """Transform of a label map to one channel per region, and one of ignored voxels; None for plain labels."""
     if not label_manager.has_regions:
         return None
     ignored = [label_manager.ignore_label] if label_manager.has_ignore_label else []

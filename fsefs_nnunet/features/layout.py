@@ -1,14 +1,16 @@
-"""What the feature bank keeps of a volume: the parts of a support case that crops come from, a query in blocks."""
+"""What the feature bank keeps of a volume: boxes of a support case that crops come from, block averages of a query."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import count
 from math import ceil, prod
 
 import numpy as np
+
+from fsefs_nnunet.cases.shown_voxels import ShownVoxels, annotated_in, foreground_of
 
 BACKGROUND_BLOCKS = 32
 MAX_POOLED_VOXELS = 100_000
@@ -21,8 +23,8 @@ class Layout:
     """Boxes of a volume's maps, or its features averaged over blocks.
 
     shape: of the volume, (X, Y, Z).
-    boxes: first voxel of each and the one after its last, per axis; the first box holds every crop around foreground.
-    pool: voxels of a block per axis; None: maps in boxes, each map at its own resolution.
+    boxes: first voxel of each and the one after its last, per axis; the first box contains all crops around foreground.
+    pool: voxels of a block per axis; None: boxes of the maps, each map at its own resolution.
     """
 
     shape: tuple[int, ...]
@@ -31,7 +33,7 @@ class Layout:
 
     @property
     def voxels(self) -> int:
-        """In all boxes, or blocks."""
+        """Number of voxels in all boxes, or of blocks."""
         if self.pool is not None:
             return prod(self.blocks)
         return sum(prod(np.subtract(stop, start).tolist()) for start, stop in self.boxes)
@@ -54,7 +56,7 @@ def pooled_name(case: str) -> str:
 
 
 def whole_name(case: str) -> str:
-    """The name under which the bank keeps all of a query, for its final validation."""
+    """The name under which the bank keeps a whole query for the final validation."""
     return f"{case}__whole"
 
 
@@ -63,57 +65,10 @@ def query_layout(shape: Sequence[int], pool: Sequence[int]) -> Layout:
     return Layout(tuple(int(n) for n in shape), pool=tuple(pool))
 
 
-class Voxels:
-    """The voxels of a label map (X, Y, Z) that show something, in the order of its memory, without a list of them.
-
-    A whole body has a hundred million voxels that are annotated: of these, as many numbers as there are planes along
-    the first axis are kept, and a plane is looked through when a voxel of it is asked for.
-    """
-
-    def __init__(self, labels: np.ndarray, shown: Callable[[np.ndarray], np.ndarray]):
-        """shown: which voxels of labels count, as a mask of their shape."""
-        self.labels, self.shown = labels, shown
-
-    @cached_property
-    def _ends(self) -> np.ndarray:
-        return np.cumsum([np.count_nonzero(self.shown(plane)) for plane in self.labels])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Coordinates (3,) of the voxel of this number."""
-        x = int(np.searchsorted(self._ends, index, "right"))
-        in_plane = np.flatnonzero(self.shown(self.labels[x]))[index - (self._ends[x - 1] if x else 0)]
-        return np.array([x, *np.unravel_index(in_plane, self.labels.shape[1:])])
-
-    def at_most(self, number: int) -> np.ndarray:
-        """Coordinates (n, 3) of every voxel, or of every second, third, ... one where there are more than `number`."""
-        step, found = max(1, -(-len(self) // number)), []
-        for x, end in enumerate(self._ends):
-            start = self._ends[x - 1] if x else 0
-            which = np.arange(-(-start // step) * step, end, step) - start
-            if len(which):
-                in_plane = np.flatnonzero(self.shown(self.labels[x]))[which]
-                places = np.unravel_index(in_plane, self.labels.shape[1:])
-                found.append(np.stack([np.full(len(which), x), *places], 1))
-        return np.concatenate(found) if found else np.empty((0, 3), int)
-
-
-def annotated_in(labels: np.ndarray, ignore_label: int) -> np.ndarray:
-    """Which voxels of a label map lie in the image and are not ignored."""
-    return (labels >= 0) & (labels != ignore_label)
-
-
-def foreground_of(labels: np.ndarray, ignore_label: int | None) -> np.ndarray:
-    """Which voxels of a label map show a class; nnU-Net's ignore label, the highest of all, is none."""
-    return labels > 0 if ignore_label is None else (labels > 0) & (labels != ignore_label)
-
-
 def support_layout(
     case: str, labels: np.ndarray, crop_size: Sequence[int], window: Sequence[int], ignore_label: int | None = None
 ) -> Layout:
-    """The region that crops around foreground lie in, then blocks for background crops; all of a small volume.
+    """The region that contains all crops around foreground, then blocks for background crops; all of a small volume.
 
     Args:
         case: seeds the places of the blocks.
@@ -129,8 +84,8 @@ def support_layout(
     last = np.array(foreground.shape) - crop
     # drawn as background crops of a whole volume would be, so that they may overlap each other and the region
     rng = np.random.default_rng(list(case.encode()))
-    annotated = [] if ignore_label is None else Voxels(labels, partial(annotated_in, ignore_label=ignore_label))
-    if len(annotated):  # a block of ignored voxels teaches nothing
+    annotated = [] if ignore_label is None else ShownVoxels(labels, partial(annotated_in, ignore_label=ignore_label))
+    if len(annotated):  # there is nothing to learn from a block of ignored voxels
         voxels = np.array([annotated[k] for k in rng.integers(len(annotated), size=BACKGROUND_BLOCKS)])
         starts = np.clip(voxels - crop // 2, 0, last)
     else:
@@ -154,14 +109,17 @@ def _box(start: np.ndarray, stop: np.ndarray) -> Box:
 
 
 def cube(side_mm: float, spacing_mm: Sequence[float]) -> tuple[int, ...]:
-    """Voxels per axis of the smallest block that is at least `side_mm` long along each."""
+    """Voxels per axis of the smallest block that is at least `side_mm` long along each axis."""
     return tuple(max(1, ceil(side_mm / mm - 1e-3)) for mm in spacing_mm)
 
 
 def cube_that_leaves(
     most: int, shape: Sequence[int], spacing_mm: Sequence[float], least_mm: float = 0.0
 ) -> tuple[int, ...]:
-    """Voxels per axis of the smallest cubes from `least_mm` on that leave at most `most` of a volume (X, Y, Z)."""
+    """Voxels per axis of the smallest cubes, at least `least_mm` long, that divide a volume into at most `most` blocks.
+
+    shape: of the volume (X, Y, Z).
+    """
     least_mm = max(least_mm, min(spacing_mm))
     for step in count():
         pool = cube(least_mm * (1 + step / 4), spacing_mm)
@@ -172,12 +130,12 @@ def cube_that_leaves(
 def pooled_blocks(
     shape: Sequence[int], spacing_mm: Sequence[float], large: bool, most: int | None = MAX_POOLED_VOXELS
 ) -> tuple[int, ...]:
-    """Voxels per axis of the blocks that queries are averaged over in a training: cubes of twice the finest spacing.
+    """Voxels per axis of the blocks that a training averages queries over: cubes of twice the finest spacing.
 
     Args:
         shape: of the median volume (X, Y, Z).
-        large: whether it is longer than two windows: the cubes are at least 4 mm long then.
-        most: blocks that may be left, coarser ones where there are more; None: any number.
+        large: whether it is longer than two windows; the cubes are then at least 4 mm long.
+        most: highest number of blocks, enforced by larger cubes; None: any number.
     """
     side = max(2 * min(spacing_mm), 4.0 if large else 0.0)
     return cube(side, spacing_mm) if most is None else cube_that_leaves(most, shape, spacing_mm, side)

@@ -1,4 +1,4 @@
-"""Crops of feature maps at the maps' own resolution, which become full resolution as late as possible."""
+"""Crops of feature maps at the maps' own resolution, upsampled as late as possible."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ FULL = (1, 1, 1)
 class MapCrops:
     """A batch of crops.
 
-    maps: (B, C, x, y, z) each; one below full resolution goes one of its voxels beyond the crop, where it can.
-    resolutions: of each map, which of `weights` belong to it.
-    weights: of each resolution what upsamples linearly, per axis (B, size, voxels of the map); None at full resolution.
+    maps: (B, C, x, y, z) each; maps below full resolution reach one of their voxels beyond the crop, where possible.
+    resolutions: for each map, the index of its weights.
+    weights: for each resolution, matrices of linear upsampling per axis (B, size, voxels of the map); None at full
+        resolution.
     """
 
     maps: tuple[torch.Tensor, ...]
@@ -28,7 +29,7 @@ class MapCrops:
 
     @classmethod
     def whole(cls, maps: Sequence[torch.Tensor], shape: Sequence[int]) -> MapCrops:
-        """Maps (B, C, x, y, z) of images of `shape` (X, Y, Z)."""
+        """Maps (B, C, x, y, z) that cover whole images of `shape` (X, Y, Z)."""
         sides = list(dict.fromkeys(tuple(m.shape[2:]) for m in maps))
 
         def weights_of(of_map: tuple[int, ...]) -> Weights | None:
@@ -42,7 +43,7 @@ class MapCrops:
 
     @classmethod
     def join(cls, crops: Sequence[MapCrops]) -> MapCrops:
-        """One batch of several with crops of one size."""
+        """Concatenate batches whose crops have the same size."""
         maps = (torch.cat(parts) for parts in zip(*(crop.maps for crop in crops)))
         weights = (
             None if parts[0] is None else tuple(torch.cat(along) for along in zip(*parts))
@@ -54,7 +55,7 @@ class MapCrops:
         return len(self.maps[0])
 
     def __getitem__(self, which: torch.Tensor) -> MapCrops:
-        """Those of a batch that `which` (n,) names."""
+        """The crops with the indices `which` (n,)."""
         weights = (w and tuple(along[which] for along in w) for w in self.weights)
         return MapCrops(tuple(m[which] for m in self.maps), self.resolutions, tuple(weights))
 
@@ -64,7 +65,7 @@ class MapCrops:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(B, C, X, Y, Z), what the crops have at full resolution."""
+        """Shape of the crops at full resolution, (B, C, X, Y, Z)."""
         first, weights = self.maps[0], self.weights[self.resolutions[0]]
         sides = first.shape[2:] if weights is None else (along.shape[1] for along in weights)
         return (len(first), sum(m.shape[1] for m in self.maps), *sides)
@@ -86,7 +87,7 @@ class MapCrops:
         return full[0] if len(full) == 1 else torch.cat(full, 1)
 
     def state(self) -> dict[str, list]:
-        """Tensors and numbers alone, for a checkpoint."""
+        """Tensors, numbers and lists only, for a checkpoint."""
         return {
             "maps": [*self.maps],
             "resolutions": [*self.resolutions],
@@ -101,7 +102,7 @@ class MapCrops:
 
 
 def upsampled(feature_map: torch.Tensor, weights: Weights | None) -> torch.Tensor:
-    """A map (B, C, x, y, z) by its weights (B, size, x), ... -> (B, C, X, Y, Z); as it is where there are none."""
+    """A map (B, C, x, y, z), upsampled by weights (B, size, x), ... to (B, C, X, Y, Z); unchanged without weights."""
     if weights is None:
         return feature_map
     feature_map = feature_map.float() if feature_map.dtype == torch.float16 else feature_map
@@ -123,11 +124,11 @@ def crop_of(
 
     Args:
         maps: (C, x, y, z) each.
-        regions: the voxels [first, stop) per axis that are there of each map, see Tiling.region.
+        regions: the voxels [first, stop) per axis that each of `maps` holds, see Tiling.region.
         start, size: of the crop, in voxels of the volume.
 
     Returns:
-        A batch of one; views of `maps`, as far as they reach.
+        A batch of one crop, whose maps are views of `maps` where these reach far enough.
     """
     strides = list(dict.fromkeys(m.stride for m in tiling.maps))
     places: list[list[slice]] = []
@@ -149,7 +150,7 @@ def crop_of(
     parts = []
     for feature_map, r in zip(maps, resolutions):
         part = feature_map[(slice(None), *places[r])][None]
-        if any(missing[r]):  # crops of a batch have one shape; these voxels have no weight
+        if any(missing[r]):  # all crops of a batch have the same shape; the padded voxels have weight 0
             part = torch.nn.functional.pad(part, [n for m in reversed(missing[r]) for n in (0, m)])
         parts.append(part)
     return MapCrops(tuple(parts), resolutions, tuple(weights))

@@ -1,4 +1,4 @@
-"""What running a backbone over a volume takes, said before its first window."""
+"""Memory that running a backbone over a volume takes, estimated before its first window."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ REMEDY = (
 
 
 def host_bytes(tiling: Tiling, channels: int) -> int:
-    """Of main memory: the image twice, what a slab is blended in with what leaves it, and a window at work."""
+    """Main memory that is needed: the image twice, the slab being blended and the one that leaves, and one window."""
     image = 4 * channels * prod(tiling.shape)
     window = 4 * tiling.channels * prod(tiling.window)
-    return 2 * image + 2 * 4 * tiling.slab_values + 2 * window
+    return 2 * image + 2 * tiling.slab_bytes + 2 * window
 
 
 def free_host_bytes() -> int | None:
@@ -35,22 +35,27 @@ def free_host_bytes() -> int | None:
             return None
 
 
+def blending_device(tiling: Tiling, device: torch.device) -> torch.device:
+    """Where windows are blended: on the GPU, or on the CPU if a slab takes more than half of the GPU's free memory."""
+    if device.type != "cuda":
+        return torch.device("cpu")
+    free = torch.cuda.mem_get_info(device)[0]
+    return device if tiling.slab_bytes <= free / 2 else torch.device("cpu")
+
+
 def memory_warnings(tiling: Tiling, channels: int, device: torch.device) -> list[str]:
-    """The estimate for a volume in a sentence, and another where it does not fit.
+    """The estimate for a volume as a sentence, and further sentences if it does not fit.
 
     channels: of the image.
     """
-    needed, slab = host_bytes(tiling, channels), 4 * tiling.slab_values
+    needed = host_bytes(tiling, channels)
     size = " x ".join(map(str, tiling.shape))
     estimate = f"The largest volume, {size} voxels, takes about {gigabytes(needed)} of main memory"
-    lines = [f"{estimate}, a slab of its features {gigabytes(slab)}; longer volumes take no larger slabs."]
+    lines = [f"{estimate}, a slab of its features {gigabytes(tiling.slab_bytes)}; longer volumes take no larger slabs."]
     free = free_host_bytes()
     if free is not None and needed > free:
         lines.append(f"Warning: only {gigabytes(free)} of main memory are free: {REMEDY}")
-    if device.type == "cuda":
-        on_device = torch.cuda.mem_get_info(device)[0]
-        if slab > on_device / 2:
-            lines.append(
-                f"The GPU has {gigabytes(on_device)} free, so slabs lie in main memory, which is slower: {REMEDY}"
-            )
+    if device.type == "cuda" and blending_device(tiling, device) != device:
+        on_device = gigabytes(torch.cuda.mem_get_info(device)[0])
+        lines.append(f"The GPU has {on_device} free, so slabs lie in main memory, which is slower: {REMEDY}")
     return lines

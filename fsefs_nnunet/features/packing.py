@@ -1,4 +1,4 @@
-"""Maps of a volume in one flat array, and how slabs get there."""
+"""How the maps of a volume lie in one flat array, and what collects them from slabs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LARGEST_HALF = torch.finfo(torch.float16).max
 
 
 class Overflow(Exception):
-    """A feature is larger than float16 can hold."""
+    """A feature is too large for float16."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where a flat array holds what `layout` keeps: of each box the region of each map, or the blocks."""
+    """Positions in a flat array of what `layout` keeps: for each box the region of each map, or the blocks."""
 
     layout: Layout
     tiling: Tiling
@@ -43,11 +43,11 @@ class Packing:
 
     @property
     def size(self) -> int:
-        """Numbers in all."""
+        """Number of values in all."""
         return sum(prod(shape) for of_box in self._shapes for shape in of_box)
 
     def unpack(self, flat: np.ndarray) -> list[list[np.ndarray]]:
-        """Views (C, x, y, z) of a flat array, by box and map; of blocks, (C, *blocks) alone."""
+        """Views (C, x, y, z) of a flat array, by box and map; for blocks a single one, (C, *blocks)."""
         views, done = [], 0
         for of_box in self._shapes:
             views.append([])
@@ -57,7 +57,7 @@ class Packing:
         return views
 
     def crop(self, boxes: list[list[np.ndarray]], start: Sequence[int], size: Sequence[int]) -> MapCrops:
-        """The crop from voxel `start` of the volume on, a batch of one; IndexError if no box holds it."""
+        """The crop that starts at voxel `start` of the volume, a batch of one; IndexError if no box contains it."""
         start, stop = np.array(start), np.add(start, size)
         for (first, end), maps, regions in zip(self.layout.boxes, boxes, self.regions):
             if (start >= first).all() and (stop <= end).all():
@@ -66,7 +66,7 @@ class Packing:
         raise IndexError(f"The crop from {start.tolist()} to {stop.tolist()} is not stored.")
 
     def slabs(self, boxes: list[list[np.ndarray]]) -> Iterator[Slab]:
-        """What whole volumes hold, as `run_windows` gave it but in fp16, a window's length at a time."""
+        """The maps of a whole volume as `run_windows` gave them, up to rounding, in slabs as long as a window."""
         (maps,) = boxes
         for first in range(0, self.tiling.padded[0], self.tiling.window[0]):
             stop = min(first + self.tiling.window[0], self.tiling.padded[0])
@@ -77,7 +77,7 @@ class Packing:
             yield Slab(first, stop, parts)
 
     def _in_grid(self, array, region, first: int, stop: int, feature_map) -> torch.Tensor:
-        """Planes of a map with what lies around the volume, which nothing looks at."""
+        """Planes of a map; zeros around the volume, which nothing reads."""
         grid = [n // s for n, s in zip(self.tiling.padded[1:], feature_map.stride[1:])]
         planes = torch.zeros((feature_map.channels, stop - first, *grid), dtype=torch.from_numpy(array[:0]).dtype)
         low, high = max(first, region[0][0]), min(stop, region[0][1])
@@ -88,14 +88,14 @@ class Packing:
 
 
 class Boxes:
-    """Keeps the regions of maps that `packing` says, in `flat`."""
+    """Collects the regions of maps that `packing` keeps in the flat array `flat`."""
 
     def __init__(self, packing: Packing, flat: np.ndarray):
         self.packing, self.half = packing, flat.dtype == np.float16
         self.views = [[torch.from_numpy(array) for array in of_box] for of_box in packing.unpack(flat)]
 
     def add(self, slab: Slab) -> None:
-        """Raises Overflow where the flat array is float16 and a feature too large for it."""
+        """Raises Overflow if the flat array is float16 and a feature is too large for it."""
         for index, feature_map in enumerate(self.packing.tiling.maps):
             values, stride = slab.maps[index], feature_map.stride[0]
             if self.half:
@@ -110,13 +110,14 @@ class Boxes:
 
 
 def as_half(values: torch.Tensor) -> torch.Tensor:
+    """`values` in float16; raises Overflow if one is too large."""
     if max(-values.min(), values.max()) > LARGEST_HALF:
         raise Overflow
     return values.half()
 
 
 class Blocks:
-    """Features averaged over blocks of a volume, upsampled before; incomplete blocks average what they hold."""
+    """Averages features, upsampled first, over blocks of a volume; incomplete blocks over the voxels that they have."""
 
     def __init__(self, tiling: Tiling, layout: Layout, device: torch.device):
         self.tiling, self.layout = tiling, layout
@@ -132,7 +133,7 @@ class Blocks:
             along_x, along_y, along_z = self.along[index]
             averages = self.averages[index]
             columns = along_x[:, slab.first // stride : slab.stop // stride]
-            for channel, of_channel in zip(values.to(averages.device, torch.float32), averages):  # few at a time
+            for channel, of_channel in zip(values.to(averages.device, torch.float32), averages):  # to save memory
                 made = along_y @ (channel @ along_z.T)
                 of_channel += torch.tensordot(columns, made, 1)
 
@@ -142,7 +143,7 @@ class Blocks:
 
 
 def _averaging(tiling: Tiling, index: int, axis: int, pool: int) -> torch.Tensor:
-    """(blocks, voxels of the map): upsampling along an axis, and the mean of each block."""
+    """Matrix (blocks, voxels of the map) that upsamples along an axis and averages each block."""
     size, before = tiling.shape[axis], tiling.before[axis]
     stride, length = tiling.maps[index].stride[axis], tiling.grid(index)[axis]
     made = torch.zeros((-(-size // pool), length))
@@ -153,7 +154,7 @@ def _averaging(tiling: Tiling, index: int, axis: int, pool: int) -> torch.Tensor
 
 
 class Sums:
-    """Sums of the channels and of their squares over a volume, each map at its own resolution."""
+    """Sums channels and their squares over a volume, each map at its own resolution."""
 
     def __init__(self, tiling: Tiling):
         self.tiling = tiling
@@ -175,7 +176,7 @@ class Sums:
 
 
 def _covered(tiling: Tiling, index: int, axis: int) -> torch.Tensor:
-    """How many of the volume's voxels each voxel of a map stands for along an axis."""
+    """Number of the volume's voxels that each voxel of a map covers along an axis."""
     stride, before = tiling.maps[index].stride[axis], tiling.before[axis]
     first = torch.arange(tiling.grid(index)[axis]) * stride
     low, high = first.clamp(min=before), (first + stride).clamp(max=before + tiling.shape[axis])

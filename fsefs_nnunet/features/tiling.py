@@ -1,7 +1,7 @@
-"""Where windows lie in a volume, and the grids of the maps that they give.
+"""Where windows lie in a volume, and the grids of their maps.
 
-The windows of nnU-Net's predictor start anywhere; ours start at multiples of the maps' largest stride, so that each map
-of all windows together lies on one grid. Volumes smaller than a window are padded around, as nnU-Net does, others at
+The windows of nnU-Net's predictor start anywhere; ours start at multiples of the maps' largest stride, so that the
+maps of all windows lie on one grid. Volumes smaller than a window are padded around, as nnU-Net does, others at
 their end, up to a multiple of that stride. "Padded" voxels count from the first one of the padded volume.
 """
 
@@ -37,7 +37,7 @@ class Tiling:
 
     @classmethod
     def of(cls, shape: Sequence[int], window: Sequence[int], maps: Sequence[FeatureMap]) -> Tiling:
-        """Raises InputError where a stride does not divide the window."""
+        """Raises InputError if a stride does not divide the window."""
         tiling = cls(tuple(int(n) for n in shape), tuple(int(n) for n in window), tuple(maps))
         if any(n % s for n, s in zip(tiling.window, tiling.stride)):
             raise InputError(
@@ -48,7 +48,7 @@ class Tiling:
 
     @property
     def stride(self) -> tuple[int, ...]:
-        """What the strides of all maps divide, per axis."""
+        """Least common multiple of the strides of all maps, per axis."""
         return tuple(lcm(*(feature_map.stride[axis] for feature_map in self.maps)) for axis in range(3))
 
     @property
@@ -60,6 +60,11 @@ class Tiling:
     def before(self) -> tuple[int, ...]:
         """Padding in front of the volume's first voxel, per axis."""
         return tuple(max(w - n, 0) // 2 for n, w in zip(self.shape, self.window))
+
+    @property
+    def inside(self) -> tuple[slice, ...]:
+        """Where the volume lies in the padded one."""
+        return tuple(slice(first, first + n) for first, n in zip(self.before, self.shape))
 
     @cached_property
     def starts(self) -> list[list[int]]:
@@ -84,10 +89,10 @@ class Tiling:
         return sum(feature_map.channels for feature_map in self.maps)
 
     @property
-    def slab_values(self) -> int:
-        """Numbers in all maps of a slab as long as a window: what is in memory of a volume of any length."""
+    def slab_bytes(self) -> int:
+        """Size of all maps (float32) of a slab as long as a window: what a volume of any length keeps in memory."""
         length = self.window[0] / self.padded[0]
-        return int(length * sum(m.channels * prod(self.grid(i)) for i, m in enumerate(self.maps)))
+        return 4 * int(length * sum(m.channels * prod(self.grid(i)) for i, m in enumerate(self.maps)))
 
     def image_window(self, image: torch.Tensor, start: Sequence[int]) -> torch.Tensor:
         """The window at padded voxel `start` of the image (channels, X, Y, Z), zeros where it lies outside."""
@@ -101,7 +106,7 @@ class Tiling:
         return whole
 
     def region(self, index: int, box: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
-        """Voxels [first, stop) per axis of a map that stand for `box` of the volume, with one more on each side.
+        """Voxels [first, stop) per axis of a map that cover `box` of the volume, and one more on each side.
 
         box: first voxel of the volume and the one after its last.
         """
@@ -115,22 +120,22 @@ class Tiling:
 
 
 def voxels_for(size: int, stride: int) -> int:
-    """How many voxels of a map linear upsampling to `size` voxels needs at most, wherever these start."""
+    """Most voxels of a map that linear upsampling to `size` voxels needs, wherever these start."""
     return size if stride == 1 else ceil((size - 1) / stride) + 2
 
 
 def coarse_places(start: int, size: int, stride: int, length: int) -> np.ndarray:
-    """Where padded voxels start, ..., start + size - 1 lie in a map of `length` voxels, as linear upsampling has it."""
+    """Coordinates of the `size` padded voxels from `start` on in a map of `length` voxels, for linear upsampling."""
     return np.clip((np.arange(start, start + size) + 0.5) / stride - 0.5, 0, length - 1)
 
 
 def linear_weights(start: int, size: int, stride: int, length: int, first: int, count: int) -> torch.Tensor:
-    """What upsamples a map linearly along an axis, as `interpolate` of PyTorch does.
+    """Matrix that upsamples a map linearly along an axis, as PyTorch's `interpolate` does.
 
     Args:
-        start, size: padded voxels that are wanted.
+        start, size: padded voxels to compute.
         length: of the map.
-        first, count: its voxels that are there, all that are needed among them.
+        first, count: voxels of the map that the columns stand for; they must include all that are needed.
 
     Returns:
         (size, count), each row sums to 1.

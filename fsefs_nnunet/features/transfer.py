@@ -1,4 +1,4 @@
-"""Feature banks in one file: filled on a machine with a GPU, adapted from on a laptop."""
+"""Verification of feature banks, and their export to another computer: filled on a GPU, used on a laptop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENTRY, FEATURES = ".json", ".npy"
 
 
 def damaged_entries(folder: Path) -> list[str]:
-    """Names of the entries of a bank whose features are not what they were when they were written."""
+    """Names of the entries of a bank whose features have changed since they were written."""
     damaged = []
     for file in tqdm(sorted(folder.glob(f"*{ENTRY}")), desc=f"verifying {folder.name}"):
         features = file.with_suffix(FEATURES)
@@ -47,7 +47,7 @@ def export_banks(dataset_id: int | str, file: Path) -> None:
     """Write all banks of a dataset into `file`: what `fseft bank -d ID --export FILE` runs.
 
     Raises:
-        InputError: if there is none, or `file` cannot be written.
+        InputError: if there are none, or `file` cannot be written.
     """
     root = bank_folder(dataset_id)
     parts = [
@@ -56,7 +56,7 @@ def export_banks(dataset_id: int | str, file: Path) -> None:
     if not parts:
         raise InputError(f"There is no feature bank in {root}: a training fills it.")
     with refused_if_unwritable(file.parent), replacing(file) as unfinished:
-        with zipfile.ZipFile(unfinished, "w") as archive:  # features do not shrink
+        with zipfile.ZipFile(unfinished, "w") as archive:  # without compression, which features do not profit from
             for part in tqdm(sorted(parts), desc="exporting"):
                 archive.write(part, f"{part.parent.name}/{part.name}")
     print(f"{file}: {len(parts)} files, {gigabytes(file.stat().st_size)}.")
@@ -65,11 +65,11 @@ def export_banks(dataset_id: int | str, file: Path) -> None:
 def import_banks(dataset_id: int | str, file: Path) -> None:
     """Take the banks that `export_banks` wrote: what `fseft bank -d ID --import FILE` runs.
 
-    Entries that are there stay. The first training compares the images that they were computed from with its own.
+    Existing entries stay. The first training compares the images that the entries were computed from with its own.
 
     Raises:
-        InputError: if `file` is no such file or damaged, or no plans of the dataset name its backbone; nothing is taken
-            then that is not whole.
+        InputError: if `file` is damaged or no such file, or no plans of the dataset name its backbone. Incomplete
+            entries are not imported.
     """
     root = bank_folder(dataset_id)
     with _opened(file) as archive, refused_if_unwritable(root.parent):
@@ -79,7 +79,7 @@ def import_banks(dataset_id: int | str, file: Path) -> None:
         _require_backbones(archive, names, root.parent, file)
         missing = [name for name in names if not (root / name).exists()]
         require_space(root, sum(archive.getinfo(str(name)).file_size for name in missing), None)
-        # an entry's JSON comes after its features: what is cut off is not there
+        # JSON files come last: without one, an interrupted entry does not count
         for name in tqdm(sorted(missing, key=lambda name: name.suffix == ENTRY), desc="importing"):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             with replacing(root / name) as part, archive.open(str(name)) as content, open(part, "wb") as f:

@@ -1,7 +1,7 @@
-"""Augmented views of support volumes, of a window each, as nnU-Net's patches are.
+"""Augmented views of support volumes, one window each, made like nnU-Net's patches.
 
-Stored features cannot be augmented as images are, so the images are, before. A window costs one pass of the backbone,
-where a volume of a patient costs a hundred.
+Stored features cannot be augmented as images can, so images are augmented before. A view costs the backbone a single
+window, a whole volume about a hundred.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 
-from fsefs_nnunet.features.layout import Voxels, annotated_in
+from fsefs_nnunet.cases.shown_voxels import ShownVoxels, annotated_in
 
 SEPARATOR = "__view"
 MOST_VOXELS = 10_000  # of a class, to draw from, as nnU-Net keeps them
@@ -44,8 +44,8 @@ class SupportViews:
     ):
         """
         Args:
-            views: of all cases together, shared out evenly, at least one of each; 0: none.
-            load_case: image and label map of a case, in memory or mapped, and whatever follows them.
+            views: number for all cases together, divided evenly, at least one for each; 0: none.
+            load_case: gives image and label map of a case, in memory or mapped; further items are ignored.
             transforms_of: batchgeneratorsv2's training transforms for a patch of so many voxels.
             labels: foreground labels of the dataset.
             window: the backbone's.
@@ -63,7 +63,7 @@ class SupportViews:
         return tuple(np.minimum(self.window, shape).tolist())
 
     def describe(self, name: str) -> dict:
-        """What a view depends on beside the image and the label map of its case."""
+        """What a view depends on besides the image and the label map of its case."""
         return {
             "view": self.names[name][1],
             "seed": self.seed,
@@ -92,14 +92,15 @@ class SupportViews:
         return image, turned.astype(segmentation.dtype)
 
     def _voxels_of(self, segmentation: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Voxels that views lie around, and those that the others do: none, so that they lie anywhere.
+        """Voxels that views around labels are drawn from, and those for the other views.
 
-        Where voxels are ignored, all that are not: there is nothing to learn from a window of ignored ones.
+        The latter are none, so that these views lie anywhere, or, with an ignore label, the annotated voxels: there is
+        nothing to learn from a window of ignored ones.
         """
         around_labels = class_voxels(segmentation, self.labels)
         if self.ignore_label is None:
             return around_labels, []
-        annotated = Voxels(segmentation[0], partial(annotated_in, ignore_label=self.ignore_label))
+        annotated = ShownVoxels(segmentation[0], partial(annotated_in, ignore_label=self.ignore_label))
         return around_labels, [annotated.at_most(MOST_VOXELS)] if len(annotated) else []
 
 
@@ -110,7 +111,7 @@ def view_name(case: str, view: int) -> str:
 
 def class_voxels(segmentation: np.ndarray, labels: Sequence[int]) -> list[np.ndarray]:
     """Voxels (n, 3) of each of `labels` that the label map (1, X, Y, Z) shows, at most MOST_VOXELS of each."""
-    voxels = [Voxels(segmentation[0], partial(np.equal, label)).at_most(MOST_VOXELS) for label in labels]
+    voxels = [ShownVoxels(segmentation[0], partial(np.equal, label)).at_most(MOST_VOXELS) for label in labels]
     return [of_class for of_class in voxels if len(of_class)]
 
 
@@ -171,7 +172,7 @@ def _leave_timing_out(transform: object) -> None:
 
 @contextmanager
 def _seeded(seed: Sequence[int]) -> Iterator[None]:
-    """Global random state of `seed` inside, as before outside: the transforms know no generators of their own."""
+    """Seed the global random states and restore them afterwards: the transforms take no generators."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     number = int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
     random.seed(number), np.random.seed(number), torch.manual_seed(number)

@@ -11,9 +11,10 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from torch import nn
 
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.features.memory import blending_device
 from fsefs_nnunet.features.tiling import Tiling
 
-MOST_WINDOWS = 8  # in a batch: more gain nothing on the cards that we know
+MOST_WINDOWS = 8  # of a batch: more were no faster on the GPUs tried
 SHARE_OF_FREE_MEMORY = 0.6  # of a GPU's, for the activations of a batch
 
 
@@ -32,14 +33,14 @@ class Slab:
 
 @torch.no_grad()
 def run_windows(network: nn.Module, image: torch.Tensor, tiling: Tiling, device: torch.device) -> Iterator[Slab]:
-    """Run a network over a volume in slabs along its first axis; memory does not depend on that axis' length.
+    """Run a network over a volume in slabs along its first axis; the length of that axis does not affect memory.
 
-    Windows are weighed with nnU-Net's Gaussian and blended in float32, each map at its own resolution, on the device
-    unless it is too small for a slab. On CUDA the network runs under autocast, as in nnU-Net's predictor, and once more
-    in float32 where a batch overflows.
+    Windows are weighted by nnU-Net's Gaussian and blended in float32, each map at its own resolution, on the device
+    unless it is too small for a slab. On CUDA the network runs under autocast, as in nnU-Net's predictor; a batch that
+    overflows runs again in float32.
 
     Args:
-        network: gives `tiling.maps`.
+        network: returns the maps that `tiling.maps` describes.
         image: preprocessed, (channels, X, Y, Z), on the CPU.
 
     Raises:
@@ -50,7 +51,7 @@ def run_windows(network: nn.Module, image: torch.Tensor, tiling: Tiling, device:
         ((_, maps),) = batch.from_plane(0)
         yield _checked(Slab(0, tiling.padded[0], [m[0].float() for m in maps]))
         return
-    blending = _Blending(tiling, _blends_on(tiling, device))
+    blending = _Blending(tiling, blending_device(tiling, device))
     for place, first in enumerate(tiling.starts[0]):
         last = place + 1 == len(tiling.starts[0])
         for starts, maps in batch.from_plane(first):
@@ -58,22 +59,15 @@ def run_windows(network: nn.Module, image: torch.Tensor, tiling: Tiling, device:
         yield _checked(blending.finished(tiling.padded[0] if last else tiling.starts[0][place + 1]))
 
 
-def _blends_on(tiling: Tiling, device: torch.device) -> torch.device:
-    """The device, or the CPU where a slab would take more than half of its free memory."""
-    if device.type != "cuda":
-        return torch.device("cpu")
-    free = torch.cuda.mem_get_info(device)[0]
-    return device if 4 * tiling.slab_values < free / 2 else torch.device("cpu")
-
-
 class _Batches:
     """Windows through the network, several at once where a GPU has the memory."""
 
     def __init__(self, network: nn.Module, image: torch.Tensor, tiling: Tiling, device: torch.device):
         self.network, self.image, self.tiling, self.device = network, image, tiling, device
-        self.size = 1  # until the first has shown what a window takes
+        self.size = 1  # until the first window has shown how much memory it takes
 
     def from_plane(self, first: int) -> Iterator[tuple[list[tuple[int, ...]], list[torch.Tensor]]]:
+        """First voxels and maps (B, C, x, y, z) of the windows that start at `first`, batch by batch."""
         starts = self.tiling.windows_from(first)
         while starts:
             now, starts = starts[: self.size], starts[self.size :]
@@ -120,12 +114,12 @@ def _checked(slab: Slab) -> Slab:
 
 
 def _finite(maps: Sequence[torch.Tensor]) -> bool:
-    # a sum is finite unless one of its terms is not, or is so large that it overflows the sum
+    # a sum is finite unless one of its terms is not, or terms are so large that it overflows
     return bool(torch.stack([m.float().sum() for m in maps]).isfinite().all())
 
 
 class _Blending:
-    """Weighted sums of windows, for as many planes as a window is long."""
+    """Weighted sums of windows, over as many planes as a window is long."""
 
     def __init__(self, tiling: Tiling, device: torch.device):
         self.tiling, self.device = tiling, device
@@ -146,7 +140,7 @@ class _Blending:
                 self.weights[index][at] += gaussian
 
     def finished(self, stop: int) -> Slab:
-        """The planes from the last slab's end up to padded voxel `stop`."""
+        """The planes from the end of the last slab to padded voxel `stop`, which no later window touches."""
         length, done = stop - self.first, []
         for index, feature_map in enumerate(self.tiling.maps):
             planes = length // feature_map.stride[0]
@@ -154,7 +148,7 @@ class _Blending:
             done.append(sums[:, :planes] / weights[:planes])
             for array in (sums, weights[None]):
                 kept = array[:, planes:]
-                # what would overlap itself is copied before
+                # an overlapping move needs a copy
                 array[:, : kept.shape[1]] = kept if kept.shape[1] <= planes else kept.clone()
                 array[:, kept.shape[1] :] = 0
         slab = Slab(self.first, stop, done)
@@ -164,6 +158,6 @@ class _Blending:
 
 @lru_cache(maxsize=16)
 def _gaussian(window: tuple[int, ...], stride: tuple[int, ...], device: str) -> torch.Tensor:
-    """nnU-Net's weights of a window's voxels, averaged to a map's."""
+    """nnU-Net's weights of a window's voxels, averaged to the resolution of a map."""
     weights = compute_gaussian(window, 1 / 8, 10, dtype=torch.float32, device=torch.device("cpu"))
     return torch.nn.functional.avg_pool3d(weights[None, None], stride)[0, 0].to(device)

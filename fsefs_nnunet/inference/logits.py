@@ -1,4 +1,4 @@
-"""Logits of a volume from slabs of its features, in blocks that overlap by what an adapter reaches."""
+"""Logits of a volume from slabs of its features, in blocks that overlap by an adapter's receptive field."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fsefs_nnunet.features.volume import VolumeFeatures
 from fsefs_nnunet.features.windows import Slab
 from fsefs_nnunet.methods.network import AdaptedNetwork, ReducedBackbone
 
-BLOCK = 128  # voxels of a block along the last two axes at most
+BLOCK = 128  # most voxels of a block along an axis
 Place = tuple[slice, slice, slice]
 
 
 class BlocksOfLogits:
-    """Turns slabs into logits, for any number of networks on the same features; memory is that of a slab.
+    """Turns slabs into logits, for any number of networks on the same features, with a slab or two in memory.
 
-    A network whose output depends on the whole volume gets it in one piece.
+    Networks without a margin, whose output depends on the whole volume, get it in one piece.
     """
 
     def __init__(
@@ -35,15 +35,16 @@ class BlocksOfLogits:
     ):
         """
         Args:
-            networks: give logits (1, outputs, x, y, z) of crops.
-            margin: voxels around a crop that the outermost of them depend on; None: all.
-            take: called with a network's number, a place in the volume, and the logits (outputs, x, y, z) there.
+            networks: map crops to logits (1, outputs, x, y, z).
+            margin: voxels around a crop that its outermost logits depend on; None: the whole volume.
+            take: called with the index of a network, a place in the volume, and the logits (outputs, x, y, z) there.
         """
         self.networks, self.margin, self.tiling, self.device, self.take = networks, margin, tiling, device, take
         self.maps: list[torch.Tensor] = []
         self.first = self.stop = self.done = 0
 
     def add(self, slab: Slab) -> None:
+        """Compute the logits that the planes so far suffice for."""
         self.maps = [torch.cat([kept, m], 1) for kept, m in zip(self.maps, slab.maps)] if self.maps else slab.maps
         self.stop = slab.stop
         length, before = self.tiling.shape[0], self.tiling.before[0]
@@ -53,7 +54,7 @@ class BlocksOfLogits:
             ready = 0
         else:
             ready = min(slab.stop - before - self.margin - self.tiling.stride[0], length)
-        # few planes at a time would be mostly margins
+        # thin blocks would consist mostly of margins
         if ready - self.done >= 8 * (self.margin or 0) or ready == length:
             self._compute(ready)
         self._drop()
@@ -79,12 +80,12 @@ class BlocksOfLogits:
         inside = tuple(slice(a - f, b - f) for a, b, f in zip(start, stop, first))
         place = tuple(map(slice, start, stop))
         for number, network in enumerate(self.networks):
-            with reduced_precision(self.device):  # that of the training
+            with reduced_precision(self.device):  # as in training
                 logits = network(crop)[0]
             self.take(number, place, logits[(slice(None), *inside)])
 
     def _drop(self) -> None:
-        """Planes that no block to come looks at."""
+        """Forget planes that no later block needs."""
         needed = self.done - (self.margin or 0) + self.tiling.before[0] - 2 * self.tiling.stride[0]
         first = max(needed // self.tiling.stride[0] * self.tiling.stride[0], self.first)
         if self.margin is None:
@@ -94,16 +95,16 @@ class BlocksOfLogits:
 
 
 def logits_of(network: AdaptedNetwork, features: VolumeFeatures) -> torch.Tensor:
-    """Logits (outputs, X, Y, Z) of a volume, float32 on the CPU; one look at its features."""
+    """Logits (outputs, X, Y, Z) of a volume, float32 on the CPU, from one look at its features."""
     return _collected(network, network.adapt, features)
 
 
 def logits_in_one_look(
     network: AdaptedNetwork, image: np.ndarray, window: Sequence[int], device: torch.device
 ) -> tuple[torch.Tensor, int]:
-    """Logits (outputs, X, Y, Z) of a preprocessed image (channels, X, Y, Z), and how many windows that took.
+    """Logits (outputs, X, Y, Z) of a preprocessed image (channels, X, Y, Z), and the number of windows.
 
-    The reduction comes before the blending, where there is one: it is affine, and there is less to blend.
+    A reduction comes before the blending: it is affine, so the result is the same, and there is less to blend.
     """
     backbone = ReducedBackbone(network) if network.reduces else network.backbone
     features = VolumeFeatures(backbone, image, window, device)

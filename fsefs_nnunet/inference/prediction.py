@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -13,8 +10,6 @@ from time import monotonic
 
 import numpy as np
 import torch
-from nnunetv2.inference.export_prediction import export_prediction_from_logits
-from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 from tqdm import tqdm
 
 from fsefs_nnunet.cases.dataset_json import shows_ct
@@ -25,6 +20,7 @@ from fsefs_nnunet.features.memory import memory_warnings
 from fsefs_nnunet.features.packing import Blocks
 from fsefs_nnunet.features.volume import VolumeFeatures
 from fsefs_nnunet.files import gigabytes
+from fsefs_nnunet.inference.export import export, part_folder
 from fsefs_nnunet.inference.logits import BlocksOfLogits, Place
 from fsefs_nnunet.inference.trained_model import TrainedModel
 from fsefs_nnunet.losses.segmentation import segmentation_loss
@@ -34,8 +30,7 @@ from fsefs_nnunet.priors.support_memory import SupportMemory
 from fsefs_nnunet.priors.transduction import Transduction
 from fsefs_nnunet.priors.volumes import PredictedSizes, QueryVolume, SizesInBlocks, block_voxels, sizes_of
 
-MAX_ADAPTED_VOXELS = 10_000  # blocks of a volume that adaptation looks at
-PART_FOLDER = ".fseft_part"  # nnU-Net takes every file in the output folder for a segmentation, but no folder
+MAX_ADAPTED_VOXELS = 10_000  # most blocks of a volume for an adaptation
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ class Volume:
 
     image: (channels, X, Y, Z).
     properties: nnU-Net's, of how it was preprocessed.
-    features: None of an image that holds one value alone and shows nothing.
+    features: None for a constant image, which shows nothing.
     """
 
     image: np.ndarray
@@ -54,7 +49,7 @@ class Volume:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What adaptation did in one fold, and its wall time. `after` is `before` where there was none, or it diverged."""
+    """What adaptation did in one fold, and its wall time; `after` is `before` without adaptation or if it diverged."""
 
     before: PredictedSizes
     after: PredictedSizes
@@ -64,10 +59,10 @@ class Prediction:
 
 
 class QueryPredictor:
-    """Segments volumes with the folds of one trained model, which share what the backbone gives of each volume."""
+    """Segments volumes with the folds of one trained model, which share the backbone's features of each volume."""
 
     def __init__(self, model: TrainedModel, memories: Sequence[SupportMemory] | None, save_probabilities: bool = False):
-        """memories: of the folds' support, in the folds' order; None: no adaptation (inductive)."""
+        """memories: support features of each fold, in order; None: no adaptation (inductive)."""
         self.model = model
         self.memories = memories
         self.save_probabilities = save_probabilities
@@ -83,15 +78,15 @@ class QueryPredictor:
         self._largest = 0
 
     def predict(self, files: list[str], output: Path, keep_largest: bool = False) -> dict:
-        """Segment the image in `files`, one per channel, write `output`; returns the report of its sizes."""
+        """Segment the image in `files`, one per channel, and write `output`; returns the report of its sizes."""
         with part_folder(output, "features") as folder:
             # without adaptation one look is enough
             return self.segment(self.read(files, folder if self.memories is not None else None), output, keep_largest)
 
     def read(self, files: list[str], keep_in: Path | None = None) -> Volume:
-        """Preprocess an image; the backbone runs over it when its features are looked at.
+        """Preprocess an image; the backbone runs when its features are first looked at.
 
-        keep_in: folder for the features, for those who look more than once.
+        keep_in: folder for the features, if they will be looked at more than once.
 
         Raises:
             InputError: if the image cannot be read, or holds NaN or infinite values.
@@ -109,24 +104,24 @@ class QueryPredictor:
             return Volume(image, properties, None)
         window, cap = model.configuration.patch_size, cap_in_gb(model.settings.bank_gb)
         features = VolumeFeatures(model.network.backbone, image, window, model.device, keep_in, cap)
-        self._tell_memory(features, keep_in)
+        self._report_memory(features, keep_in)
         return Volume(image, properties, features)
 
-    def _tell_memory(self, features: VolumeFeatures, keep_in: Path | None) -> None:
-        """Once, and again where a larger volume does not fit."""
+    def _report_memory(self, features: VolumeFeatures, keep_in: Path | None) -> None:
+        """Print the estimate for the first volume, and later only warnings for larger ones."""
         lines = memory_warnings(features.tiling, len(features.image), self.model.device)
         if keep_in is not None and features.file is None:
             size = gigabytes(2 * features.packing.size)
             lines.append(
                 f"There is no room for {size} of features in {keep_in.parent}: the backbone runs again instead."
             )
-        if features.tiling.slab_values > self._largest:
+        if features.tiling.slab_bytes > self._largest:
             for line in lines[int(self._largest > 0) :]:
                 tqdm.write(line)
-            self._largest = features.tiling.slab_values
+            self._largest = features.tiling.slab_bytes
 
     def segment(self, volume: Volume, output: Path, keep_largest: bool = False) -> dict:
-        """Segment a volume that `read` gave, or that of another model on the same backbone and plans."""
+        """Segment a volume from `read`, its own or that of another model with the same backbone and plans."""
         if volume.features is None:
             return self._segment_nothing(volume, output, keep_largest)
         windows = volume.features.windows
@@ -134,11 +129,11 @@ class QueryPredictor:
         windows = volume.features.windows - windows
         self.windows += windows
         # as nnU-Net does: the mean of the logits
-        self._export(total.div_(len(folds)), volume.properties, output, keep_largest)
+        self._export(total.div_(len(folds)), volume, output, keep_largest)
         return {**self._report(folds), "windows": windows}
 
     def _inductive(self, volume: Volume) -> tuple[torch.Tensor, list[Prediction]]:
-        """The sum of the folds' logits (outputs, X, Y, Z), in one look."""
+        """The sum of the folds' logits (outputs, X, Y, Z), from one look."""
         features, outputs = volume.features, [network.adapt for network in self.networks]
         alone = len(self.networks) == 1 and features.only_look
         if alone and self.networks[0].reduces:  # there is less to blend
@@ -152,7 +147,7 @@ class QueryPredictor:
     def _look(
         self, features: VolumeFeatures, outputs: list, *others: Blocks
     ) -> tuple[torch.Tensor, list[SizesInBlocks]]:
-        """The sum of the logits of `outputs`, and the sizes in those of each."""
+        """The sum of the logits of all `outputs`, and the sizes that each predicts; `others` get the same slabs."""
         shape = features.tiling.shape
         sizes = [SizesInBlocks(shape, self.voxel_ml, self.has_regions) for _ in outputs]
         total = torch.zeros((self.model.label_manager.num_segmentation_heads, *shape))
@@ -186,7 +181,7 @@ class QueryPredictor:
     def _adapt(
         self, fold: int, features: VolumeFeatures, blocks: torch.Tensor, pool: Sequence[int], before: PredictedSizes
     ) -> tuple[torch.Tensor | None, Prediction]:
-        """Logits after the adaptation of a fold to features averaged over blocks (1, C, x, y, z); None without one."""
+        """Logits after a fold's adaptation to block averages (1, C, x, y, z); None if it did not adapt."""
         start = monotonic()
         network = self.model.network_of(fold)
         voxels = block_voxels(features.tiling.shape, pool) * self.voxel_ml
@@ -210,27 +205,11 @@ class QueryPredictor:
         if not self.has_regions:
             logits[0] = 0  # the background's
         sizes = sizes_of(logits, self.voxel_ml, self.has_regions)
-        self._export(logits, volume.properties, output, keep_largest)
+        self._export(logits, volume, output, keep_largest)
         return {**self._report([Prediction(sizes, sizes)] * len(self.model.weights)), "windows": 0}
 
-    def _export(self, logits: torch.Tensor, properties: dict, output: Path, keep_largest: bool) -> None:
-        model, ending = self.model, self.model.dataset_json["file_ending"]
-        stem = output.name[: -len(ending)]
-        with part_folder(output, "export") as folder:
-            export_prediction_from_logits(
-                logits,
-                properties,
-                model.configuration,
-                model.plans_manager,
-                model.dataset_json,
-                str(folder / stem),
-                self.save_probabilities,
-                torch.get_num_threads(),
-            )
-            if keep_largest:
-                keep_largest_components(folder / output.name, model)
-            for file in sorted(folder.iterdir(), key=lambda file: file.name == output.name):
-                os.replace(file, output.parent / file.name)  # the segmentation last
+    def _export(self, logits: torch.Tensor, volume: Volume, output: Path, keep_largest: bool) -> None:
+        export(self.model, logits, volume.properties, output, self.save_probabilities, keep_largest)
 
     def _report(self, folds: list[Prediction]) -> dict:
         names, gamma = self.model.class_names, self.model.settings.predict_gamma
@@ -255,31 +234,10 @@ class QueryPredictor:
         }
 
 
-@contextmanager
-def part_folder(output: Path, purpose: str) -> Iterator[Path]:
-    """A folder beside the segmentation `output`, of its own: other parts of its folder are predicted beside."""
-    folder = output.parent / f"{PART_FOLDER}_{output.name}_{purpose}"
-    shutil.rmtree(folder, ignore_errors=True)  # of a prediction that was killed
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def mean_report(reports: Sequence[dict[str, dict | None]]) -> dict[str, dict | None]:
-    """What priors report of each class, its numbers averaged over those that know it."""
+    """The priors' reports by class, numbers averaged over the priors that have the class."""
     means = {}
     for name in reports[0]:
         known = [report[name] for report in reports if report[name]]
         means[name] = {key: round(fmean(of[key] for of in known), 4) for key in known[0]} if known else None
     return means
-
-
-def keep_largest_components(file: Path, model: TrainedModel) -> None:
-    """nnU-Net's postprocessing: of each class, the largest component alone; in place."""
-    reader = model.plans_manager.image_reader_writer_class()
-    segmentation, properties = reader.read_seg(str(file))
-    for label_or_region in model.classes:
-        segmentation = remove_all_but_largest_component_from_segmentation(segmentation, label_or_region)
-    reader.write_seg(segmentation[0], str(file), properties)

@@ -1,4 +1,4 @@
-"""The support's features for a model that predicts: out of its checkpoint, or out of the feature bank."""
+"""The support's features for prediction, from the model's checkpoint or from the feature bank."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from fsefs_nnunet.priors.support_memory import CROP_SIZE, SupportMemory
 
 
 def memories_of(model: TrainedModel) -> list[SupportMemory]:
-    """One for each fold: the checkpoint's own, else drawn from the bank.
+    """The support memory of each fold: from its checkpoint, else drawn from the bank.
 
     Raises:
-        InputError: where there is neither, or what there is does not belong to the model.
+        InputError: if there is neither, or it does not belong to the model.
     """
     return [stored_memory(model, i) or memory_from_bank(model, i) for i in range(len(model.folds))]
 

@@ -39,8 +39,8 @@ class ZeroShotNetwork(nn.Module):
     Labels compete: of sigmoid rows the largest positive logit wins, else it is background; of softmax rows the label
     whose row is the largest of all rows, else it is background. Regions are decided one by one at probability 0.5.
 
-    `forward` gives the head's logits, `outputs` makes those that nnU-Net expects for the dataset of them. The latter is
-    not linear for softmax rows: windows are blended, and volumes resampled, before it.
+    `forward` gives the head's logits, `outputs` turns them into those that nnU-Net expects for the dataset. The latter
+    is not linear for softmax rows, so it comes after blending and resampling.
     """
 
     def __init__(self, backbone: FrozenBackbone, labels: dict, has_regions: bool):
@@ -75,7 +75,7 @@ class ZeroShotNetwork(nn.Module):
     def outputs(self, logits: Iterable[torch.Tensor]) -> torch.Tensor:
         """The head's logits, (X, Y, Z) each -> (labels or regions, X, Y, Z), background first for labels.
 
-        It takes them one by one: those of rows that no label has are not held, which may be a hundred.
+        They are taken one by one, so that rows without a label, of which there may be a hundred, are not held.
         """
         own, rest = {}, None
         combine = torch.logaddexp if self.has_regions else torch.maximum
@@ -100,8 +100,8 @@ def zero_shot_plans(
 ) -> dict:
     """Plans that make stock nnU-Net preprocess and predict as the contract says.
 
-    Where it leaves the spacing open, that is the median of the images', or by their field of view, as the planner
-    chooses it; the window covers their median volume.
+    If it leaves the spacing open, this is the images' median, or chosen by their field of view, as by the planner; the
+    window covers the median volume.
 
     Args:
         reader: name of nnU-Net's.
@@ -235,17 +235,15 @@ class ZeroShotPredictor:
         )
 
     def _logits(self, image: np.ndarray) -> torch.Tensor:
-        """Of a preprocessed image (channels, X, Y, Z) the head's, (out_channels, X, Y, Z)."""
+        """The head's logits (out_channels, X, Y, Z) of a preprocessed image (channels, X, Y, Z)."""
         features = VolumeFeatures(self.network, image, self.configuration.patch_size, self.device)
-        padded = features.tiling.padded
-        inside = tuple(slice(b, b + n) for b, n in zip(features.tiling.before, features.tiling.shape))
-        logits = torch.empty((self.network.out_channels, *padded))
+        logits = torch.empty((self.network.out_channels, *features.tiling.padded))
         for slab in features.slabs():
             logits[:, slab.first : slab.stop] = slab.maps[0].cpu()
-        return logits[(slice(None), *inside)]
+        return logits[(slice(None), *features.tiling.inside)]
 
     def _resampled(self, logits: torch.Tensor, properties: dict) -> torch.Tensor:
-        """As nnU-Net's export does it, which finds nothing left to resample then."""
+        """Resampled as by nnU-Net's export, which then has nothing left to resample."""
         spacing = [properties["spacing"][axis] for axis in self.plans_manager.transpose_forward]
         shape = properties["shape_after_cropping_and_before_resampling"]
         made = self.configuration.resampling_fn_probabilities(logits, shape, self.configuration.spacing, spacing)

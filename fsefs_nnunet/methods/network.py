@@ -149,7 +149,7 @@ class AdaptedNetwork(nn.Module):
     def adapt(self, features: torch.Tensor | MapCrops, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Features (B, C, X, Y, Z), or crops of maps -> logits (B, num_classes, X, Y, Z), float32.
 
-        kept: (B, C), 1 for a channel that is seen, 0 for one that is taken for its mean; None: all are seen.
+        kept: (B, C), 1 for a channel that is kept, 0 for one that is replaced by its mean; None: all are kept.
         """
         with unless_thin(features):
             return self.finish(self.reduce(features, kept))
@@ -159,11 +159,11 @@ class AdaptedNetwork(nn.Module):
         return not isinstance(self.reduction, nn.Identity)
 
     def reduce(self, features: torch.Tensor | MapCrops, kept: torch.Tensor | None = None) -> MapCrops:
-        """Standardise and reduce; both are affine, so that blending and upsampling may as well come after them.
+        """Standardise and reduce; both are affine, so blending and upsampling may come after them.
 
         Returns:
-            With a reduction, one map for each resolution, whose sum at full resolution is what the adapter takes;
-            without one, the maps standardised.
+            With a reduction, one map for each resolution; their sum at full resolution is the adapter's input.
+            Without one, the standardised maps.
         """
         crops = features if isinstance(features, MapCrops) else MapCrops((features,), (0,), (None,))
         mean, scale = self.feature_mean, 1 / self.feature_std
@@ -182,7 +182,7 @@ class AdaptedNetwork(nn.Module):
                 for m, s, shift in zip(maps, scales, shifts)
             ]
             return MapCrops(tuple(made), crops.resolutions, crops.weights)
-        # standardisation as a part of the reduction: a pass of its own over all features is a tenth of a step
+        # standardisation is part of the reduction: a separate pass over all features takes a tenth of a step
         weight = self.reduction.weight.flatten(1) * scale.unsqueeze(-2)
         bias = -(weight @ mean)
         weights = weight.split(widths, -1)
@@ -195,7 +195,7 @@ class AdaptedNetwork(nn.Module):
         return MapCrops(tuple(made), tuple(range(len(made))), crops.weights)
 
     def finish(self, reduced: MapCrops) -> torch.Tensor:
-        """What `reduce` gave -> logits (B, num_classes, X, Y, Z), float32."""
+        """The result of `reduce` -> logits (B, num_classes, X, Y, Z), float32."""
         if self.reduces:
             full = None
             for m, w in zip(reduced.maps, reduced.weights):
@@ -211,7 +211,7 @@ class AdaptedNetwork(nn.Module):
 
 
 class ReducedBackbone(nn.Module):
-    """A network's backbone and reduction: what can be blended in place of features, which are several times as much."""
+    """A network's backbone and reduction: reduced maps can be blended instead of the much wider features."""
 
     def __init__(self, network: AdaptedNetwork):
         super().__init__()

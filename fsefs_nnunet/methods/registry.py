@@ -9,7 +9,7 @@ from typing import Literal
 from fsefs_nnunet.errors import InputError
 
 BANK, PATCHES = "bank", "patches"
-STOCK_PLANS = "nnUNetPlans"  # what nnU-Net calls its own
+STOCK_PLANS = "nnUNetPlans"  # the name of nnU-Net's own plans
 _INSIDE = "fsefs_nnunet.methods.inside.decoder_parts"
 _SCRATCH = "fsefs_nnunet.trainers.scratch.FSEFTTrainer_Scratch"
 
@@ -33,7 +33,7 @@ class Method:
     transductive: the trained adapter adapts to every volume before it segments it (`fseft predict`).
     shares_features: predicts from the features of whole volumes, which all such methods get from one pass.
     suffix: of the configurations trained from scratch, for the time that the longest of the other methods took.
-    plans: name of the plans that have its configurations; "": the backbone's.
+    plans: name of the plans with its configurations; "": those for the backbone.
     """
 
     name: str

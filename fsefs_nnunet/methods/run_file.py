@@ -23,8 +23,8 @@ class RunFile:
     trained_parameters: their number.
     head_rows: labels whose rows of the head started from the universal head's, with its names for them.
     prior: what is expected of each class, see Prior.report; {} where the prior has no effect.
-    windows: that went through the frozen backbone before and in the training; validation_windows: after it.
-    feature_precisions: in which the backbone ran for the stored features.
+    windows: number that went through the frozen backbone for the training; validation_windows: for the validation.
+    feature_precisions: those that the backbone ran in for the stored features.
     seconds: wall time by stage: "start" until the training begins, "feature bank", "training", "validation".
     budget_seconds: that the training was limited to, None without a limit.
     peak_memory_gb: "host" and "device", of the largest process of the runs.

@@ -100,9 +100,9 @@ class Experiment:
             raise InputError(f"`{line}` failed; {log} ends with:\n{tail}")
 
     def preprocess(self, configuration: str) -> None:
-        """`nnUNetv2_preprocess` of all labelled cases, in place of what lies there."""
+        """Run `nnUNetv2_preprocess` on all labelled cases; replaces what was preprocessed before."""
         processes = self.environment()["nnUNet_def_n_proc"]
-        number = self.dataset.removeprefix("Dataset")[:3]  # its -d takes no name
+        number = self.dataset.removeprefix("Dataset")[:3]  # nnUNetv2_preprocess -d takes no name
         what = ("-d", number, "-plans_name", self.plans, "-c", configuration)
         self.run("nnUNetv2_preprocess", *what, "-np", processes)
 

@@ -29,7 +29,7 @@ def plan(
 ) -> str:
     """Fingerprint and plans, with nnU-Net's own for the baseline. Returns the plans' name.
 
-    support: cases whose labels may show what the spacing costs; default: of the folds that were drawn.
+    support: cases whose labels may show the cost of the spacing; default: those of the drawn folds.
     """
     planner = FSEFTPlanner(
         dataset_id,

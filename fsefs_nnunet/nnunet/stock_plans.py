@@ -1,4 +1,4 @@
-"""nnU-Net's own plans, and in them the K-shot configurations of the baseline that is stock nnU-Net."""
+"""nnU-Net's own plans, with K-shot configurations for the baseline, stock nnU-Net."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PARENT = "3d_fullres"
 
 
 def add_stock_configurations(planner: FSEFTPlanner) -> None:
-    """Have `3d_fullres_<K>shot_nnunet` in nnUNetPlans.json for all shots of `planner`, which has planned.
+    """Add `3d_fullres_<K>shot_nnunet` to nnUNetPlans.json for all shots of `planner`, which has planned.
 
-    Plans that a user made stay as they are but for these configurations; those that were made here are made anew.
+    Plans that a user made are otherwise unchanged; those that this function made are made again.
 
     Raises:
-        InputError: for plans that were written in part.
+        InputError: if the present plans are damaged.
     """
     folder = dataset_folders(planner.dataset_name)[2]
     file = folder / f"{STOCK_PLANS}.json"
@@ -33,7 +33,7 @@ def add_stock_configurations(planner: FSEFTPlanner) -> None:
     if not before or MADE_OF in before:
         try:
             _plan(planner, folder)
-        except RuntimeError as error:  # no reader of its own opens the first image
+        except RuntimeError as error:  # none of its readers opens the first image
             print(f"Without nnU-Net's own plans, whose planner fails ({error}): `--methods nnunet` has none to train.")
             return
     plans = read_json(file)
@@ -41,7 +41,7 @@ def add_stock_configurations(planner: FSEFTPlanner) -> None:
         f"{PARENT}_{k}shot{METHODS['nnunet'].suffix}": {"inherits_from": PARENT, "fseft_shots": k}
         for k in planner.all_shots()
     }
-    # one that a user has edited stays
+    # configurations that a user edited stay
     added = {name: content for name, content in stock.items() if name not in plans["configurations"]}
     write_atomically(file, json.dumps({**plans, "configurations": plans["configurations"] | added}, indent=4))
     print(f"{file}: nnU-Net's own plans, with {', '.join(stock)} for the baseline.")
@@ -50,8 +50,8 @@ def add_stock_configurations(planner: FSEFTPlanner) -> None:
 
 
 def _plan(planner: FSEFTPlanner, folder: Path) -> None:
-    """Write nnU-Net's plans with a mark of ours; its planner's own configurations replace earlier ones."""
-    listed = (folder / "dataset.json").read_bytes()  # may list the cases, where macOS left files beside them
+    """Write nnU-Net's plans, marked as ours; the configurations of its planner replace earlier ones."""
+    listed = (folder / "dataset.json").read_bytes()  # may list the cases, if macOS left files next to them
     with default_workers(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         stock = ExperimentPlanner(planner.dataset_name, planner.UNet_vram_target_GB)
         stock.dataset, stock.dataset_json = planner.dataset, planner.dataset_json

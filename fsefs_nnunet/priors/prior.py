@@ -32,7 +32,7 @@ class SupportLabels:
 
     @cached_property
     def whole(self) -> dict[str, np.ndarray]:
-        """Those without ignored voxels, which alone show organs whole."""
+        """The label maps without ignored voxels; only they show whole organs."""
         return {
             case: segmentation
             for case, segmentation in self.segmentations.items()
@@ -52,9 +52,9 @@ class SupportLabels:
     def at_border(self) -> dict[str, np.ndarray]:
         """Whether each class reaches an outermost voxel of the label map (len(classes),) by case, of all cases.
 
-        nnU-Net crops images to what is not zero, so these voxels lie where the scan ends, empty slices at its ends
-        aside. The -1 within the label map marks background of zeros, e.g. air around the body or a skull that was
-        removed: an organ beside it ends by itself.
+        nnU-Net crops images to their nonzero region, so these voxels lie where the scan ends, apart from empty slices.
+        A -1 within the label map marks a background of zeros, e.g. air around the body or a removed skull: an organ
+        that touches it is not cut off.
         """
         faces = [(axis, end) for axis in (0, 1, 2) for end in (0, -1)]
         return {
@@ -112,5 +112,5 @@ class Prior(ABC):
         """Whether two priors are of the same labels, up to rounding."""
 
     def remarks(self, sizes: PredictedSizes, names: Sequence[str]) -> dict[str, list[str]]:
-        """Classes that must not be enlarged in a volume, by name, and the reasons; sizes: of all classes."""
+        """Reasons by name of classes that must not be enlarged in a volume; sizes: of all classes."""
         return {}

@@ -15,8 +15,8 @@ from fsefs_nnunet.priors.volumes import PredictedSizes, VolumePrediction
 
 MOST_TOLERANCE = 0.9  # a class must not be allowed to vanish
 PUBLISHED_TOLERANCE = 0.3
-FEW_SIZES = 3  # fewer say too little of how sizes vary
-MOST_SPREAD = 0.5  # of the mean; sizes that vary more say nothing of a query's
+FEW_SIZES = 3  # fewer say too little about how sizes vary
+MOST_SPREAD = 0.5  # of the mean; sizes that vary more say nothing about a query's
 UNKNOWN = "the support's labels gave none"
 NOT_SHOWN = "no support case shows it whole"
 
@@ -25,7 +25,7 @@ NOT_SHOWN = "no support case shows it whole"
 class ExpectedSize:
     """Expected size of a class in ml, the mean of `num_cases` support cases.
 
-    spread: sample standard deviation (n - 1) in ml of all support cases that show the class, 0 of a single one.
+    spread: sample standard deviation (n - 1) in ml over all support cases that show the class, 0 for a single one.
     num_outliers: support cases that show the class and do not enter the mean.
     """
 
@@ -41,7 +41,7 @@ class ExpectedSize:
     def tolerance(self, gamma: float) -> float:
         """Relative deviation from `size` that costs nothing: gamma, or two standard deviations if that is more.
 
-        Of fewer than three sizes it is at least the published 0.3.
+        With fewer than three sizes it is at least the published 0.3.
         """
         if self.num_sizes < FEW_SIZES:
             gamma = max(gamma, PUBLISHED_TOLERANCE)
@@ -55,7 +55,7 @@ class ExpectedSize:
 
 @dataclass(frozen=True)
 class SizePrior(Prior):
-    """expected: of each foreground class, None where the support's labels say nothing reliable of its size.
+    """expected: for each foreground class, None if the support's labels say nothing reliable about its size.
 
     reasons: why a class has none, "" for one that has; empty for a prior that was loaded.
     """
@@ -112,7 +112,7 @@ class SizePrior(Prior):
 
     @classmethod
     def from_state(cls, state: object) -> SizePrior:
-        """Raises InputError for what is no state; three numbers of a class are one of earlier versions."""
+        """Raises InputError for anything else; states of earlier versions have three numbers per class."""
         if not isinstance(state, (list, tuple)) or not all(
             of_class is None or _is_size(of_class) for of_class in state
         ):
@@ -182,7 +182,7 @@ def estimate_size(sizes_ml: Sequence[float]) -> ExpectedSize | None:
 
 
 def why_unreliable(sizes_ml: Sequence[float], cut: Sequence[str]) -> str:
-    """Why one class's sizes in the support cases say nothing reliable of a query's, "" if they do.
+    """Why the sizes of a class in the support cases say nothing reliable about a query's; "" if they do.
 
     Args:
         cut: support cases in which the class reaches the border of the volume.
@@ -203,7 +203,7 @@ def why_unreliable(sizes_ml: Sequence[float], cut: Sequence[str]) -> str:
 
 
 def _present(sizes_ml: Sequence[float]) -> np.ndarray:
-    """Those above 0. Raises InputError for a size that is negative or not finite."""
+    """The sizes above 0. Raises InputError for a size that is negative or not finite."""
     sizes = np.asarray(sizes_ml, dtype=float)
     if not np.all(np.isfinite(sizes) & (sizes >= 0)):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Crops of the support's features, few enough to travel with a model: what the adaptation to a query trains on."""
+"""Crops of the support's features, few enough to be stored with a model; adaptation to a query trains on them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SupportMemory:
 
     @classmethod
     def draw(cls, loader: CropLoader) -> SupportMemory:
-        """The first crops of `loader`, as many as MAX_BYTES and MAX_CROPS allow, one at least."""
+        """The first crops of `loader`, as many as MAX_BYTES and MAX_CROPS allow, at least one."""
         crops: list[tuple[MapCrops, torch.Tensor]] = []
         limit = 1
         while len(crops) < limit:

@@ -1,4 +1,4 @@
-"""Unlabelled volumes and what a network predicts on them."""
+"""Unlabelled volumes and what a network predicts for them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class QueryVolume:
         self, network: AdaptedNetwork, has_regions: bool, before: PredictedSizes | None = None
     ) -> VolumePrediction:
         device = network.feature_mean.device
-        with reduced_precision(device):  # as all of a training
+        with reduced_precision(device):  # as in training
             logits = network.adapt(self.features.to(device))
         voxels_ml = self.voxels_ml.to(device)
         probabilities = probabilities_of(logits[0], has_regions)
@@ -84,7 +84,7 @@ def probabilities_of(logits: torch.Tensor, has_regions: bool) -> torch.Tensor:
 
 
 class SizesInBlocks:
-    """Sizes in the logits of a volume that come block by block."""
+    """Adds up sizes over the logits of a volume, block by block."""
 
     def __init__(self, shape: Sequence[int], voxel_ml: float, has_regions: bool):
         """shape: of the volume (X, Y, Z)."""
@@ -125,6 +125,6 @@ def _sizes(probabilities: torch.Tensor, voxels_ml: torch.Tensor | float, scale: 
 
 
 def block_voxels(shape: Sequence[int], pool: Sequence[int]) -> torch.Tensor:
-    """How many voxels each block of `pool` stands for: those at the far borders may be incomplete."""
+    """Number of voxels (x, y, z) in each block of `pool`; those at the far borders may be incomplete."""
     widths = [torch.tensor([min(p, n - a) for a in range(0, n, p)], dtype=torch.float32) for n, p in zip(shape, pool)]
     return torch.einsum("x,y,z->xyz", *widths)

@@ -27,15 +27,15 @@ class SpatialAdapter(nn.Module):
         """(B, channels, X, Y, Z) -> the same shape."""
         if self.dilation == 1 or x.device.type != "cpu" or x.shape[2] <= self.dilation * THIN:
             return self._block(x, self.dilation)
-        # on CPUs a dilated convolution's gradient takes three times as long as that of a plain one on every second,
-        # third, ... voxel, which is the same
+        # on CPUs the gradient of a dilated convolution takes three times as long as that of a plain one on every
+        # `dilation`-th voxel, which gives the same result
         outside = None
         if any(n % self.dilation for n in x.shape[2:]):
             outside = split(x.new_ones((len(x), 1, *x.shape[2:])), self.dilation) == 0
         return merged(self._block(split(x, self.dilation), 1, outside), self.dilation, x.shape)
 
     def _block(self, x: torch.Tensor, dilation: int, outside: torch.Tensor | None = None) -> torch.Tensor:
-        """outside: voxels that are none of the volume's, zero for both convolutions."""
+        """outside: mask of the padding, which both convolutions must see as zeros."""
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             # oneDNN's convolutions in bfloat16 take half the time where channels come last
             x = x.contiguous(memory_format=torch.channels_last_3d)
@@ -46,7 +46,7 @@ class SpatialAdapter(nn.Module):
 
 
 def split(x: torch.Tensor, step: int) -> torch.Tensor:
-    """(B, C, X, Y, Z) -> (B step^3, C, x, y, z): every step-th voxel from each of the first ones on, zeros behind."""
+    """(B, C, X, Y, Z) -> (B step^3, C, x, y, z): every step-th voxel, from each offset; zeros pad the far ends."""
     b, c, *shape = x.shape
     sides = [-(-n // step) for n in shape]
     x = F.pad(x, [n for side, have in zip(reversed(sides), reversed(shape)) for n in (0, side * step - have)])
@@ -55,7 +55,7 @@ def split(x: torch.Tensor, step: int) -> torch.Tensor:
 
 
 def merged(x: torch.Tensor, step: int, shape: torch.Size) -> torch.Tensor:
-    """The inverse of `split`; shape: (B, C, X, Y, Z) of before."""
+    """The inverse of `split`; shape: the original (B, C, X, Y, Z)."""
     b, c, *wanted = shape
     sides = x.shape[2:]
     x = x.reshape(b, step, step, step, c, *sides).permute(0, 4, 5, 1, 6, 2, 7, 3)
