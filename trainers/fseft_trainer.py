@@ -22,7 +22,7 @@ from fsefs_nnunet.priors.prior import SupportLabels
 from fsefs_nnunet.priors.query_volumes import QueryVolumes, calibration_cases, share_found
 from fsefs_nnunet.trainers.bank_trainer import BankTrainer
 
-CALIBRATION_BATCHES = 8  # of crops of the support
+CALIBRATION_VOXELS, MOST_CALIBRATION_BATCHES = 200_000, 8  # of crops of the support
 
 
 class FSEFTTrainer(BankTrainer):
@@ -102,7 +102,7 @@ class FSEFTTrainer(BankTrainer):
     def estimate_prior(self) -> None:
         """From the support labels alone."""
         self.prior = prior_named(self.method.prior).estimate(self.support_labels)
-        self.query_volumes = None
+        self.query_volumes, self.penalised = None, set()  # queries whose last penalty was above zero
         names, gamma = self.class_names, self.settings.gamma
         for line in self.prior.describe(names, gamma) if self.wants_prior and self.run.queries else []:
             self.print_to_log_file(line)
@@ -148,7 +148,9 @@ class FSEFTTrainer(BankTrainer):
         if not self.pooled_support:
             return
         self.dataloader_val.start_epoch(0)  # the same crops each time
-        batches = (next(self.dataloader_val) for _ in range(CALIBRATION_BATCHES))
+        of_batch = self.settings.crops_per_step * int(np.prod(self.dataloader_val.crop_size))
+        number = min(max(CALIBRATION_VOXELS // of_batch, 1), MOST_CALIBRATION_BATCHES)
+        batches = (next(self.dataloader_val) for _ in range(number))
         found = share_found(self.network, batches, self.label_manager)
         self.dataloader_val.start_epoch(0)
         self.query_volumes.calibrate(self.network, self.label_manager.has_regions, found)
@@ -160,7 +162,7 @@ class FSEFTTrainer(BankTrainer):
         step, has_regions = self.training_step, self.label_manager.has_regions
         query = self.query_volumes.rotating(step, self.settings.seed)
         # most sizes are as expected and give no gradient; on a GPU, the comparison would wait for the kernels
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and query not in self.penalised:
             with torch.no_grad():
                 prediction = self.query_volumes.predict(self.network, query, has_regions)
                 penalty = self.prior.penalty(prediction, self.settings.gamma)
@@ -169,6 +171,8 @@ class FSEFTTrainer(BankTrainer):
                 return None
         prediction = self.query_volumes.predict_beside_support(self.network, query, step, has_regions)
         penalty = self.prior.penalty(prediction, self.settings.gamma)
+        if self.device.type == "cpu":
+            (self.penalised.add if penalty > 0 else self.penalised.discard)(query)
         self.seen.append((query, prediction.sizes.soft.detach(), penalty.detach()))
         return penalty
 
