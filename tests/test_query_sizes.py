@@ -145,6 +145,19 @@ def test_the_gradient_of_sizes_knows_their_calibration(bank, contract, device):
     torch.testing.assert_close(sizes.predict_beside_support(network, "query", 0, False).sizes.soft[1], by_itself[1])
 
 
+def test_a_class_that_is_lost_has_a_finite_gradient(bank, contract, device):
+    """Its probabilities on the support are rounded to zero."""
+    network = constant_probe(contract, [0.0, -300.0, 1.0]).to(device)
+    for name in ("query", "support"):
+        store(bank, name, torch.rand(16, 9, 8, 7), query_layout((9, 8, 7), (2, 2, 2)))
+    sizes = QueryVolumes(bank, ["query"], 1e-3, {"support": torch.tensor([10.0, 10.0])})
+    sizes.calibrate(network, False)
+    predicted = sizes.predict_beside_support(network, "query", 0, False).sizes.soft
+    torch.testing.assert_close(predicted, sizes.predict(network, "query", False).sizes.soft)
+    predicted.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.head.parameters())
+
+
 @pytest.mark.parametrize("centre, at_border", [(8, False), (3, True)])
 def test_organs_at_the_border_and_missing_ones_are_not_seen_whole(bank, contract, device, centre, at_border):
     network = probe_of_the_first_channel(contract).to(device)

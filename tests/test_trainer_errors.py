@@ -20,6 +20,7 @@ from trainings import (
     trained,
 )
 
+from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.backbones.store import load_weights, save_backbone
 from fsefs_nnunet.cases.preprocessed import require_labels
 from fsefs_nnunet.errors import InputError
@@ -254,3 +255,20 @@ def test_a_bank_that_cannot_be_written(work, monkeypatch):
         InputError, match=r"fseft_features/.* cannot be written \(Permission denied\): make it writable"
     ):
         trainer.run_training()
+
+
+def test_a_training_that_diverges_ends(work):
+    """What would be a checkpoint of NaN is none; the last good one stays."""
+    trainer = make_trainer(work)
+    latest, train_step = Path(trainer.output_folder, "checkpoint_latest.pth"), trainer.train_step
+
+    def spoil(batch: dict) -> dict:
+        if trainer.current_epoch == 1:
+            with torch.no_grad():
+                trainer.network.head.bias[0] = float("nan")
+        return train_step(batch)
+
+    trainer.train_step = spoil
+    with pytest.raises(InputError, match="The training diverged: in epoch 1 a weight became NaN"):
+        trainer.run_training()
+    assert all(weight.isfinite().all() for weight in read_checkpoint(latest)["network_weights"].values())

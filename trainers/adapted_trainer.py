@@ -123,6 +123,7 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
         return run
 
     def on_epoch_end(self):
+        self.refuse_divergence()
         last = self.current_epoch == self.num_epochs - 1
         if not last and (self.current_epoch + 1) % self.progress_png_every:
             self.logger.plot_progress_png = lambda output_folder: None
@@ -131,6 +132,14 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
         finally:
             self.logger.__dict__.pop("plot_progress_png", None)
         self.stop_at_plateau()
+
+    def refuse_divergence(self) -> None:
+        """Raises InputError if a weight is NaN or infinite; the checkpoint of the epoch before stays."""
+        if not all(parameter.isfinite().all() for parameter in self.network.parameters()):
+            raise InputError(
+                f"The training diverged: in epoch {self.current_epoch} a weight became NaN or infinite. Look at images "
+                "and labels of the support, or set fseft_lambda to 0 in the plans, and train anew."
+            )
 
     def stop_at_plateau(self) -> None:
         """End the training by the published rule, if the plans want it; the losses lie in every checkpoint."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_CASES = 5  # each costs as much as a query once an epoch
 MAX_SCALE = 8.0  # a class that is all but lost says nothing of how much pooling takes
+LEAST_SIZE = 1e-30  # in ml; gradients relative to smaller ones overflow
 
 
 class QueryVolumes:
@@ -84,8 +85,10 @@ class QueryVolumes:
             return prediction
         case = [*self.support_ml][step % len(self.support_ml)]
         size = self._volume(case).predict(network, has_regions).sizes.soft
-        shown = (self.support_ml[case].to(size) > 0) & (size.detach() > 0)
-        relative = torch.where(shown, size / size.detach(), 1.0)  # 1, but not its gradient
+        # probabilities may all be rounded to zero, and the gradient of 0 / 0 is NaN even where it is not chosen
+        shown = (self.support_ml[case].to(size) > 0) & (size.detach() > LEAST_SIZE)
+        size = torch.where(shown, size, 1.0)
+        relative = size / size.detach()  # 1, but not its gradient
         return replace(prediction, sizes=replace(prediction.sizes, soft=prediction.sizes.soft / relative))
 
 
