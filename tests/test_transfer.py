@@ -83,12 +83,51 @@ def climbing(file):
         archive.writestr("../evil.npy", b"")
 
 
+def absolute(file):
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("/evil.npy", b"")
+
+
+def roundabout(file):
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("phantom_1//evil.npy", b"")
+
+
+def described_by_nothing(file):
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("phantom_1/evil.json", "[]")
+
+
+def scrambled(file):
+    """Compressed by hand, then altered."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("phantom_1/a.npy", bytes(range(256)) * 1000)
+    content = bytearray(file.read_bytes())
+    content[60:200] = b"\xff" * 140
+    file.write_bytes(content)
+
+
 def missing(file):
     file.unlink()
 
 
+def folder(file):
+    file.unlink(), file.mkdir()
+
+
 @pytest.mark.parametrize(
-    "damage, said", [(cut, "is damaged"), (text, "is damaged"), (climbing, "no file that"), (missing, "There is no")]
+    "damage, said",
+    [
+        (cut, "is damaged"),
+        (text, "is damaged"),
+        (scrambled, "is damaged"),
+        (described_by_nothing, "is damaged"),
+        (climbing, "no file that"),
+        (absolute, "no file that"),
+        (roundabout, "no file that"),
+        (missing, "There is no"),
+        (folder, "is a folder"),
+    ],
 )
 def test_files_that_nobody_exported(machines, capsys, damage, said):
     choose, file = machines
@@ -98,7 +137,13 @@ def test_files_that_nobody_exported(machines, capsys, damage, said):
     assert main(["bank", "-d", "9", "--import", str(file)]) == 2
     error = capsys.readouterr().err
     assert said in error and str(file) in error and "Traceback" not in error
-    assert not root.exists()
+    assert not [*root.rglob("*.np*"), *root.rglob("*.part")]
+
+
+@pytest.mark.parametrize("name", [".", "nowhere/bank.zip"])
+def test_an_export_that_cannot_be_written(machines, tmp_path, capsys, name):
+    assert main(["bank", "-d", "9", "--export", str(tmp_path / name)]) == 2
+    assert "cannot be written: give a file in a folder" in capsys.readouterr().err
 
 
 def test_nothing_to_export(machines, capsys):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -15,6 +17,8 @@ from fsefs_nnunet.features.disk import bank_folder, list_banks, require_space
 from fsefs_nnunet.files import gigabytes, read_json, refused_if_unwritable, replacing, sha256_of
 
 ENTRY, FEATURES = ".json", ".npy"
+# what an archive may hold: <backbone>_<key>/<entry>, so that nothing is written elsewhere
+_IN_A_BANK = re.compile(r"[^/\\:.][^/\\:]*_[^/\\:]+/[^/\\.][^/\\]*(\.json|\.npy)")
 
 
 def damaged_entries(folder: Path) -> list[str]:
@@ -49,6 +53,8 @@ def export_banks(dataset_id: int | str, file: Path) -> None:
     Raises:
         InputError: if there are none, or `file` cannot be written.
     """
+    if file.is_dir() or not file.parent.is_dir():
+        raise InputError(f"{file} cannot be written: give a file in a folder that exists.")
     root = bank_folder(dataset_id)
     parts = [
         part for bank in list_banks(root) for ending in (FEATURES, ENTRY) for part in bank.folder.glob(f"*{ending}")
@@ -73,9 +79,9 @@ def import_banks(dataset_id: int | str, file: Path) -> None:
     """
     root = bank_folder(dataset_id)
     with _opened(file) as archive, refused_if_unwritable(root.parent):
-        names = [PurePosixPath(name) for name in archive.namelist()]
-        if any(len(name.parts) != 2 or ".." in name.parts or name.suffix not in (ENTRY, FEATURES) for name in names):
+        if not all(map(_IN_A_BANK.fullmatch, archive.namelist())):
             raise InputError(f"{file} is no file that `fseft bank --export` wrote.")
+        names = [PurePosixPath(name) for name in archive.namelist()]
         _require_backbones(archive, names, root.parent, file)
         missing = [name for name in names if not (root / name).exists()]
         require_space(root, sum(archive.getinfo(str(name)).file_size for name in missing), None)
@@ -93,19 +99,27 @@ def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(file) as archive:
             yield archive
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise InputError(
             f"{file} is damaged, or no file that `fseft bank --export` wrote ({error}): export again."
         ) from error
     except FileNotFoundError as error:
         raise InputError(f"There is no {file}.") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{file} is a folder: give the file that `fseft bank --export` wrote.") from error
 
 
 def _require_backbones(archive: zipfile.ZipFile, names: list[PurePosixPath], preprocessed: Path, file: Path) -> None:
     theirs = {}
     for name in names:
         if name.suffix == ENTRY:
-            theirs[json.loads(archive.read(str(name)))["key"]["recipe"]["backbone"]] = name.parts[0].rsplit("_", 1)[0]
+            try:
+                backbone = json.loads(archive.read(str(name)))["key"]["recipe"]["backbone"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{file} is damaged: its {name} describes no entry of a bank. Export again."
+                ) from error
+            theirs[backbone] = name.parts[0].rsplit("_", 1)[0]
     ours = {}
     for plans in preprocessed.glob("*.json"):
         content = read_json(plans)
