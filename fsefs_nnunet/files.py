@@ -42,15 +42,15 @@ def replacing(file: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def refused_if_unwritable(folder: str | Path) -> Iterator[None]:
-    """Raises InputError where a folder turns out to be read-only."""
+    """Raises InputError where a folder turns out to be read-only, or another folder lies in a file's place."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
             raise
+        file = error.filename2 or error.filename or folder
         raise InputError(
-            f"{error.filename or folder} cannot be written ({error.strerror}): make it writable, or choose another "
-            "folder."
+            f"{file} cannot be written ({error.strerror}): make it writable, or choose another folder."
         ) from error
 
 

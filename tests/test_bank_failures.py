@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from contextlib import suppress
 
@@ -242,6 +243,29 @@ def test_an_entry_keeps_a_label_map(bank, images):
     assert bank.fill([request]) == 1
     file.unlink()
     assert bank.fill([request]) == 1
+    for other in (labels + 1, labels[:, :8]):
+        np.save(file, other)
+        assert bank.fill([request]) == 1
     np.testing.assert_array_equal(bank["v"].labels, labels)
     assert bank.fill([request_of("v", images["a"], made={"view": 2}, labels=make)]) == 1
     assert json.loads(next(bank.folder.glob("v_*.json")).read_text())["key"]["case"] == "v"
+
+
+def test_an_entry_whose_description_was_altered(bank, images):
+    bank.fill(requests(images, "a"))
+    (file,) = bank.folder.glob("a_*.json")
+    content = json.loads(file.read_text())
+    sums = content["sums"]
+    for altered in (sums[:3], [float("nan"), *sums[1:]], ["x"] * len(sums), None):
+        file.write_text(json.dumps({**content, "sums": altered}))
+        assert make_bank(bank.root, bank.backbone).fill(requests(images, "a")) == 1
+
+
+@pytest.mark.parametrize("ending", [".npy", ".json"])
+def test_a_folder_in_the_place_of_a_file(bank, images, ending):
+    bank.fill(requests(images, "a"))
+    (file,) = bank.folder.glob(f"a_*{ending}")
+    file.unlink(), file.mkdir()
+    with pytest.raises(InputError, match=f"{re.escape(str(file))} cannot be written"):
+        make_bank(bank.root, bank.backbone).fill(requests(images, "a"))
+    assert not [*bank.folder.glob(f"*{PART}")]

@@ -20,6 +20,7 @@ from trainings import (
     labels_of,
     make_trainer,
     predicted,
+    save_case,
     splits_of,
     text_of,
     trained,
@@ -408,3 +409,14 @@ def test_other_labels_of_a_support_case_make_other_views_of_it(work):
     trainer = make_trainer(work)
     trainer.on_train_start()
     assert trainer.run.windows == 1  # the view alone
+
+
+def test_a_thin_support_case_is_said_to_make_thin_crops(work):
+    trainer = make_trainer(work, epochs=1, fseft_lambda=0.0)
+    trainer.initialize()
+    thin = trainer.do_split()[0][0]
+    data, labels, _, properties = trainer.load_case(thin)
+    data, labels = (np.array(array[:])[..., :3] for array in (data, labels))
+    save_case(work, trainer.dataset_class, thin, data, labels, properties)
+    trainer.run_training()
+    assert "Crops have [12, 12, 3] voxels, not [12, 12, 12]: along each axis, the shortest" in text_of(trainer)

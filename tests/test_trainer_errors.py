@@ -190,6 +190,8 @@ def test_model_whose_support_is_no_longer_preprocessed(work):
         ({"fseft_lambda": "0.1"}, "fseft_lambda .* is '0.1': make it a number"),
         ({"fseft_steps_per_epoch": 0}, "fseft_steps_per_epoch .* is 0: make it a whole number from 1 on"),
         ({"fseft_crop_size": [12, 12]}, "fseft_crop_size .*: make it three whole numbers"),
+        ({"patch_size": [24, 24]}, r"patch_size .* is \[24, 24\]: make it three whole numbers"),
+        ({"patch_size": [24, 24.5, 24]}, "patch_size .*: make it three whole numbers"),
         ({"fseft_stop_at_plateau": "no"}, "fseft_stop_at_plateau .*: make it true or false"),
         ({"fseft_seed": None}, "fseft_seed .* is None: make it a whole number"),
         ({"fseft_lamda": 0.5}, "'fseft_lamda' of .* is no key of ours: did you mean 'fseft_lambda'"),

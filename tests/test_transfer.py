@@ -6,7 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from banks import make_bank, make_images, requests
+from banks import make_bank, make_images, request_of, requests
 
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.features.disk import BANK_FOLDER
@@ -168,3 +168,14 @@ def test_damage_that_neither_size_nor_time_shows(machines, capsys):
     assert "2 entries" in said and f"Removed: {npy.stem}" in said
     assert make_bank(bank.root, bank.backbone).fill(requests(images)) == 1
     assert main(["bank", "-d", "9", "--verify"]) == 0 and "0 of them damaged" in capsys.readouterr().out
+
+
+def test_an_altered_label_map_of_a_view(machines, capsys):
+    choose, _ = machines
+    bank, images = choose("gpu")
+    labels = np.zeros((1, 16, 16, 20), np.int8)
+    bank.fill([request_of("v", images["a"], made={"view": 1}, labels=lambda: labels)])
+    (file,) = bank.folder.glob("v_*.labels.npy")
+    np.save(file, labels + 1)
+    assert main(["bank", "-d", "9", "--verify"]) == 0
+    assert "1 of them damaged" in capsys.readouterr().out

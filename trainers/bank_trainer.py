@@ -63,7 +63,13 @@ class BankTrainer(AdaptedTrainer):
                 self.bank, segmentations, settings.crop_size, settings.crops_per_step, seed, regions, ignored
             )
 
-        return loader(0, [*self.run.support, *self.views.names]), loader(1, self.run.support)
+        crops = loader(0, [*self.run.support, *self.views.names])
+        if (crops.crop_size < settings.crop_size).any():
+            self.print_to_log_file(
+                f"Crops have {crops.crop_size.tolist()} voxels, not {list(settings.crop_size)}: along each axis, the "
+                "shortest support case sets them for all."
+            )
+        return crops, loader(1, self.run.support)
 
     # ---- before training ----
 

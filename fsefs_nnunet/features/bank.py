@@ -23,7 +23,7 @@ from fsefs_nnunet.cases.preprocessed import require_finite
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.arrays import mapped, new_files
 from fsefs_nnunet.features.disk import BANK_FOLDER, require_space, used_bytes
-from fsefs_nnunet.features.entry import Entry, EntryKey, short_hash, stamp_of
+from fsefs_nnunet.features.entry import LABELS, Entry, EntryKey, short_hash, stamp_of
 from fsefs_nnunet.features.layout import Layout
 from fsefs_nnunet.features.memory import memory_warnings
 from fsefs_nnunet.features.packing import Blocks, Boxes, Overflow, Packing, Sums, as_half
@@ -277,8 +277,10 @@ class FeatureBank:
                 "square_sums": sums.square_sums.tolist() if sums else None,
             }
             if request.labels is not None:
-                with replacing(self.folder / f"{name}.labels.npy") as part, open(part, "wb") as f:
+                labels = self.folder / f"{name}{LABELS}"
+                with replacing(labels) as part, open(part, "wb") as f:
                     np.save(f, request.labels())
+                content["labels_sha256"] = sha256_of(labels)
             write_atomically(self.folder / f"{name}.json", json.dumps(content))
 
     # ---- reading ----
@@ -305,14 +307,25 @@ class FeatureBank:
             flat = mapped(npy)
             if flat.shape != (packing.size,):
                 return False
-            labels = None if request.labels is None else np.load(self.folder / f"{key.name}.labels.npy")
-            sums = [content[name] and np.array(content[name]) for name in ("sums", "square_sums")]
+            sums = [content[name] and np.array(content[name], float) for name in ("sums", "square_sums")]
+            if not all(s is None or (s.shape == (packing.tiling.channels,) and np.isfinite(s).all()) for s in sums):
+                return False
+            labels = None if request.labels is None else self._labels_of(key, content)
             # mapped from here on, so that it can be read even if the bank is cleared meanwhile
             self._flats[key.case] = flat
-            self._entries[key.case] = Entry(packing, packing.unpack(flat), *sums, labels, content["precision"])
+            self._entries[key.case] = Entry(packing, packing.unpack(flat), *sums, labels, str(content["precision"]))
         except (OSError, EOFError, ValueError, KeyError, TypeError):
             return False
         return True
+
+    def _labels_of(self, key: EntryKey, content: dict) -> np.ndarray:
+        """The label map of a view. Raises ValueError if it is not the one that belongs to the entry."""
+        file = self.folder / f"{key.name}{LABELS}"
+        labels = np.load(file)
+        noted = content.get("labels_sha256")  # not by earlier versions
+        if labels.shape[1:] != key.layout.shape or (noted and sha256_of(file) != noted):
+            raise ValueError(f"{file} was altered.")
+        return labels
 
     def forget_pages(self) -> None:
         """Release the pages of mapped files; what is needed again is read again.

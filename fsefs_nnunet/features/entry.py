@@ -14,6 +14,8 @@ from fsefs_nnunet.features.layout import Layout
 from fsefs_nnunet.features.map_crops import MapCrops
 from fsefs_nnunet.features.packing import Packing
 
+LABELS = ".labels.npy"  # ends the name of the file with a view's label map
+
 
 @dataclass(frozen=True)
 class EntryKey:

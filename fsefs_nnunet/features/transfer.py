@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from fsefs_nnunet.errors import InputError, several
 from fsefs_nnunet.features.disk import bank_folder, list_banks, require_space
+from fsefs_nnunet.features.entry import LABELS
 from fsefs_nnunet.files import gigabytes, read_json, refused_if_unwritable, replacing, sha256_of
 
 ENTRY, FEATURES = ".json", ".npy"
@@ -22,12 +23,15 @@ _IN_A_BANK = re.compile(r"[^/\\:.][^/\\:]*_[^/\\:]+/[^/\\.][^/\\]*(\.json|\.npy)
 
 
 def damaged_entries(folder: Path) -> list[str]:
-    """Names of the entries of a bank whose features have changed since they were written."""
+    """Names of the entries of a bank whose features or label maps have changed since they were written."""
     damaged = []
     for file in tqdm(sorted(folder.glob(f"*{ENTRY}")), desc=f"verifying {folder.name}"):
         features = file.with_suffix(FEATURES)
         try:
-            sound = sha256_of(features) == json.loads(file.read_text("utf-8"))["features_sha256"]
+            content = json.loads(file.read_text("utf-8"))
+            sound = sha256_of(features) == content["features_sha256"]
+            if noted := content.get("labels_sha256"):
+                sound &= sha256_of(file.with_suffix(LABELS)) == noted
         except (OSError, ValueError, KeyError, TypeError):
             sound = False
         if not sound:

@@ -131,6 +131,9 @@ class Settings:
                 near = get_close_matches(key, known, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
                 raise InputError(f"{key!r} of {where} is no key of ours: {hint}")
+        window = configuration.get("patch_size", (1, 1, 1))
+        if not _SIZE[0](window):
+            raise InputError(f"patch_size of {where} is {window!r}: make it {_SIZE[1]}.")
         values = {}
         for key, f in known.items():
             if key not in configuration and f.default is not MISSING:
