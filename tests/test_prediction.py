@@ -470,6 +470,16 @@ def test_mistakes_are_told_in_a_sentence(work, capsys, break_it, sentence):
     assert code == 2 and sentence in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("options", [(), ("--inductive",)])
+def test_weights_of_a_training_that_diverged(work, capsys, options):
+    weights = read_checkpoint(model_folder(work) / "fold_0" / "checkpoint_final.pth")["network_weights"]
+    weights["head.bias"][0] = float("nan")
+    edit_checkpoint(work, network_weights=weights)
+    assert predict(work, "output", *options) == 2
+    assert "holds weights that are NaN or infinite" in capsys.readouterr().err
+    assert not (work.root / "output").exists()
+
+
 def test_without_the_results_folder(work, monkeypatch, capsys):
     monkeypatch.delenv("nnUNet_results")
     assert os.environ.get("nnUNet_results") is None

@@ -65,6 +65,9 @@ class TrainedModel:
         self.label_manager = self.plans_manager.get_label_manager(self.dataset_json)
         checkpoints = [read_checkpoint(file) for file in self.files]
         self.weights = [content["network_weights"] for content in checkpoints]
+        for file, weights in zip(self.files, self.weights):
+            if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
+                raise InputError(f"{file} holds weights that are NaN or infinite: its training diverged, train again.")
         without = [file for file, content in zip(self.files, checkpoints) if PRIOR_KEY not in content]
         keys = self.configuration.configuration
         if not is_k_shot(keys) or without:
