@@ -57,7 +57,7 @@ def dice_of(predictions: Path, source: Path, queries: list[str]) -> dict[str, fl
             if b.any():
                 scores[name].append(2 * (a & b).sum() / (a.sum() + b.sum()))
     means = {name: float(np.mean(values)) for name, values in scores.items()}
-    return {name: round(value, 3) for name, value in {**means, "mean": np.mean([*means.values()])}.items()}
+    return {name: round(value, 3) for name, value in {**means, "mean": float(np.mean([*means.values()]))}.items()}
 
 
 def main() -> None:
