@@ -38,7 +38,7 @@ class RecomputedEntry(Entry):
     """Crops of a volume whose features are computed each time, in the window that holds the crop."""
 
     def __init__(self, entry: Entry, image: torch.Tensor, backbone: FrozenBackbone, window: list[int]):
-        super().__init__(entry.packing, entry.arrays, entry.sums, entry.square_sums)
+        super().__init__(entry.packing, entry.flat, entry.sums, entry.square_sums)
         object.__setattr__(self, "recompute", (image, backbone, window))
 
     def crop(self, start, size) -> MapCrops:

@@ -1,4 +1,4 @@
-"""Cells on the same frozen backbone: trained one after another, predicted together, the backbone run once a volume."""
+"""Cells on the same frozen backbone: trained one after another, predicted together from shared features."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def _predict_together(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, in
             continue
         with part_folder(waiting[0].predictions / case, "features") as folder:
             try:
-                volume = predictors[waiting[0]].read(files, folder)
+                looks_again = len(waiting) > 1 or waiting[0].method.transductive
+                volume = predictors[waiting[0]].read(files, folder if looks_again else None)
             except Exception as error:  # readers of broken files raise whatever they like
                 failures |= dict.fromkeys(predictors, f"{files[0]} was not segmented: {error}")
                 break

@@ -1,4 +1,4 @@
-"""FeatureBank: the frozen backbone runs once over each volume; all folds, shots, seeds and adapters read the result."""
+"""FeatureBank: what the frozen backbone gives of each volume, stored for all folds, shots, seeds and adapters."""
 
 from __future__ import annotations
 
@@ -98,7 +98,6 @@ class FeatureBank:
         self.folder = self.root / f"{backbone.contract.id}_{short_hash(json.dumps(self.recipe, sort_keys=True))}"
         self.windows = 0
         self._entries: dict[str, Entry] = {}
-        self._flats: dict[str, np.ndarray] = {}
 
     @classmethod
     def of_configuration(
@@ -312,8 +311,7 @@ class FeatureBank:
                 return False
             labels = None if request.labels is None else self._labels_of(key, content)
             # mapped from here on, so that it can be read even if the bank is cleared meanwhile
-            self._flats[key.case] = flat
-            self._entries[key.case] = Entry(packing, packing.unpack(flat), *sums, labels, str(content["precision"]))
+            self._entries[key.case] = Entry(packing, flat, *sums, labels, str(content["precision"]))
         except (OSError, EOFError, ValueError, KeyError, TypeError):
             return False
         return True
@@ -332,7 +330,7 @@ class FeatureBank:
 
         The system would reclaim them, too, but until then counts them as the training's memory.
         """
-        for flat in self._flats.values():
+        for flat in (entry.flat for entry in self._entries.values()):
             if isinstance(flat, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
                 flat._mmap.madvise(mmap.MADV_DONTNEED)
 

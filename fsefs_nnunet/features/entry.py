@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -48,18 +49,23 @@ def stamp_of(file: Path) -> list[int]:
 class Entry:
     """Stored features of a volume.
 
-    arrays: (C, x, y, z) by box and map, memory-mapped, as `packing` unpacks them.
+    flat: all that `packing` keeps, memory-mapped.
     sums, square_sums: (C,) over the volume, None if no request needed them.
     labels: label map (1, X, Y, Z) of a view.
     precision: that the backbone ran in, for the record.
     """
 
     packing: Packing
-    arrays: list[list[np.ndarray]]
+    flat: np.ndarray
     sums: np.ndarray | None = None
     square_sums: np.ndarray | None = None
     labels: np.ndarray | None = None
     precision: str = ""
+
+    @cached_property
+    def arrays(self) -> list[list[np.ndarray]]:
+        """(C, x, y, z) by box and map."""
+        return self.packing.unpack(self.flat)
 
     @property
     def layout(self) -> Layout:

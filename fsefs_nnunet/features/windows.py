@@ -14,7 +14,7 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.memory import blending_device
 from fsefs_nnunet.features.tiling import Tiling
 
-MOST_WINDOWS = 8  # of a batch: more were no faster on the GPUs tried
+LARGEST_BATCH = 8  # windows
 SHARE_OF_FREE_MEMORY = 0.6  # of a GPU's, for the activations of a batch
 
 
@@ -96,7 +96,7 @@ class _Batches:
         if learning:
             taken = max(torch.cuda.max_memory_allocated(self.device) - before, 1)
             free = torch.cuda.mem_get_info(self.device)[0]
-            self.size = max(1, min(MOST_WINDOWS, int(SHARE_OF_FREE_MEMORY * free / taken)))
+            self.size = max(1, min(LARGEST_BATCH, int(SHARE_OF_FREE_MEMORY * free / taken)))
         return maps
 
     def _forward(self, windows: torch.Tensor, autocast: bool) -> list[torch.Tensor]:
