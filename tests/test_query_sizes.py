@@ -21,6 +21,22 @@ def test_every_query_is_visited_once_a_round(bank):
     assert [sizes.rotating(step, 4) for step in range(28)] != sum(rounds, [])
 
 
+@pytest.mark.parametrize(
+    ("queries", "steps", "looks"),
+    [(40, 8, [1] * 8), (8, 8, [1] * 8), (5, 8, [1, 0, 1, 0, 1, 1, 0, 1]), (4, 8, [1, 0] * 4), (1, 8, [1, 0] * 4)]
+    + [(3, 1, [1]), (1, 3, [1, 0, 1])],
+)
+def test_few_queries_are_looked_at_once_an_epoch(bank, queries, steps, looks):
+    sizes = QueryVolumes(bank, [f"q{i}" for i in range(queries)], 1.0)
+    visits = [[sizes.visit(epoch, step, steps) for step in range(steps)] for epoch in range(3)]
+    assert [visit is not None for visit in visits[0]] == looks
+    assert sizes.visits(steps) == sum(looks)
+    flat = [visit for epoch in visits for visit in epoch if visit is not None]
+    assert flat == [*range(3 * sum(looks))]  # none of a round is left out
+    if steps / 2 <= queries <= steps:
+        assert sorted(sizes.rotating(visit, 3) for visit in flat[:queries]) == sorted(sizes.queries)
+
+
 def constant_probe(contract, logits: list[float]) -> AdaptedNetwork:
     network = AdaptedNetwork(1, len(logits), "phantom", contract.sha256, "linear_probe", "last", None, len(logits))
     with torch.no_grad():

@@ -284,6 +284,10 @@ def test_size_prior_pulls_the_queries_sizes_towards_it(work):
     trainer.on_train_epoch_start()
     for _ in range(12):
         trainer.train_step(next(trainer.dataloader_train))
+    looks = trainer.query_volumes.visits(12)
+    assert len(trainer.seen) == looks < 12
+    trainer.dataloader_train.step = 1
+    assert trainer.penalty().item() == pytest.approx(trainer.seen[-1][2].item() * 12 / looks)  # as if each step looked
     mean_penalty()
     assert penalties[0] > 0.1
     assert penalties[1] < 0.8 * penalties[0]

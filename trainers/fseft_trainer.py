@@ -156,11 +156,13 @@ class FSEFTTrainer(BankTrainer):
         self.query_volumes.calibrate(self.network, self.label_manager.has_regions, found)
 
     def penalty(self) -> torch.Tensor | None:
-        """L_TI of the step's query; None while the prior is not used, or, on a CPU, where it is zero."""
-        if not self.prior_counts:
+        """L_TI of the step's query; None where none is looked at or, on a CPU, where it is zero."""
+        steps, step = self.num_iterations_per_epoch, self.dataloader_train.step - 1
+        visit = self.query_volumes.visit(self.current_epoch, step, steps) if self.prior_counts else None
+        if visit is None:
             return None
-        step, has_regions = self.training_step, self.label_manager.has_regions
-        query = self.query_volumes.rotating(step, self.settings.seed)
+        has_regions = self.label_manager.has_regions
+        query = self.query_volumes.rotating(visit, self.settings.seed)
         # most sizes are as expected and give no gradient; on a GPU, the comparison would wait for the kernels
         if self.device.type == "cpu" and query not in self.penalised:
             with torch.no_grad():
@@ -169,12 +171,12 @@ class FSEFTTrainer(BankTrainer):
             if penalty == 0:
                 self.seen.append((query, prediction.sizes.soft, penalty))
                 return None
-        prediction = self.query_volumes.predict_beside_support(self.network, query, step, has_regions)
+        prediction = self.query_volumes.predict_beside_support(self.network, query, visit, has_regions)
         penalty = self.prior.penalty(prediction, self.settings.gamma)
         if self.device.type == "cpu":
             (self.penalised.add if penalty > 0 else self.penalised.discard)(query)
         self.seen.append((query, prediction.sizes.soft.detach(), penalty.detach()))
-        return penalty
+        return penalty * (steps / self.query_volumes.visits(steps))
 
     def describe_epoch(self, epoch: int) -> dict:
         described = super().describe_epoch(epoch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
+from math import ceil
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,10 +49,22 @@ class QueryVolumes:
         features = torch.from_numpy(np.array(entry.blocks))[None]
         return QueryVolume(features, block_voxels(entry.layout.shape, entry.layout.pool) * self.voxel_ml)
 
-    def rotating(self, step: int, seed: int) -> str:
-        """The query of training step `step`: each once in a round, every round in a new seeded order."""
-        order = np.random.default_rng((seed, step // len(self.queries))).permutation(len(self.queries))
-        return self.queries[order[step % len(self.queries)]]
+    def visits(self, steps: int) -> int:
+        """How many of the `steps` of an epoch look at a query, each at another one where there are enough.
+
+        Within an epoch the sizes of a query hardly change, so none is looked at twice, unless half the steps need it.
+        """
+        return min(steps, max(len(self.queries), ceil(steps / 2)))
+
+    def visit(self, epoch: int, step: int, steps: int) -> int | None:
+        """Number, in the whole training, of the look of step `step` of an epoch's `steps`; None where it takes none."""
+        visits = self.visits(steps)
+        return epoch * visits + step * visits // steps if step * visits % steps < visits else None
+
+    def rotating(self, visit: int, seed: int) -> str:
+        """The query of a visit: each once in a round, every round in a new seeded order."""
+        order = np.random.default_rng((seed, visit // len(self.queries))).permutation(len(self.queries))
+        return self.queries[order[visit % len(self.queries)]]
 
     @torch.no_grad()
     def calibrate(self, network: AdaptedNetwork, has_regions: bool, found: torch.Tensor | float = 1.0) -> None:
@@ -73,7 +86,7 @@ class QueryVolumes:
         return replace(self._volume(query), scale=self.scale).predict(network, has_regions)
 
     def predict_beside_support(
-        self, network: AdaptedNetwork, query: str, step: int, has_regions: bool
+        self, network: AdaptedNetwork, query: str, visit: int, has_regions: bool
     ) -> VolumePrediction:
         """What `predict` gives, with a gradient of the sizes that knows that `scale` depends on the network.
 
@@ -83,7 +96,7 @@ class QueryVolumes:
         prediction = self.predict(network, query, has_regions)
         if not self.support_ml:
             return prediction
-        case = [*self.support_ml][step % len(self.support_ml)]
+        case = [*self.support_ml][visit % len(self.support_ml)]
         size = self._volume(case).predict(network, has_regions).sizes.soft
         # probabilities may all be rounded to zero, and the gradient of 0 / 0 is NaN even where it is not chosen
         shown = (self.support_ml[case].to(size) > 0) & (size.detach() > LEAST_SIZE)
