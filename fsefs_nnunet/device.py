@@ -42,6 +42,14 @@ def reduced_precision(device: torch.device, depth: int = THIN + 1) -> torch.auto
     return torch.autocast(device.type, enabled=device.type == "cuda" or on_cpu)
 
 
+def precision_name(device: torch.device) -> str:
+    """What `reduced_precision` computes convolutions in."""
+    with reduced_precision(device):
+        reduced = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if reduced else torch.float32
+    return str(dtype).removeprefix("torch.") + (" autocast" if reduced else "")
+
+
 def native_bfloat16() -> bool:
     """Whether this processor has instructions for bfloat16."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say

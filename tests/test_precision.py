@@ -4,7 +4,10 @@ import pytest
 import torch
 from test_network import build, randomised
 
-from fsefs_nnunet.device import native_bfloat16, reduced_precision, unless_thin
+from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.device import native_bfloat16, precision_name, reduced_precision, unless_thin
+from fsefs_nnunet.features.tiling import Tiling
+from fsefs_nnunet.features.windows import run_windows
 
 CPU = torch.device("cpu")
 NATIVE, OTHERS = {"avx512_bf16": True}, {"avx2": True, "avx512_bf16": False}
@@ -51,6 +54,21 @@ def test_numbers_of_both_precisions(monkeypatch, contract, depth, reduced):
     for made, exact in zip(adapted(contract, depth), expected):
         assert made.dtype == torch.float32 and torch.equal(made, exact) == (not reduced)
         assert (made - exact).norm() < 0.02 * exact.norm()
+
+
+def test_features_in_bfloat16(monkeypatch, contract):
+    """Windows through the backbone, blended in float32: within two percent of float32's."""
+    backbone, image = FrozenBackbone("phantom", "skips"), torch.rand(1, 40, 32, 32)
+    tiling = Tiling.of(image.shape[1:], (32, 32, 32), backbone.maps)
+    made = []
+    for capabilities, name in ((OTHERS, "float32"), (NATIVE, "bfloat16 autocast")):
+        pretend(monkeypatch, capabilities)
+        assert precision_name(CPU) == name
+        slabs = [slab.maps for slab in run_windows(backbone, image, tiling, CPU)]
+        made.append([torch.cat(parts, 1) for parts in zip(*slabs)])
+    for exact, reduced in zip(*made):
+        assert reduced.dtype == torch.float32 and not torch.equal(exact, reduced)
+        assert (reduced - exact).norm() < 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize("depth", [pytest.param(2), 3])

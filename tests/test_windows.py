@@ -21,12 +21,12 @@ from fsefs_nnunet.methods.network import AdaptedNetwork
 from fsefs_nnunet.synthetic import phantom
 
 
-def test_volume_of_one_window_is_one_forward(backbone):
+def test_volume_of_one_window_is_one_forward(backbone, float32):
     image = torch.rand(1, *WINDOW)
     torch.testing.assert_close(full_features(backbone, image), backbone(image[None])[0][0])
 
 
-def test_volume_smaller_than_the_window_is_padded(backbone):
+def test_volume_smaller_than_the_window_is_padded(backbone, float32):
     image = torch.rand(1, 10, 16, 7)
     features = full_features(backbone, image)
     padded = torch.zeros(1, *WINDOW)
@@ -60,7 +60,7 @@ def skips():
 
 
 @pytest.mark.parametrize("shape, window", [((37, 24, 18), WINDOW), ((16, 41, 20), WINDOW), ((53, 9, 16), (32, 16, 8))])
-def test_slabs_are_the_blended_windows(skips, shape, window):
+def test_slabs_are_the_blended_windows(skips, float32, shape, window):
     image = torch.rand((1, *shape), generator=torch.Generator().manual_seed(0))
     tiling, maps = whole_maps(skips, image, window)
     assert tiling.num_windows > 1

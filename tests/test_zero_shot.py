@@ -134,7 +134,7 @@ def expected_segmentation(logits: torch.Tensor, rows: dict[int, int]) -> np.ndar
     return np.array([0, *rows])[stack.argmax(0).numpy()]
 
 
-def test_several_windows_and_classes_that_compete(workspace, tmp_path, monkeypatch):
+def test_several_windows_and_classes_that_compete(workspace, tmp_path, monkeypatch, float32):
     """The model's own segmentation as stock nnU-Net makes it; what the dataset does not name is background."""
     monkeypatch.setenv("fseft_backbones", str(tmp_path / "backbones"))
     labels = {"background": 0, "liver": 1, "tumour": 2, "spleen": 3, "aorta": 4}

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.cases.preprocessed import require_finite
+from fsefs_nnunet.device import precision_name
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.arrays import mapped, new_files
 from fsefs_nnunet.features.disk import BANK_FOLDER, require_space, used_bytes
@@ -271,7 +272,7 @@ class FeatureBank:
                 **stamp,
                 "features": stamp_of(npy),
                 "features_sha256": sha256_of(npy),
-                "precision": "float16 autocast" if self.device.type == "cuda" else "float32",
+                "precision": precision_name(self.device),
                 "sums": sums.sums.tolist() if sums else None,
                 "square_sums": sums.square_sums.tolist() if sums else None,
             }

@@ -10,6 +10,7 @@ import torch
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from torch import nn
 
+from fsefs_nnunet.device import reduced_precision
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.memory import blending_device
 from fsefs_nnunet.features.tiling import Tiling
@@ -36,8 +37,8 @@ def run_windows(network: nn.Module, image: torch.Tensor, tiling: Tiling, device:
     """Run a network over a volume in slabs along its first axis; the length of that axis does not affect memory.
 
     Windows are weighted by nnU-Net's Gaussian and blended in float32, each map at its own resolution, on the device
-    unless it is too small for a slab. On CUDA the network runs under autocast, as in nnU-Net's predictor; a batch that
-    overflows runs again in float32.
+    unless it is too small for a slab. The network runs in reduced precision, on CUDA as in nnU-Net's predictor; a batch
+    that overflows float16 runs again in float32.
 
     Args:
         network: returns the maps that `tiling.maps` describes.
@@ -84,23 +85,23 @@ class _Batches:
     def _run(self, starts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         windows = torch.stack([self.tiling.image_window(self.image, start) for start in starts])
         if self.device.type != "cuda":
-            return self._forward(windows.to(self.device), False)
+            return self._forward(windows.to(self.device))
         learning = self.size == 1
         if learning:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
         windows = windows.pin_memory().to(self.device, non_blocking=True)
-        maps = self._forward(windows, True)
+        maps = self._forward(windows)
         if not _finite(maps):
-            maps = self._forward(windows, False)
+            maps = self.network(windows)
         if learning:
             taken = max(torch.cuda.max_memory_allocated(self.device) - before, 1)
             free = torch.cuda.mem_get_info(self.device)[0]
             self.size = max(1, min(LARGEST_BATCH, int(SHARE_OF_FREE_MEMORY * free / taken)))
         return maps
 
-    def _forward(self, windows: torch.Tensor, autocast: bool) -> list[torch.Tensor]:
-        with torch.autocast(self.device.type, enabled=autocast):
+    def _forward(self, windows: torch.Tensor) -> list[torch.Tensor]:
+        with reduced_precision(self.device):
             return self.network(windows)
 
 

@@ -70,7 +70,9 @@ class ZeroShotNetwork(nn.Module):
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
         """image (B, input_channels, X, Y, Z) -> the head's logits (B, out_channels, X, Y, Z), one map."""
-        return [self.backbone.head(self.backbone(image)[0])[:, self.head_rows]]
+        features = self.backbone(image)[0]
+        with torch.autocast(image.device.type, enabled=False):  # rounded logits would tie
+            return [self.backbone.head(features.float())[:, self.head_rows]]
 
     def outputs(self, logits: Iterable[torch.Tensor]) -> torch.Tensor:
         """The head's logits, (X, Y, Z) each -> (labels or regions, X, Y, Z), background first for labels.
