@@ -229,7 +229,7 @@ def test_embedded_backbone(workspace, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_published_architecture(workspace, tmp_path, monkeypatch):
+def test_published_architecture(workspace, tmp_path, monkeypatch, float32):
     """fseft's 29 sigmoid rows on a narrow Swin UNETR with random weights, at the spacing of the tiny dataset.
 
     However the image is stored, its segmentation lies on the same places.
