@@ -104,6 +104,7 @@ def ball(radius: int, centre: int = 8) -> torch.Tensor:
 def test_calibration_shows_every_class():
     sizes = {f"c{i}": np.array([1.0, i == 7, 0.0, i in (2, 8)]) for i in range(10)}
     assert calibration_cases(sizes, 4) == ["c0", "c1", "c2", "c3", "c4", "c7"]
+    assert calibration_cases(sizes, 4, most=2) == ["c0", "c1", "c7", "c2"]
     assert calibration_cases({"a": np.zeros(4)}, 4) == ["a"] and calibration_cases({}, 4) == []
 
 

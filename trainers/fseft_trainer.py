@@ -22,7 +22,7 @@ from fsefs_nnunet.priors.prior import SupportLabels
 from fsefs_nnunet.priors.query_volumes import QueryVolumes, calibration_cases, share_found
 from fsefs_nnunet.trainers.bank_trainer import BankTrainer
 
-CALIBRATION_VOXELS, MOST_CALIBRATION_BATCHES = 200_000, 8  # of crops of the support
+CALIBRATION_VOXELS, MOST_CALIBRATION_BATCHES = 2**17, 8  # of crops of the support, and of pooled support cases
 
 
 class FSEFTTrainer(BankTrainer):
@@ -76,7 +76,9 @@ class FSEFTTrainer(BankTrainer):
         self.support_labels = SupportLabels(support, self.classes, spacing, ignored)
         self.pooled_support = {}
         if max(self.settings.pool) > 1:  # even without a prior, so that a later training with one needs no second pass
-            cases = calibration_cases(self.support_labels.sizes_ml, len(self.classes))
+            largest = max(self.pooled(case).voxels for case in self.run.support)
+            sizes, most = self.support_labels.sizes_ml, max(CALIBRATION_VOXELS // largest, 1)
+            cases = calibration_cases(sizes, len(self.classes), most)
             self.pooled_support = {pooled_name(case): case for case in cases}
         super().fill_bank()
         self.estimate_prior()

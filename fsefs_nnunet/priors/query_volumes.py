@@ -110,9 +110,12 @@ def scale_between(pooled: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
     return torch.where(true > 0, pooled / true, 1.0).clamp(1 / MAX_SCALE, MAX_SCALE)
 
 
-def calibration_cases(sizes_ml: dict[str, np.ndarray], num_classes: int) -> list[str]:
-    """Support cases that show what pooling takes: the first few, one of each class; by sizes (classes,) in ml."""
-    cases = [*sizes_ml][:CALIBRATION_CASES]
+def calibration_cases(sizes_ml: dict[str, np.ndarray], num_classes: int, most: int = CALIBRATION_CASES) -> list[str]:
+    """Support cases that show what pooling takes: the first few, one of each class; by sizes (classes,) in ml.
+
+    most: how many, but for those that alone show a class.
+    """
+    cases = [*sizes_ml][: min(most, CALIBRATION_CASES)]
     for k in range(num_classes):
         if not any(sizes_ml[case][k] for case in cases):
             cases += [case for case, sizes in sizes_ml.items() if sizes[k]][:1]
