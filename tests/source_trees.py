@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import SimpleITK as sitk
 
 SHAPE = (12, 10, 8)
 # right-handed and oblique; left-handed (LPS); axes in another order. No converter may change any of them.
@@ -22,6 +23,53 @@ def save(file: Path, data: np.ndarray, affine: np.ndarray) -> np.ndarray:
     file.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(data, affine), file)
     return data
+
+
+def write_slice(file: Path, pixels: np.ndarray, affine: np.ndarray, number: int, tags: dict[str, str]) -> None:
+    """DICOM slice of `pixels`, (X, Y); affine: (4, 4), of the volume in DICOM's LPS, moved to this slice."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    axes = affine[:3, :3] / spacing
+    image = sitk.GetImageFromArray(np.ascontiguousarray(pixels.T)[None])
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(affine[:3, 3].tolist())
+    image.SetDirection(axes.ravel().tolist())
+    said = {
+        "0020|000e": "1.2.826.0.1.3680043.2.1125.1",
+        "0020|0013": str(number),
+        "0020|0032": "\\".join(f"{x:.6f}" for x in affine[:3, 3]),
+        "0020|0037": "\\".join(f"{x:.8f}" for x in axes[:, :2].T.ravel()),
+        **tags,
+    }
+    for tag, value in said.items():
+        image.SetMetaData(tag, value)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    writer.SetFileName(str(file))
+    writer.Execute(image)
+
+
+def write_png(file: Path, mask: np.ndarray) -> None:
+    """mask: (X, Y) uint8."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.GetImageFromArray(np.ascontiguousarray(mask.T)), str(file))
+
+
+def write_sparse(file: Path, indices: np.ndarray, values: np.ndarray | None = None) -> None:
+    """OpenKBP's sparse table, of a mask where there are no `values`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    data = [""] * len(indices) if values is None else [f"{float(v)}" for v in values]
+    file.write_text("".join(f"{line}\n" for line in (",data", *(f"{i},{v}" for i, v in zip(indices, data)))))
+
+
+def write_openkbp(patient: Path, hu: np.ndarray, masks: dict[str, np.ndarray], spacing: tuple[float, ...]) -> None:
+    """A patient's folder from arrays whose axes run to the right, the front and the head; masks by file name."""
+    for name, volume in {"ct": hu + 1024, **masks}.items():
+        flat = np.flip(volume).transpose(1, 0, 2).ravel()  # to the back, the left and the feet
+        indices = np.flatnonzero(flat)
+        write_sparse(patient / f"{name}.csv", indices, flat[indices] if name == "ct" else None)
+    to_right, to_front, to_head = spacing
+    (patient / "voxel_dimensions.csv").write_text("".join(f"{mm:.18e}\n" for mm in (to_front, to_right, to_head)))
 
 
 def truncate(file: Path) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import SimpleITK as sitk
-from source_trees import truncate
+from source_trees import truncate, write_png, write_slice
 
 from fsefs_nnunet.datasets.conversion import convert
 from fsefs_nnunet.errors import InputError
@@ -19,36 +18,20 @@ LIVER = (2, 5, 1)  # column, row, slice from below
 HU = 300
 
 
-def write_patient(folder: Path, head_first: bool, rescale: float = 1.0, masks: int = SLICES) -> None:
+def write_patient(folder: Path, head_first: bool, masks: int = SLICES) -> None:
     """Slices whose names go from the head or from the feet; the liver is one voxel, off every centre."""
-    (folder / "DICOM_anon").mkdir(parents=True)
-    (folder / "Ground").mkdir()
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
     for i in range(SLICES):
         level = SLICES - 1 - i if head_first else i
-        pixels = np.full((ROWS, COLUMNS), 50, np.int16)
-        mask = np.zeros((ROWS, COLUMNS), np.uint8)
+        pixels = np.full((COLUMNS, ROWS), 50, np.int16)
+        mask = np.zeros((COLUMNS, ROWS), np.uint8)
         if level == LIVER[2]:
-            pixels[LIVER[1], LIVER[0]], mask[LIVER[1], LIVER[0]] = HU, 255
-        image = sitk.GetImageFromArray(pixels[None])
-        image.SetSpacing((*PIXEL, STEP))
-        image.SetOrigin((*CORNER[:2], CORNER[2] + STEP * level))
-        tags = {
-            "0008|0060": "CT",
-            "0020|000e": "1.2.826.0.1.3680043.2.1125.1",
-            "0020|0013": str(i + 1),
-            "0020|0032": "\\".join(map(str, image.GetOrigin())),
-            "0020|0037": r"1\0\0\0\1\0",
-            "0028|1052": "-1024",
-            "0028|1053": "1",
-        }
-        for tag, value in tags.items():
-            image.SetMetaData(tag, value)
-        writer.SetFileName(str(folder / "DICOM_anon" / f"i{i:04d},0000b.dcm"))
-        writer.Execute(image)
+            pixels[LIVER[:2]], mask[LIVER[:2]] = HU, 255
+        affine = np.diag([*PIXEL, STEP, 1.0])
+        affine[:3, 3] = *CORNER[:2], CORNER[2] + STEP * level
+        tags = {"0008|0060": "CT", "0028|1052": "-1024", "0028|1053": "1"}
+        write_slice(folder / "DICOM_anon" / f"i{i:04d},0000b.dcm", pixels, affine, i + 1, tags)
         if i < masks:
-            sitk.WriteImage(sitk.GetImageFromArray(mask), str(folder / "Ground" / f"liver_GT_{i:03d}.png"))
+            write_png(folder / "Ground" / f"liver_GT_{i:03d}.png", mask)
 
 
 def lps_of_the_liver() -> np.ndarray:
@@ -99,9 +82,7 @@ def test_broken_patients_are_left_out(source, raw, tmp_path):
     write_patient(train / "6", head_first=False)
     (train / "6" / "DICOM_anon" / "i0001,0000b.dcm").write_bytes(b"half a file")
     write_patient(train / "7", head_first=False)
-    sitk.WriteImage(
-        sitk.GetImageFromArray(np.full((ROWS, COLUMNS), 63, np.uint8)), str(train / "7/Ground/liver_GT_001.png")
-    )
+    write_png(train / "7/Ground/liver_GT_001.png", np.full((COLUMNS, ROWS), 63, np.uint8))
     write_patient(train / "8", head_first=False)
     truncate(train / "8" / "DICOM_anon" / "i0003,0000b.dcm")
     out = convert("CHAOS", source, 11, [], num_processes=1)

@@ -106,8 +106,10 @@ def test_counterparts_that_are_missing(tree, raw):
     save(label_file(tree, "img0003"), np.ones(SHAPE, np.uint8), AFFINES[0])
     assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 1) == 0
     reasons = left_out(raw)
-    assert reasons["img0002"] == f"No label for {tree.folder}/RawData/Training/img/img0002.nii.gz."
-    assert reasons["img0003"] == f"No image for {label_file(tree, 'img0003')}."
+    image_file = tree.folder / "RawData" / "Training" / "img" / "img0002.nii.gz"
+    whole = "unpack the whole archive, or move"
+    assert reasons["img0002"] == f"No label for {image_file}: {whole} the image away."
+    assert reasons["img0003"] == f"No image for {label_file(tree, 'img0003')}: {whole} the label away."
 
 
 @pytest.mark.parametrize(

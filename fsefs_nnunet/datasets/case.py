@@ -64,9 +64,9 @@ def convert_case(job: Job, case: Case, test: bool = False) -> dict:
 
 def _write(job: Job, case: Case, folder: Path, label_file: Path | None) -> dict:
     if case.image is None:
-        raise InputError(f"No image for {case.label}.")
+        raise InputError(f"No image for {case.label}: unpack the whole archive, or move the label away.")
     if label_file and case.label is None:
-        raise InputError(f"No label for {case.image}.")
+        raise InputError(f"No label for {case.image}: unpack the whole archive, or move the image away.")
     with tempfile.TemporaryDirectory(dir=job.folder / RECORDS) as scratch:
         files = job.source.image_files(case.image, Path(scratch))
         if len(files) != len(job.channels):
