@@ -1,6 +1,7 @@
 """nnU-Net models as backbones: the network, the contract, what is refused."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -68,7 +69,8 @@ def test_plans_of_older_nnunet(tmp_path, backbones, model):
     network = network_of(unet_plans() | {"arch_kwargs": kwargs}, 1, 3)
     write_checkpoint(model.folder / "fold_0" / "checkpoint_final.pth", network, content)
     (model.folder / "plans.json").write_text(json.dumps(content))
-    with pytest.warns(UserWarning, match="old nnU-Net plans format"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nnU-Net advises to plan anew
         import_nnunet_model("old", model.folder, backbones)
     image = torch.randn((1, 1, *PATCH), generator=torch.Generator().manual_seed(1))
     backbone = FrozenBackbone("old", "last")
@@ -152,6 +154,11 @@ def test_paths_that_are_no_model(tmp_path, backbones, model):
         assert message in str(error.value)
     with pytest.raises(ValueError, match=r"has no fold_3/checkpoint_final\.pth: is the training finished"):
         import_nnunet_model("mine", model.folder, backbones, fold="3")
+    content = (model.folder / "dataset.json").read_text()
+    (model.folder / "dataset.json").unlink()
+    with pytest.raises(ValueError, match=r"dataset\.json is missing: copy the model's folder as nnU-Net wrote it"):
+        import_nnunet_model("mine", model.folder, backbones)
+    (model.folder / "dataset.json").write_text(content)
     (model.folder / "plans.json").write_text("{")
     with pytest.raises(ValueError, match=r"plans\.json is damaged .*: copy the model again"):
         import_nnunet_model("mine", model.folder, backbones)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,7 +67,10 @@ def _contract(backbone_id: str, files: ModelFiles, contract_fields: dict) -> Bac
     try:
         manager = PlansManager(files.plans)
         name = files.checkpoint["init_args"]["configuration"]
-        settings = manager.get_configuration(name)
+        with warnings.catch_warnings():
+            # nnU-Net advises to plan anew, which nobody can do for a trained model
+            warnings.filterwarnings("ignore", "Detected old nnU-Net plans format")
+            settings = manager.get_configuration(name)
         _refuse_unsupported(name, settings, manager)
         labels = manager.get_label_manager(files.dataset)
         channels = channel_names(files.dataset)
