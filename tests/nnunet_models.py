@@ -86,6 +86,24 @@ def model_plans(channels: list[str], **changes) -> dict:
     return deepcopy(plans)
 
 
+def in_old_format(plans: dict) -> dict:
+    """The same plans as nnU-Net wrote them before 2.4, with features that double from stage to stage."""
+    plans = deepcopy(plans)
+    for configuration in plans["configurations"].values():
+        kwargs = configuration.pop("architecture")["arch_kwargs"]
+        configuration.update(
+            UNet_class_name="PlainConvUNet",
+            UNet_base_num_features=kwargs["features_per_stage"][0],
+            unet_max_num_features=kwargs["features_per_stage"][-1],
+            n_conv_per_stage_encoder=kwargs["n_conv_per_stage"],
+            n_conv_per_stage_decoder=kwargs["n_conv_per_stage_decoder"],
+            num_pool_per_axis=[1, 2, 2],
+            pool_op_kernel_sizes=kwargs["strides"],
+            conv_kernel_sizes=kwargs["kernel_sizes"],
+        )
+    return plans
+
+
 def network_of(architecture: dict, channels: int, outputs: int) -> torch.nn.Module:
     """The stock network with deep supervision, as it is trained, with weights that are no initial ones."""
     network = get_network_from_plans(*architecture.values(), channels, outputs, deep_supervision=True)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from nnunet_models import (
-    CONFIGURATION,
     CT,
     PATCH,
+    in_old_format,
     model_plans,
     network_of,
     unet_plans,
@@ -52,21 +52,10 @@ def test_head_of_the_features_is_the_stock_networks_output(tmp_path, backbones, 
 
 def test_plans_of_older_nnunet(tmp_path, backbones, model):
     """Before 2.4 the plans described the network by other keys; TotalSegmentator's models do."""
-    content = json.loads((model.folder / "plans.json").read_text())
-    configuration = content["configurations"][CONFIGURATION]
-    kwargs = configuration.pop("architecture")["arch_kwargs"]
-    configuration.update(
-        UNet_class_name="PlainConvUNet",
-        UNet_base_num_features=4,
-        unet_max_num_features=8,
-        n_conv_per_stage_encoder=[1, 2, 1],
-        n_conv_per_stage_decoder=[1, 2],
-        num_pool_per_axis=[1, 2, 2],
-        pool_op_kernel_sizes=kwargs["strides"],
-        conv_kernel_sizes=kwargs["kernel_sizes"],
-    )
-    kwargs["features_per_stage"] = [4, 8, 8]
-    network = network_of(unet_plans() | {"arch_kwargs": kwargs}, 1, 3)
+    architecture = unet_plans()
+    architecture["arch_kwargs"]["features_per_stage"] = [4, 8, 8]
+    content = in_old_format(model_plans(["CT"], architecture=architecture))
+    network = network_of(architecture, 1, 3)
     write_checkpoint(model.folder / "fold_0" / "checkpoint_final.pth", network, content)
     (model.folder / "plans.json").write_text(json.dumps(content))
     with warnings.catch_warnings():
