@@ -217,11 +217,26 @@ def test_weights_of_another_network(backbones, model):
         (None, r"checkpoint_final\.pth holds no network_weights: give a checkpoint that nnU-Net's training wrote"),
     ):
         write_checkpoint(file, model.network, model.plans, network_weights=changed)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as error:
             import_nnunet_model("mine", model.folder, backbones)
+        assert str(error.value).startswith(str(file))
     write_checkpoint(file, model.network, model.plans, init_args={})
     with pytest.raises(ValueError, match="are not those of one nnU-Net v2 model .'configuration'.: copy"):
         import_nnunet_model("mine", model.folder, backbones)
+
+
+def test_a_network_that_a_trainer_builds_itself(backbones, model):
+    """STU-Net's trainers for nnU-Net v2: plans.json describes a PlainConvUNet all the same."""
+    file = model.folder / "fold_0" / "checkpoint_final.pth"
+    weights = {"conv_blocks_context.0.0.conv1.weight": torch.zeros(2), "seg_outputs.0.weight": torch.zeros(2)}
+    changes = {"network_weights": weights, "trainer_name": "STUNetTrainer_base_ft"}
+    write_checkpoint(file, model.network, model.plans, **changes)
+    message = r"\.pth, trained by STUNetTrainer_base_ft, does not hold the network that its plans\.json describes \(.* "
+    with pytest.raises(
+        InputError, match=message + r"2 are unknown \['conv_blocks_context.*: give a model of nnU-Net's"
+    ):
+        import_nnunet_model("mine", model.folder, backbones)
+    assert not backbones.exists()
 
 
 @pytest.mark.parametrize("name", ["subprocess.Popen", "torch.nn.functional.relu", "torch.nn.none", "os.system"])
