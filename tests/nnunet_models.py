@@ -153,6 +153,23 @@ def write_model(folder: Path, channels: list[str], labels: dict = LABELS, prefix
     return Model(folder, plans, network.eval())
 
 
+def write_totalsegmentator(
+    root: Path, dataset: str, trainer: str, channel: str, names: list[str], mm: float = 1.5, **changes
+) -> Model:
+    """A model of TotalSegmentator as its zip unpacks: plans of nnU-Net before 2.4 for CT, of a newer one for MR."""
+    folder = root / dataset / f"{trainer}__nnUNetPlans__3d_fullres"
+    architecture = unet_plans()
+    architecture["arch_kwargs"]["features_per_stage"] = [2, 4, 4]
+    labels = {"background": 0, **{name: value for value, name in enumerate(names, 1)}}
+    own = {"image_reader_writer": "NibabelIOWithReorient", "spacing": [mm] * 3, "architecture": architecture}
+    model = write_model(folder, [channel], labels, **own | changes)
+    plans = in_old_format(model.plans) if channel == "CT" else model.plans
+    file = folder / "fold_0" / "checkpoint_final.pth"
+    write_checkpoint(file, model.network, plans, trainer_name=trainer, inference_allowed_mirroring_axes=None)
+    (folder / "plans.json").write_text(json.dumps(plans))
+    return model
+
+
 def write_dataset(root: Path, monkeypatch, channels: list[str], ending: str = ".nii.gz", axes: str = "LPS") -> Path:
     """Two asymmetric cases stored in orientation `axes`. Returns the raw folder."""
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):

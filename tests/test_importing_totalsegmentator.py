@@ -1,20 +1,11 @@
 """Models in TotalSegmentator's folders, whole and in parts."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from nnunet_models import (
-    PATCH,
-    Model,
-    in_old_format,
-    unet_plans,
-    write_checkpoint,
-    write_dataset,
-    write_model,
-)
+from nnunet_models import PATCH, write_dataset, write_totalsegmentator
 from test_importing_zips import RunsCode
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
@@ -59,30 +50,15 @@ IDS = [
 FIRST = IDS[0]
 
 
-def write(root: Path, dataset: str, trainer: str, channel: str, names: list[str], mm: float = 1.5) -> Model:
-    """A model as its zip unpacks: plans of nnU-Net before 2.4 for CT, of a newer one for MR."""
-    folder = root / dataset / f"{trainer}__nnUNetPlans__3d_fullres"
-    architecture = unet_plans()
-    architecture["arch_kwargs"]["features_per_stage"] = [2, 4, 4]
-    labels = {"background": 0, **{name: value for value, name in enumerate(names, 1)}}
-    changes = {"image_reader_writer": "NibabelIOWithReorient", "spacing": [mm] * 3, "architecture": architecture}
-    model = write_model(folder, [channel], labels, **changes)
-    plans = in_old_format(model.plans) if channel == "CT" else model.plans
-    file = folder / "fold_0" / "checkpoint_final.pth"
-    write_checkpoint(file, model.network, plans, trainer_name=trainer, inference_allowed_mirroring_axes=None)
-    (folder / "plans.json").write_text(json.dumps(plans))
-    return model
-
-
 @pytest.fixture(scope="module")
 def every_model(tmp_path_factory) -> Path:
     """The folder that TotalSegmentator fills for the tasks total, total --fast and total_mr; do not write into it."""
     root = tmp_path_factory.mktemp("home") / "nnunet" / "results"
     for dataset, names in CT_MODELS.items():
-        write(root, dataset, "nnUNetTrainerNoMirroring", "CT", names)
-    write(root, FAST, "nnUNetTrainer_4000epochs_NoMirroring", "CT", CLASSES, 3.0)
+        write_totalsegmentator(root, dataset, "nnUNetTrainerNoMirroring", "CT", names)
+    write_totalsegmentator(root, FAST, "nnUNetTrainer_4000epochs_NoMirroring", "CT", CLASSES, 3.0)
     for dataset, names in MR_MODELS.items():
-        write(root, dataset, "nnUNetTrainer_2000epochs_NoMirroring", "MR", names)
+        write_totalsegmentator(root, dataset, "nnUNetTrainer_2000epochs_NoMirroring", "MR", names)
     return root
 
 
@@ -203,7 +179,7 @@ def test_a_path_needs_no_weights_folder(installed, monkeypatch):
 
 
 def test_features_are_the_stock_networks(installed, every_model):
-    model = write(installed / "again", PART1, "nnUNetTrainerNoMirroring", "CT", CLASSES[:24])
+    model = write_totalsegmentator(installed / "again", PART1, "nnUNetTrainerNoMirroring", "CT", CLASSES[:24])
     assert run(str(installed / "again" / PART1)) == 0
     image = torch.randn((1, 1, *PATCH), generator=torch.Generator().manual_seed(1))
     backbone = FrozenBackbone(FIRST, "last")
