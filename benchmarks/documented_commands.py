@@ -42,7 +42,7 @@ PAGES = (
     "documentation/nnunet_commands.md",
     "documentation/choosing_a_backbone.md",
     "documentation/zero_shot.md",
-    "documentation/own_model.md",
+    "documentation/totalsegmentator_and_own_models.md",
     "documentation/datasets.md",
     "documentation/pretraining.md",
 )
@@ -81,7 +81,8 @@ class Workplace:
         programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         folders = {f.name: str(f) for f in (self.raw, self.preprocessed, self.results)}
         quick = {"nnUNet_def_n_proc": "2", "fseft_train_minutes": "0.05"}
-        self.environment = os.environ | folders | quick | {"PATH": programs, "fseft_backbones": str(work / "backbones")}
+        models = {"fseft_backbones": str(work / "backbones"), "TOTALSEG_WEIGHTS_PATH": str(work / "totalsegmentator")}
+        self.environment = os.environ | folders | quick | models | {"PATH": programs}
 
     def prepare(self) -> None:
         phantoms(self.raw / "Dataset004_X", 4, 12)
@@ -98,9 +99,13 @@ class Workplace:
             shutil.copy(file, self.work / "LABELS" / f"IMAGES_{file.name}")
         self.write_downloads(self.work / "downloads")
         sys.path.insert(0, str(ROOT / "tests"))
+        from nnunet_models import write_totalsegmentator
         from published_files import write_published
 
         write_published(self.work / "fseft.pth", "fseft")
+        part, trainer = "Dataset291_TotalSegmentator_part1_organs_1559subj", "nnUNetTrainerNoMirroring"
+        names = tables()["sources"]["TotalSegmentator"]["v2"][:24]
+        write_totalsegmentator(self.work / "totalsegmentator", part, trainer, "CT", names, patch_size=[32, 32, 32])
 
     def write_downloads(self, folder: Path) -> None:
         """Three public datasets as they are unpacked, on phantoms."""

@@ -86,6 +86,24 @@ def model_plans(channels: list[str], **changes) -> dict:
     return deepcopy(plans)
 
 
+def in_old_format(plans: dict) -> dict:
+    """The same plans as nnU-Net wrote them before 2.4, with features that double from stage to stage."""
+    plans = deepcopy(plans)
+    for configuration in plans["configurations"].values():
+        kwargs = configuration.pop("architecture")["arch_kwargs"]
+        configuration.update(
+            UNet_class_name="PlainConvUNet",
+            UNet_base_num_features=kwargs["features_per_stage"][0],
+            unet_max_num_features=kwargs["features_per_stage"][-1],
+            n_conv_per_stage_encoder=kwargs["n_conv_per_stage"],
+            n_conv_per_stage_decoder=kwargs["n_conv_per_stage_decoder"],
+            num_pool_per_axis=[1, 2, 2],
+            pool_op_kernel_sizes=kwargs["strides"],
+            conv_kernel_sizes=kwargs["kernel_sizes"],
+        )
+    return plans
+
+
 def network_of(architecture: dict, channels: int, outputs: int) -> torch.nn.Module:
     """The stock network with deep supervision, as it is trained, with weights that are no initial ones."""
     network = get_network_from_plans(*architecture.values(), channels, outputs, deep_supervision=True)
@@ -133,6 +151,23 @@ def write_model(folder: Path, channels: list[str], labels: dict = LABELS, prefix
     (folder / "plans.json").write_text(json.dumps(plans))
     (folder / "dataset.json").write_text(json.dumps(dataset))
     return Model(folder, plans, network.eval())
+
+
+def write_totalsegmentator(
+    root: Path, dataset: str, trainer: str, channel: str, names: list[str], mm: float = 1.5, **changes
+) -> Model:
+    """A model of TotalSegmentator as its zip unpacks: plans of nnU-Net before 2.4 for CT, of a newer one for MR."""
+    folder = root / dataset / f"{trainer}__nnUNetPlans__3d_fullres"
+    architecture = unet_plans()
+    architecture["arch_kwargs"]["features_per_stage"] = [2, 4, 4]
+    labels = {"background": 0, **{name: value for value, name in enumerate(names, 1)}}
+    own = {"image_reader_writer": "NibabelIOWithReorient", "spacing": [mm] * 3, "architecture": architecture}
+    model = write_model(folder, [channel], labels, **own | changes)
+    plans = in_old_format(model.plans) if channel == "CT" else model.plans
+    file = folder / "fold_0" / "checkpoint_final.pth"
+    write_checkpoint(file, model.network, plans, trainer_name=trainer, inference_allowed_mirroring_axes=None)
+    (folder / "plans.json").write_text(json.dumps(plans))
+    return model
 
 
 def write_dataset(root: Path, monkeypatch, channels: list[str], ending: str = ".nii.gz", axes: str = "LPS") -> Path:

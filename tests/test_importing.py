@@ -1,14 +1,15 @@
 """nnU-Net models as backbones: the network, the contract, what is refused."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from nnunet_models import (
-    CONFIGURATION,
     CT,
     PATCH,
+    in_old_format,
     model_plans,
     network_of,
     unet_plans,
@@ -51,24 +52,14 @@ def test_head_of_the_features_is_the_stock_networks_output(tmp_path, backbones, 
 
 def test_plans_of_older_nnunet(tmp_path, backbones, model):
     """Before 2.4 the plans described the network by other keys; TotalSegmentator's models do."""
-    content = json.loads((model.folder / "plans.json").read_text())
-    configuration = content["configurations"][CONFIGURATION]
-    kwargs = configuration.pop("architecture")["arch_kwargs"]
-    configuration.update(
-        UNet_class_name="PlainConvUNet",
-        UNet_base_num_features=4,
-        unet_max_num_features=8,
-        n_conv_per_stage_encoder=[1, 2, 1],
-        n_conv_per_stage_decoder=[1, 2],
-        num_pool_per_axis=[1, 2, 2],
-        pool_op_kernel_sizes=kwargs["strides"],
-        conv_kernel_sizes=kwargs["kernel_sizes"],
-    )
-    kwargs["features_per_stage"] = [4, 8, 8]
-    network = network_of(unet_plans() | {"arch_kwargs": kwargs}, 1, 3)
+    architecture = unet_plans()
+    architecture["arch_kwargs"]["features_per_stage"] = [4, 8, 8]
+    content = in_old_format(model_plans(["CT"], architecture=architecture))
+    network = network_of(architecture, 1, 3)
     write_checkpoint(model.folder / "fold_0" / "checkpoint_final.pth", network, content)
     (model.folder / "plans.json").write_text(json.dumps(content))
-    with pytest.warns(UserWarning, match="old nnU-Net plans format"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nnU-Net advises to plan anew
         import_nnunet_model("old", model.folder, backbones)
     image = torch.randn((1, 1, *PATCH), generator=torch.Generator().manual_seed(1))
     backbone = FrozenBackbone("old", "last")
@@ -152,6 +143,11 @@ def test_paths_that_are_no_model(tmp_path, backbones, model):
         assert message in str(error.value)
     with pytest.raises(ValueError, match=r"has no fold_3/checkpoint_final\.pth: is the training finished"):
         import_nnunet_model("mine", model.folder, backbones, fold="3")
+    content = (model.folder / "dataset.json").read_text()
+    (model.folder / "dataset.json").unlink()
+    with pytest.raises(ValueError, match=r"dataset\.json is missing: copy the model's folder as nnU-Net wrote it"):
+        import_nnunet_model("mine", model.folder, backbones)
+    (model.folder / "dataset.json").write_text(content)
     (model.folder / "plans.json").write_text("{")
     with pytest.raises(ValueError, match=r"plans\.json is damaged .*: copy the model again"):
         import_nnunet_model("mine", model.folder, backbones)
@@ -221,11 +217,26 @@ def test_weights_of_another_network(backbones, model):
         (None, r"checkpoint_final\.pth holds no network_weights: give a checkpoint that nnU-Net's training wrote"),
     ):
         write_checkpoint(file, model.network, model.plans, network_weights=changed)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as error:
             import_nnunet_model("mine", model.folder, backbones)
+        assert str(error.value).startswith(str(file))
     write_checkpoint(file, model.network, model.plans, init_args={})
     with pytest.raises(ValueError, match="are not those of one nnU-Net v2 model .'configuration'.: copy"):
         import_nnunet_model("mine", model.folder, backbones)
+
+
+def test_a_network_that_a_trainer_builds_itself(backbones, model):
+    """STU-Net's trainers for nnU-Net v2: plans.json describes a PlainConvUNet all the same."""
+    file = model.folder / "fold_0" / "checkpoint_final.pth"
+    weights = {"conv_blocks_context.0.0.conv1.weight": torch.zeros(2), "seg_outputs.0.weight": torch.zeros(2)}
+    changes = {"network_weights": weights, "trainer_name": "STUNetTrainer_base_ft"}
+    write_checkpoint(file, model.network, model.plans, **changes)
+    message = r"\.pth, trained by STUNetTrainer_base_ft, does not hold the network that its plans\.json describes \(.* "
+    with pytest.raises(
+        InputError, match=message + r"2 are unknown \['conv_blocks_context.*: give a model of nnU-Net's"
+    ):
+        import_nnunet_model("mine", model.folder, backbones)
+    assert not backbones.exists()
 
 
 @pytest.mark.parametrize("name", ["subprocess.Popen", "torch.nn.functional.relu", "torch.nn.none", "os.system"])

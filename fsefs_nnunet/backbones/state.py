@@ -8,15 +8,22 @@ from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.errors import InputError
 
 
-def copy_exactly(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
-    """Copy `weights` into the tensors of `own`. Raises InputError unless every one matches in name and shape."""
+def mismatch(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> str:
+    """How names and shapes of `weights` differ from those of `own`; "" where they agree."""
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     wrong = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
-    if missing or extra or wrong:
-        raise InputError(
-            f"The weights do not fit the architecture: {len(missing)} tensors are missing {missing[:2]}, "
-            f"{len(extra)} are unknown {extra[:2]}, {len(wrong)} have another shape {wrong[:2]}: another backbone."
-        )
+    if not (missing or extra or wrong):
+        return ""
+    return (
+        f"{len(missing)} tensors are missing {missing[:2]}, {len(extra)} are unknown {extra[:2]}, {len(wrong)} have "
+        f"another shape {wrong[:2]}"
+    )
+
+
+def copy_exactly(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
+    """Copy `weights` into the tensors of `own`. Raises InputError unless every one matches in name and shape."""
+    if how := mismatch(own, weights):
+        raise InputError(f"The weights do not fit the architecture: {how}: another backbone.")
     for name, tensor in own.items():
         tensor.copy_(weights[name])
 

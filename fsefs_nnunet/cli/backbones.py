@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fsefs_nnunet.errors import InputError
+
+if TYPE_CHECKING:
+    from fsefs_nnunet.backbones.contract import BackboneContract
 
 
 def register(verb) -> None:
@@ -13,8 +20,17 @@ def register(verb) -> None:
     parser = actions.add_parser("info", help="everything that is known of one")
     parser.add_argument("id", help="as `fseft backbones list` names it")
     parser = actions.add_parser("import", help="a public checkpoint, or a nnU-Net model as folder or zip")
-    parser.add_argument("id", help="name that the backbone gets; that of a public one says what the file must hold")
-    parser.add_argument("path", help="checkpoint file, model folder, or zip of nnUNetv2_export_model_to_zip")
+    parser.add_argument(
+        "id",
+        help="name that the backbone gets; that of a public one says what the file must hold; totalsegmentator: lists "
+        "the models that TotalSegmentator has installed, or imports them",
+    )
+    parser.add_argument(
+        "path",
+        nargs="?",
+        help="checkpoint file, model folder, or zip of nnUNetv2_export_model_to_zip; of totalsegmentator: a name or "
+        "number of its list, a folder, or all",
+    )
     parser.add_argument("-f", default="", metavar="FOLD", help="of a nnU-Net model; default: the first one")
     parser.add_argument("-chk", default="checkpoint_final.pth", metavar="FILE", help="default: checkpoint_final.pth")
     parser.add_argument("-c", default="", metavar="CONFIGURATION", help="which model of a zip that holds several")
@@ -48,12 +64,23 @@ def backbones(args: argparse.Namespace) -> None:
         for file in store.remove_backbone(args.id):
             print(f"{file} is deleted.")
     else:
-        from fsefs_nnunet.backbones.published import obtaining
-
         target = Path(args.o) if args.o else store.user_folder()
-        if args.action == "download":
-            contract = obtaining.download_backbone(args.id, target)
-        else:
-            contract = obtaining.import_backbone(args.id, Path(args.path), target, args.f, args.chk, args.c)
         where = f"fseft_backbones={target} " if args.o else ""
-        print(f"Use it: {where}fseft plan_and_preprocess -d DATASET -b {contract.id}")
+        for contract in _obtain(args, target):
+            print(f"Use it: {where}fseft plan_and_preprocess -d DATASET -b {contract.id}")
+
+
+def _obtain(args: argparse.Namespace, target: Path) -> Iterable[BackboneContract]:
+    """Download or import into folder `target`; nothing where a list is asked for."""
+    from fsefs_nnunet.backbones.published import obtaining, totalsegmentator
+
+    if args.action == "download":
+        return [obtaining.download_backbone(args.id, target)]
+    if args.id == totalsegmentator.NAME:
+        if args.path is None:
+            totalsegmentator.show_models()
+            return []
+        return totalsegmentator.import_models(args.path, target, args.f, args.chk)
+    if args.path is None:
+        raise InputError(f"Say what {args.id!r} is imported from: fseft backbones import {args.id} PATH.")
+    return [obtaining.import_backbone(args.id, Path(args.path), target, args.f, args.chk, args.c)]

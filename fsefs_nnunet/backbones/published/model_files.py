@@ -38,6 +38,7 @@ def read_model(path: Path, fold: str, checkpoint: str, configuration: str) -> Mo
         InputError: for missing, damaged or unsafe files; names them and the remedy.
     """
     path = Path(path)
+    refuse_nnunet_v1(path)
     if path.is_dir():
         return _read_folder(path, fold, checkpoint)
     if not path.exists():
@@ -57,10 +58,27 @@ def read_model(path: Path, fold: str, checkpoint: str, configuration: str) -> Mo
             ) from error
 
 
+def refuse_nnunet_v1(path: Path) -> None:
+    """Raises InputError for a folder, zip or pickle of nnU-Net v1, by its name alone: pickles can run any program."""
+    pickles = [path] if path.suffix.lower() == ".pkl" and path.is_file() else []
+    if path.is_dir() and not (path / "plans.json").exists():
+        pickles = sorted(file for pattern in ("*.pkl", "fold_*/*.pkl") for file in path.glob(pattern))
+    if pickles:
+        raise InputError(_of_nnunet_v1(pickles[0]))
+
+
+def _of_nnunet_v1(file: Path) -> str:
+    return (
+        f"{file} is a pickle of nnU-Net v1, which could run code and was not opened: give a model that nnU-Net v2 "
+        "trained, with plans.json and fold_X/checkpoint_final.pth."
+    )
+
+
 def _read_folder(folder: Path, fold: str, checkpoint: str) -> ModelFiles:
-    for name in JSON_FILES:
-        if not (folder / name).exists():
-            raise InputError(f"{folder}/{name} is missing: give the folder that holds plans.json and fold_X.")
+    if not (folder / "plans.json").exists():
+        raise InputError(f"{folder}/plans.json is missing: give the folder that holds plans.json and fold_X.")
+    if not (folder / "dataset.json").exists():
+        raise InputError(f"{folder}/dataset.json is missing: copy the model's folder as nnU-Net wrote it.")
     files = sorted(folder.glob(f"fold_{fold or '*'}/{checkpoint}"))
     if not files:
         raise InputError(f"{folder} has no fold_{fold or 'X'}/{checkpoint}: is the training finished?")
@@ -113,6 +131,9 @@ def _choose_model(file: Path, names: list[str], fold: str, checkpoint: str, conf
     # nnU-Net's folders are named trainer__plans__configuration
     models = sorted(m for m in folders if not configuration or m.name.split("__")[-1] == configuration)
     if not models:
+        for path in paths:
+            if path.name == "plans.pkl":
+                raise InputError(_of_nnunet_v1(file / path))
         raise InputError(
             f"{file} holds no nnU-Net model{f' of {configuration}' if configuration else ''} with "
             f"fold_{fold or 'X'}/{checkpoint}: make it with nnUNetv2_export_model_to_zip."

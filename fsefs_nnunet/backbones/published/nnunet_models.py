@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from fsefs_nnunet.backbones.architectures.nnunet import UNETS, NNUNetBackbone
 from fsefs_nnunet.backbones.contract import CT_PROPERTIES, BackboneContract
 from fsefs_nnunet.backbones.published.model_files import ModelFiles, read_model
-from fsefs_nnunet.backbones.state import require_finite
+from fsefs_nnunet.backbones.state import mismatch, require_finite
 from fsefs_nnunet.backbones.store import check_id, save_backbone
 from fsefs_nnunet.cases.dataset_json import channel_names
 from fsefs_nnunet.cases.readers import reorients
@@ -46,7 +47,7 @@ def import_nnunet_model(
 
     Raises:
         InputError: for a 2D or cascade model, an unknown architecture or preprocessing, damaged or unsafe files, and
-            weights that are not finite.
+            weights of another network than the plans', or that are not finite.
     """
     check_id(backbone_id)
     files = read_model(path, fold, checkpoint, configuration)
@@ -55,6 +56,12 @@ def import_nnunet_model(
         contract = _left_open(contract)
     backbone = NNUNetBackbone(contract, "last")
     weights = _own_tensors(backbone, files)
+    if how := mismatch(backbone.backbone_state(), weights):
+        raise InputError(
+            f"{files.source}, trained by {_trainer(files)}, does not hold the network that its plans.json describes "
+            f"({how}): give a model of nnU-Net's own U-Nets, a network that a trainer builds itself cannot be a "
+            "backbone."
+        )
     require_finite(files.source, weights)
     backbone.load_backbone_state(weights)
     contract = save_backbone(contract, backbone.backbone_state(), target)
@@ -66,7 +73,10 @@ def _contract(backbone_id: str, files: ModelFiles, contract_fields: dict) -> Bac
     try:
         manager = PlansManager(files.plans)
         name = files.checkpoint["init_args"]["configuration"]
-        settings = manager.get_configuration(name)
+        with warnings.catch_warnings():
+            # nnU-Net advises to plan anew, which nobody can do for a trained model
+            warnings.filterwarnings("ignore", "Detected old nnU-Net plans format")
+            settings = manager.get_configuration(name)
         _refuse_unsupported(name, settings, manager)
         labels = manager.get_label_manager(files.dataset)
         channels = channel_names(files.dataset)
@@ -162,12 +172,16 @@ def _own_tensors(backbone: NNUNetBackbone, files: ModelFiles) -> dict[str, torch
     return {name: tensor for name, tensor in weights.items() if name in own or name not in aliases}
 
 
+def _trainer(files: ModelFiles) -> str:
+    return files.checkpoint.get("trainer_name", "an unknown trainer")
+
+
 def _report(contract: BackboneContract, backbone: NNUNetBackbone, files: ModelFiles) -> None:
     tensors = backbone.backbone_state()
     turned = "images are turned to RAS" if reorients(contract.image_reader_writer) else "images are seen as stored"
     print(
-        f"{files.source}, trained by {files.checkpoint.get('trainer_name', 'an unknown trainer')}: all {len(tensors)} "
-        f"tensors matched, {sum(t.numel() for t in tensors.values())} numbers.\n"
+        f"{files.source}, trained by {_trainer(files)}: all {len(tensors)} tensors matched, "
+        f"{sum(t.numel() for t in tensors.values())} numbers.\n"
         f"{len(contract.classes)} classes, {'one a voxel' if contract.softmax else 'regions that may overlap'}: "
         f"{', '.join(contract.classes)}\n"
         f"Reader {contract.image_reader_writer}, {turned}; axes {list(contract.transpose_forward)} of z, y, x"

@@ -9,6 +9,7 @@ from fsefs_nnunet.backbones.architectures.swin_unetr import monais_swin_unetr
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.published.downloading import by_hand, download, only_download
 from fsefs_nnunet.backbones.published.importing import import_published, read_published, store_published
+from fsefs_nnunet.backbones.published.model_files import refuse_nnunet_v1
 from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model
 from fsefs_nnunet.backbones.store import EMBEDDED
 from fsefs_nnunet.backbones.zoo import SWIN_UNETR, ZOO
@@ -28,6 +29,7 @@ def import_backbone(
         raise InputError(f"{backbone_id!r} is the backbone that comes with the package: choose another name.")
     if not path.exists():
         raise InputError(f"{path} does not exist: give a checkpoint, or a nnU-Net model as folder or zip.")
+    refuse_nnunet_v1(path)
     if path.is_file() and _is_checkpoint(path):
         return import_published(backbone_id, path, target)
     if backbone_id in ZOO:
