@@ -104,11 +104,12 @@ def time_volume(image_file: str, backbone_id: str) -> dict:
 
 def time_step(backbone_id: str, size: int, patches: int) -> dict:
     """One step of each recipe: spatial adapter on the published features, a head for one organ, soft Dice, AdamW."""
+    from fsefs_nnunet.backbones.architectures import stage_maps
     from fsefs_nnunet.losses.soft_dice import SoftDiceLoss
     from fsefs_nnunet.methods.network import AdaptedNetwork
 
     contract = find_backbone(backbone_id)
-    features, crop = contract.stage_features["last"], min(32, size)
+    features, crop = stage_maps(contract)["last"][0].channels, min(32, size)
     network = AdaptedNetwork(1, 2, backbone_id, contract.sha256, "spatial", "last", features, seed=0)
     loss, optimizer = SoftDiceLoss(False), torch.optim.AdamW(network.parameters(), 1e-4)
 

@@ -50,6 +50,8 @@ STRUCTURES = {
     "pancreas_tumor": ["pancreas_tumour"],
     "colon_tumor": ["colon_tumour"],
     "vertebrae": ["spine", "vertebral_column"],
+    "hippocampus_right": ["right_hippocampus", "hippocampus_r"],
+    "hippocampus_left": ["left_hippocampus", "hippocampus_l"],
 }
 _CANONICAL = {alias: name for name, aliases in STRUCTURES.items() for alias in aliases}
 
@@ -70,6 +72,11 @@ TEMPLATE_32 = (
     "prostate", "femur_head_left", "femur_head_right", "celiac_trunk", "kidney_tumor", "liver_tumor",
     "pancreas_tumor", "hepatic_vessel_tumor", "lung_tumor", "colon_tumor", "kidney_cyst",
 )  # fmt: skip
+
+# Classes of HighRes3DNet by value, of which two are known by name.
+GIF_160 = ("background", *(f"region_{k}" for k in range(1, 23)), "hippocampus_right", "hippocampus_left") + tuple(
+    f"region_{k}" for k in range(25, 160)
+)
 
 # Labels of BTCV (Multi-Atlas Labeling Beyond the Cranial Vault) by value: FSEFT's and CLIP-Driven's lists start so.
 BTCV_14 = ("background", *TEMPLATE_29[:13])

@@ -16,8 +16,10 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from fsefs_nnunet.backbones.architectures import stage_maps
 from fsefs_nnunet.backbones.architectures.nnunet import plans_architecture
 from fsefs_nnunet.backbones.store import DEFAULT_BACKBONE, find_backbone, load_weights
+from fsefs_nnunet.backbones.suitability import remarks
 from fsefs_nnunet.backbones.untrained_decoder import untrained_decoder
 from fsefs_nnunet.cases.dataset_json import channel_names, read_dataset_json
 from fsefs_nnunet.cases.field_of_view import MOST_WINDOWS, fitting_spacing
@@ -40,7 +42,7 @@ PLANS_NAME = "FSEFTPlans"
 
 # Width of the adapter after the 1^3 reduction, and what a trained voxel costs in bytes per channel: activations and
 # gradients of reduction, two convolutions and head in fp32, with the same again for workspaces.
-CHANNELS = 32
+CHANNELS, MOST_CHANNELS = 32, 64
 BYTES_PER_CROP_VOXEL = 2 * 2 * 4 * 5
 SMALLEST_CROP, LARGEST_CROP = 16, 32
 
@@ -81,16 +83,19 @@ class FSEFTPlanner(ExperimentPlanner):
         num_processes: int = default_num_processes,
         accept_positive_ct: bool = False,
         support: Sequence[str] = (),
+        other_modality: bool = False,
     ):
         """Checks the dataset, and takes the fingerprint if there is none of the files that lie there now.
 
-        nnU-Net's commands give none of the last five (`-pl FSEFTPlanner`, see linking.py).
+        nnU-Net's commands give none of the last six (`-pl FSEFTPlanner`, see linking.py).
 
         Args:
             backbone: default: what the environment variable `fseft_backbone` names, else the embedded one.
             shots: default: those of DEFAULT_SHOTS that the labelled cases allow.
             accept_positive_ct: see check_training_cases; so does the environment variable `fseft_accept_positive_ct=1`.
             support: cases whose labels may show the cost of the spacing; default: those of the drawn folds.
+            other_modality: plan for images of a modality that the backbone has never seen; so does the environment
+                variable `fseft_other_modality=1`.
 
         Raises:
             InputError: for an unknown or damaged backbone, for more shots than labelled cases, for a dataset that the
@@ -106,7 +111,9 @@ class FSEFTPlanner(ExperimentPlanner):
         cases = training_files(raw, dataset_json)
         self.shots, self.support = fitting_shots(shots, len(cases)), list(support)
         file = str(raw / "dataset.json")
-        self.contract.check_channels(list(dataset_json["channel_names"].values()), file)
+        self.other_modality = other_modality or os.environ.get("fseft_other_modality") == "1"
+        self.channels = list(dataset_json["channel_names"].values())
+        self._check_channels(file)
         # a training refuses the same labels
         self.known_labels = match_labels(list(foreground(dataset_json["labels"])), self.contract.head_classes, file)
         self.reader = find_reader(self.contract.image_reader_writer, dataset_json["file_ending"])
@@ -127,6 +134,17 @@ class FSEFTPlanner(ExperimentPlanner):
         self.dataset_fingerprint = in_axes(self.dataset_fingerprint, cases, stored, wanted)
         if min(np.median(self.dataset_fingerprint["shapes_after_crop"], 0)) < 2:
             raise InputError(f"{raw} holds 2D images; the adapters are 3D only.")
+
+    def _check_channels(self, file: str) -> None:
+        unseen = self.contract.unseen_channels(self.channels)
+        if self.other_modality and not unseen:
+            raise InputError(
+                f"Backbone {self.contract.id!r} takes the channels of {file}, {', '.join(self.channels)}, as they are: "
+                "omit --other_modality."
+            )
+        if not unseen or not self.other_modality:
+            remedy = ", or plan with --other_modality, which shows it images of a kind that it has never seen"
+            self.contract.check_channels(self.channels, file, remedy)
 
     # ---- nnU-Net's decisions that the contract takes ----
 
@@ -161,9 +179,8 @@ class FSEFTPlanner(ExperimentPlanner):
         )
 
     def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self):
-        if self.contract.normalization_schemes is None:
-            return super().determine_normalization_scheme_and_whether_mask_is_used_for_norm()
-        return list(self.contract.normalization_schemes), list(self.contract.use_mask_for_norm)
+        made = self.contract.normalization_of(self.channels, self.other_modality)
+        return made or super().determine_normalization_scheme_and_whether_mask_is_used_for_norm()
 
     def determine_resampling(self, *args, **kwargs):
         _, _, seg, seg_kwargs = super().determine_resampling(*args, **kwargs)
@@ -176,18 +193,30 @@ class FSEFTPlanner(ExperimentPlanner):
         """The stages whose features the adapter gets; they may take half of the memory target."""
         shape = parent["median_image_size_in_voxels"]
         half = self.UNet_vram_target_GB * 2**30 / 2
-        return choose_stages(self.contract, self.contract.window(shape), shape, half)
+        return choose_stages(self.contract, self.contract.window(shape), shape, half, len(self.channels))
 
     def pool(self, shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int, ...]:
         """Blocks that queries are averaged over, in voxels, for a median volume of `shape` (X, Y, Z)."""
         long = any(n > MOST_WINDOWS * w for n, w in zip(shape, self.contract.patch_size))
         return pooled_blocks(shape, spacing_mm, long, None if torch.cuda.is_available() else MAX_POOLED_VOXELS)
 
+    @property
+    def z_scores_as_hu(self) -> dict[str, dict[str, float]]:
+        return self.contract.z_scores_of(self.channels) if self.other_modality else {}
+
+    def adapter_channels(self) -> int:
+        """Width of the adapter: as many as the features of the last stage, within bounds that a linear head may pass.
+
+        A head that is a 1^3 convolution starts the adapter's, which needs all that it reads.
+        """
+        last = sum(m.channels for m in stage_maps(self.contract)["last"])
+        return max(CHANNELS, last if self.contract.linear_head else min(last, MOST_CHANNELS))
+
     def child(self, shots: int | str, parent: dict, stages: str) -> dict:
-        """The configuration of `shots` labelled cases; the adapter is at least as wide as the decoder's last stage."""
+        """The configuration of `shots` labelled cases."""
         window = self.contract.window(parent["median_image_size_in_voxels"])
         crop = [min(LARGEST_CROP, max(SMALLEST_CROP, n // 2), n) for n in window]
-        channels = max(CHANNELS, self.contract.stage_features["last"])
+        channels = self.adapter_channels()
         # of the memory target, 90 % for everything but one crop's share of workspace
         fitting = int(0.9 * self.UNet_vram_target_GB * 2**30 / (BYTES_PER_CROP_VOXEL * channels * np.prod(crop)))
         if fitting < 1:
@@ -214,6 +243,7 @@ class FSEFTPlanner(ExperimentPlanner):
                     "stages": stages,
                     "channels": channels,
                     "seed": 12345,
+                    **({"z_scores_as_hu": self.z_scores_as_hu} if self.z_scores_as_hu else {}),
                 },
                 "_kw_requires_import": [],
             },
@@ -272,11 +302,7 @@ class FSEFTPlanner(ExperimentPlanner):
         scratch = {f"{name}_scratch": self.untrained(child) for name, child in children.items()}
         plans["configurations"] = {"3d_fullres": parent, **children, **scratch}
         # the fingerprint's intensities were taken over all labels, the queries' too: they leave the plans
-        properties = self.contract.foreground_intensity_properties_per_channel
-        plans["foreground_intensity_properties_per_channel"] = {
-            channel: dict(properties.get(channel, {}))
-            for channel in plans["foreground_intensity_properties_per_channel"]
-        }
+        plans["foreground_intensity_properties_per_channel"] = self.contract.intensities_of(len(self.channels))
         super().save_plans(plans)
         self._leave_out_leftovers()
         self._explain(parent, children, stages)
@@ -303,7 +329,13 @@ class FSEFTPlanner(ExperimentPlanner):
         for channel, name in enumerate(channel_names(self.dataset_json).values()):
             scheme = parent["normalization_schemes"][channel]
             normalization = contract.describe_normalization(channel, scheme, parent["use_mask_for_norm"][channel])
-            print(f"Channel {channel}: {name}, the backbone's was {contract.channel_names[channel]}; {normalization}.")
+            known = contract.channel_names[contract.own_channel(channel)]
+            print(f"Channel {channel}: {name}, the backbone's was {known}; {normalization}.")
+        for channel, line in self.z_scores_as_hu.items():
+            text = "A z-score z of channel {0} is {mean:g} + {std:g} z HU to the backbone, within {low:g} and {high:g}."
+            print(text.format(channel, **line))
+        if contract.input_channels < len(self.channels):
+            print("Each channel goes through the backbone by itself; the features lie side by side.")
         print(
             f"Spacing {_rounded(parent['spacing'])} mm: {self._spacing_and_reason()[1]}.\n"
             f"Window {child['patch_size']}: median volume {list(parent['median_image_size_in_voxels'])}, "
@@ -316,6 +348,9 @@ class FSEFTPlanner(ExperimentPlanner):
         )
         if contract.encoder_only:
             print(untrained_decoder(contract))
+        own = np.median(self.dataset_fingerprint["spacings"], 0)
+        for remark in remarks(contract, self.channels, own, list(foreground(self.dataset_json["labels"]))):
+            print(remark)
 
     def _explain_cost(self, plans: dict) -> None:
         """Print what labels lose by the spacing; labels of queries are not read."""

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fsefs_nnunet.backbones.architectures import build_architecture
+from fsefs_nnunet.backbones.architectures import stage_maps
 from fsefs_nnunet.backbones.contract import BackboneContract
+from fsefs_nnunet.backbones.frozen import WITH_IMAGE
 from fsefs_nnunet.backbones.maps import FeatureMap
 
 # All stages of nnU-Net's own U-Nets have 960 channels or more. Whether a reduction can learn from so many with few
 # cases has not been measured.
 MOST_FEATURES = 256
-RICHEST_FIRST = ("skips", "all", "last")
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,34 @@ class Stages:
     slab_bytes: float
 
 
-def choose_stages(contract: BackboneContract, window: Sequence[int], shape: Sequence[int], most_bytes: float) -> Stages:
-    """The richest stages whose slab and twice the maps of a window take at most `most_bytes`, else "last".
+def choose_stages(
+    contract: BackboneContract,
+    window: Sequence[int],
+    shape: Sequence[int],
+    most_bytes: float,
+    image_channels: int = 1,
+) -> Stages:
+    """The first of the architecture's stages whose slab and twice the maps of a window take at most `most_bytes`.
+
+    If none do, those of the smallest slab. Beside maps that are all below full resolution lies the image.
 
     Args:
         window: the backbone's, (X, Y, Z).
         shape: of the median volume, (X, Y, Z).
+        image_channels: of the dataset.
     """
-    for name in RICHEST_FIRST:
-        if name != "last" and contract.stage_features.get(name, MOST_FEATURES + 1) > MOST_FEATURES:
+    passes, found = image_channels // contract.input_channels, []
+    for name, maps in stage_maps(contract).items():
+        if name != "last" and passes * sum(m.channels for m in maps) > MOST_FEATURES:
             continue
-        channels = channels_in_effect(build_architecture(contract, name).maps)
+        channels = passes * channels_in_effect(maps)
+        if all(max(m.stride) > 1 for m in maps):
+            name, channels = name + WITH_IMAGE, channels + image_channels
         slab = 4 * channels * float(window[0] * shape[1] * shape[2])
-        stages = Stages(name, channels, slab)
+        found.append(Stages(name, channels, slab))
         if slab + 2 * 4 * channels * float(np.prod(window)) <= most_bytes:
-            break
-    return stages
+            return found[-1]
+    return min(found, key=lambda stages: stages.slab_bytes)
 
 
 def channels_in_effect(maps: Sequence[FeatureMap]) -> float:

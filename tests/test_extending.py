@@ -61,9 +61,13 @@ class ToyEncoder(nn.Module):
 
     def __init__(self, contract: BackboneContract, stages: str):
         super().__init__()
-        self.maps = [FeatureMap(4, (2, 2, 2)), FeatureMap(6, (4, 4, 4))]
+        self.maps = self.stage_maps(contract)[stages]
         self.first = nn.Conv3d(contract.input_channels, 4, 3, stride=2, padding=1)
         self.second = nn.Conv3d(4, 6, 3, stride=2, padding=1)
+
+    @staticmethod
+    def stage_maps(contract: BackboneContract) -> dict[str, list[FeatureMap]]:
+        return {"last": [FeatureMap(4, (2, 2, 2)), FeatureMap(6, (4, 4, 4))]}
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
         fine = torch.relu(self.first(image))
@@ -265,7 +269,8 @@ def test_the_converted_dataset(work):
 def test_an_encoder_with_two_maps(work, monkeypatch):
     fold = trained(work, "FSEFTTrainer_Adapter")
     weights = read_checkpoint(fold / "checkpoint_final.pth")["network_weights"]
-    assert weights["feature_mean"].shape == (10,) and weights["reduction.weight"].shape == (32, 10, 1, 1, 1)
+    # ten features of the two maps; the planner lays the image beside them
+    assert weights["feature_mean"].shape == (11,) and weights["reduction.weight"].shape == (32, 11, 1, 1, 1)
     assert predicted(work, "FSEFTTrainer_Adapter", monkeypatch).shape == (24, 20, 16)
 
 
@@ -276,7 +281,7 @@ def test_a_method_inside_the_backbone(work, monkeypatch):
     assert set(weights) == own | {"feature_mean", "feature_std", "is_fitted"}
     gain = weights["backbone.tuned.first.gain"]
     assert gain.shape == (2,) and not torch.equal(gain, torch.ones(2))  # the option of the plans, trained
-    assert RunFile.load(fold).trained_parameters == 2 + 3 * 10 + 3
+    assert RunFile.load(fold).trained_parameters == 2 + 3 * 11 + 3
     assert predicted(work, "FSEFTTrainer_Gains", monkeypatch).shape == (24, 20, 16)
 
 

@@ -141,7 +141,9 @@ def test_a_model_of_nnunet_v1(backbones, field_plans, capsys, name, file):
     for path in (field_plans / name, field_plans / name / file):
         assert main(["backbones", "import", "mine", str(path)]) == 2
         said = capsys.readouterr().err
-        assert f"{name}/{file} is a pickle of nnU-Net v1, which could run code and was not opened: give" in said
+        assert (
+            f"{name}/{file} is a pickle, as nnU-Net v1 wrote them; it could run code and was not opened: give" in said
+        )
         assert said.count("\n") == 1 and not backbones.exists()
 
 
@@ -155,8 +157,8 @@ def test_a_pickle_of_nnunet_v1_is_never_opened(tmp_path, backbones, capsys, plac
     with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
         archive.write(file, "model/plans.pkl")
     assert main(["backbones", "import", "mine", str(path)]) == 2
-    assert "is a pickle of nnU-Net v1, which could run code and was not opened" in capsys.readouterr().err
-    with pytest.raises(InputError, match="is a pickle of nnU-Net v1"):
+    assert "is a pickle, as nnU-Net v1 wrote them; it could run code and was not opened" in capsys.readouterr().err
+    with pytest.raises(InputError, match="is a pickle, as nnU-Net v1 wrote them"):
         import_nnunet_model("mine", path, backbones)
     assert not witness.exists() and not backbones.exists()
     pickle.loads(file.read_bytes())

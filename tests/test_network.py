@@ -96,7 +96,7 @@ def test_features_and_head_are_the_unet(image, stages):
 
 
 def test_unknown_stages():
-    with pytest.raises(ValueError, match="stages must be 'last', 'all' or 'skips' in the plans.* not 'first'"):
+    with pytest.raises(ValueError, match="has stages 'skips', 'all', 'last': the plans' arch_kwargs name 'first'"):
         FrozenBackbone("phantom", "first")
 
 
@@ -150,7 +150,7 @@ def test_contract_of_unknown_kind(copy):
     content = json.loads(file.read_text())
     content["architecture"]["kind"] = "transformer"
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="'transformer'; known kinds: nnunet, raw_image"):
+    with pytest.raises(ValueError, match="'transformer'; known kinds: anatomix, highres3dnet, "):
         FrozenBackbone("phantom", "last")
 
 
@@ -387,9 +387,25 @@ def test_unknown_labels_start_fresh(contract, image):
     assert bool(strangers.is_fitted) and not torch.equal(strangers.feature_mean, untouched.feature_mean)
 
 
-def test_wrong_number_of_image_channels(contract):
-    with pytest.raises(ValueError, match=r"'phantom' takes 1 image channel\(s\), the dataset has 2: choose another"):
-        build(contract, input_channels=2)
+def test_several_channels_through_a_backbone_of_one(contract, image):
+    """Side by side in each map, the first channel's first; the image may lie behind them."""
+    one, two = FrozenBackbone("phantom", "all"), FrozenBackbone("phantom", "all+image", channels=2)
+    images = torch.cat((image, image.flip(2)), 1)
+    maps = two(images)
+    assert [m.channels for m in two.maps] == [m.shape[1] for m in maps] == [32, 64, 128, 2]
+    for made, first, second in zip(maps, one(image), one(image.flip(2))):
+        torch.testing.assert_close(made, torch.cat((first, second), 1))
+    assert torch.equal(maps[-1], images)
+    network = build(contract, input_channels=2)
+    assert network(images).shape[1] == network.head.out_channels
+
+
+def test_wrong_number_of_image_channels(contract, tmp_path, monkeypatch):
+    monkeypatch.setenv("fseft_backbones", str(tmp_path))
+    two = replace(contract, id="two", architecture={"kind": "raw_image"}, channel_names=("CT", "PET"), classes=())
+    save_backbone(two, {"none": torch.zeros(1)}, tmp_path)
+    with pytest.raises(ValueError, match=r"'two' takes 2 image channel\(s\), the dataset has 3: choose another"):
+        FrozenBackbone("two", "last", channels=3)
 
 
 def test_adapter_narrower_than_the_head(contract):

@@ -1,6 +1,5 @@
 import json
 import re
-import shutil
 from dataclasses import replace
 
 import nibabel as nib
@@ -170,12 +169,12 @@ def test_overwritten_names_and_spacing(workspace):
 # ---- datasets that it refuses ----
 
 
-def test_wrong_number_of_channels(workspace):
-    edit(workspace.raw / "dataset.json", lambda content: content.update(channel_names={"0": "CT", "1": "PET"}))
-    for file in (workspace.raw / "imagesTr").iterdir():
-        shutil.copy(file, file.with_name(file.name.replace("_0000", "_0001")))
-    with pytest.raises(ValueError, match=r"dataset\.json has 2 channel\(s\), backbone 'phantom' takes 1: choose"):
-        FSEFTPlanner(workspace.dataset)
+def test_wrong_number_of_channels(workspace, contract, tmp_path, monkeypatch):
+    monkeypatch.setenv("fseft_backbones", str(tmp_path / "backbones"))
+    pair = replace(contract, id="pair", channel_names=("CT", "CT"), architecture={"kind": "raw_image"})
+    save_backbone(pair, {"none": torch.zeros(1)}, tmp_path / "backbones")
+    with pytest.raises(ValueError, match=r"dataset\.json has 1 channel\(s\), backbone 'pair' takes 2: choose"):
+        FSEFTPlanner(workspace.dataset, backbone="pair")
 
 
 def test_2d_images(workspace):

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from fsefs_nnunet.planners.stages import choose_stages
+from fsefs_nnunet.backbones.architectures import stage_maps
+from fsefs_nnunet.backbones.zoo import ZOO
+from fsefs_nnunet.planners.stages import channels_in_effect, choose_stages
 
 HALF_OF_8_GIB = 4 * 2**30
 
@@ -45,7 +47,8 @@ def test_a_large_unet_gives_its_last_stage(contract):
         arguments[key] = [*arguments[key], arguments[key][-1]]
     arguments["n_conv_per_stage_decoder"] = [2] * 4
     large = replace(contract, architecture={**contract.architecture, "arch_kwargs": arguments})
-    assert large.stage_features == {"last": 32, "all": 480, "skips": 960}
+    channels = {name: sum(m.channels for m in maps) for name, maps in stage_maps(large).items()}
+    assert channels == {"last": 32, "all": 480, "skips": 960}
     stages = choose_stages(large, (64, 64, 64), (64, 64, 64), HALF_OF_8_GIB)
     assert (stages.name, stages.channels) == ("last", 32)
 
@@ -54,3 +57,29 @@ def test_other_architectures_have_one_choice(contract):
     raw = replace(contract, architecture={"kind": "raw_image"}, classes=())
     stages = choose_stages(raw, (64, 64, 64), (100, 100, 100), HALF_OF_8_GIB)
     assert (stages.name, stages.channels, stages.slab_bytes) == ("last", 1, 4 * 64 * 100 * 100)
+
+
+def test_an_encoder_gets_the_image_beside_its_maps():
+    stages = choose_stages(ZOO["astra"].contract({}), (64, 64, 32), (100, 100, 50), HALF_OF_8_GIB, image_channels=2)
+    assert (stages.name, stages.channels) == ("last+image", 2 * (512 / (8 * 8 * 4) + 1))
+
+
+def test_decoder_stages_below_full_resolution_cost_little():
+    stages = choose_stages(ZOO["obelisk"].contract({}), (96, 96, 96), (100, 100, 100), HALF_OF_8_GIB)
+    assert stages.name == "all" and stages.channels == 5 + 14 / 8 + 28 / 64 + 42 / 512 + 56 / 4096
+
+
+@pytest.mark.parametrize("entry", [e for e in ZOO.values() if e.kind != "swin_unetr"], ids=lambda e: e.id)
+def test_where_nothing_fits_the_smallest_is_taken(entry):
+    contract = entry.contract({})
+    smallest = choose_stages(contract, (64, 64, 32), (100, 100, 50), 1)
+    assert smallest.channels == min(
+        channels_in_effect(maps) + all(max(m.stride) > 1 for m in maps)
+        for name, maps in stage_maps(contract).items()
+        if name == "last" or sum(m.channels for m in maps) <= 256
+    )
+
+
+def test_channels_multiply_the_features(contract):
+    stages = choose_stages(contract, (64, 64, 64), (64, 64, 64), HALF_OF_8_GIB, image_channels=2)
+    assert (stages.name, stages.channels) == ("all", 2 * (16 + 32 / 8 + 64 / 64))  # 448 of "skips" are too many

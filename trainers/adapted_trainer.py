@@ -99,6 +99,11 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
         """A fresh network takes the features' statistics (C,) and the universal head's rows."""
         matches = self.network.fit(mean, std, self.dataset_json["labels"], self.label_manager.has_regions)
         self.run.head_rows = matches
+        if known := self.network.known_but_fresh(self.dataset_json["labels"], self.label_manager.has_regions):
+            self.print_to_log_file(
+                f"The backbone's own head knows {', '.join(known)}, but has more than one layer: these labels start "
+                "fresh."
+            )
         contract, backbone = self.network.backbone.contract, self.run.backbone
         self.print_to_log_file(
             f"Backbone {contract.id}, SHA-256 {contract.sha256}: {backbone['frozen_parameters']} parameters, frozen."

@@ -11,6 +11,8 @@ import numpy as np
 
 from fsefs_nnunet.errors import InputError
 
+ANY = "any"
+AS_CT = {"mean": 0.0, "std": 100.0, "low": -200.0, "high": 300.0}
 CT_PROPERTIES = ("percentile_00_5", "percentile_99_5", "mean", "std")  # what nnU-Net's CTNormalization reads
 
 
@@ -22,12 +24,12 @@ class BackboneContract:
     transposed by `transpose_forward`. Channels count by position, as channel_names in a dataset.json.
 
     id: its name in plans and on the command line.
-    architecture: how to build it; "kind" is a key of architectures.ARCHITECTURES. "features", the channels of all maps
-        together, is read here where it is not a U-Net of nnU-Net's, as are "head" (false: none) and "encoder_only"
-        (true: an untrained decoder); the rest is the architecture's own.
+    architecture: how to build it; "kind" is a key of architectures.ARCHITECTURES. "head" (false: none),
+        "linear_head" (false: more than a 1^3 convolution) and "encoder_only" (true: an untrained decoder) are read
+        here; the rest is the architecture's own.
     classes: names of the universal head's rows, in order; of what it was trained on, where it has no linear head.
     softmax: the head's rows compete and row 0 is the background; otherwise each is a sigmoid of its own.
-    channel_names: what it was trained on, per channel.
+    channel_names: what it was trained on, per channel; "any" for whatever there is.
     image_reader_writer: nnU-Net's reader; only those "WithReorient" turn images to RAS.
     transpose_forward: which of the reader's axes each axis is; [2, 1, 0] makes x, y, z of z, y, x.
     spacing: mm per axis, or None: the dataset's own.
@@ -39,6 +41,8 @@ class BackboneContract:
     smallest_window: smallest window that it was trained on, voxels per axis.
     divisor: what a window must be a multiple of, voxels per axis.
     sha256: of the weights file.
+    z_scores_as_hu: the line by which z-scores of another modality become Hounsfield units for a CT backbone: mean +
+        std z, clipped to [low, high].
     source: file, sha256 and left_out of what was imported, where it was one file: its name, its hash, and the names of
         the tensors that are not here by why they are not.
     """
@@ -64,6 +68,7 @@ class BackboneContract:
     citation: str = ""
     description: str = ""
     training: dict = field(default_factory=dict)
+    z_scores_as_hu: dict[str, float] = field(default_factory=lambda: dict(AS_CT))
     source: dict = field(default_factory=dict)
 
     @property
@@ -76,17 +81,14 @@ class BackboneContract:
         return self.classes if self.architecture.get("head", True) else ()
 
     @property
+    def linear_head(self) -> bool:
+        """Whether the universal head is a 1^3 convolution, whose rows can start an adapter's head."""
+        return bool(self.head_classes) and self.architecture.get("linear_head", True)
+
+    @property
     def encoder_only(self) -> bool:
         """Whether its decoder has never been trained, so that its features mean nothing until it is."""
         return self.architecture.get("encoder_only", False)
-
-    @property
-    def stage_features(self) -> dict[str, int]:
-        """Features that an adapter gets for each choice of `stages`; "last" comes first in all of them."""
-        *skips, _ = self.architecture.get("arch_kwargs", {}).get("features_per_stage", [None])
-        if skips:
-            return {"last": skips[0], "all": sum(skips), "skips": 2 * sum(skips)}
-        return {"last": self.architecture.get("features", self.input_channels)}
 
     def window(self, median_shape: Sequence[float]) -> list[int]:
         """Patch size: covers a volume of `median_shape` as far as the smallest and largest window allow it."""
@@ -106,33 +108,76 @@ class BackboneContract:
                 f"are {known}."
             ) from error
 
-    def check_channels(self, names: Sequence[str], file: str) -> None:
+    def own_channel(self, channel: int) -> int:
+        """Which of its channels a dataset's channel enters."""
+        return channel if self.input_channels > 1 else 0
+
+    def unseen_channels(self, names: Sequence[str]) -> list[int]:
+        """Of a dataset's channels `names`, those of another modality: CT where it has none, or the other way round."""
+        if self.normalization_schemes is None:
+            return []
+        known = [self.channel_names[self.own_channel(channel)] for channel in range(len(names))]
+        # Hounsfield units are absolute, other intensities are not
+        return [c for c, (name, own) in enumerate(zip(names, known)) if own != ANY and is_ct(name) != is_ct(own)]
+
+    def check_channels(self, names: Sequence[str], file: str, remedy: str = "") -> None:
         """Compare the channel names of a dataset, whose dataset.json is `file`, with what the backbone was trained on.
 
+        remedy: what else to do about channels of another modality.
+
         Raises:
-            InputError: for another number of channels, and where one of the two is CT and the other is not.
+            InputError: for a number of channels that it cannot take, and for channels of another modality.
         """
-        if len(names) != self.input_channels:
+        if len(names) != self.input_channels and self.input_channels > 1:
             raise InputError(
                 f"{file} has {len(names)} channel(s), backbone {self.id!r} takes {self.input_channels}: "
                 "choose another backbone or convert the dataset."
             )
-        for channel, (name, known) in enumerate(zip(names, self.channel_names)):
-            if self.normalization_schemes is None:
-                if _is_ct(name) and str(channel) not in self.foreground_intensity_properties_per_channel:
-                    raise InputError(f"Backbone {self.id!r} was not trained on CT, {file} names CT: choose another.")
-            elif _is_ct(name) != _is_ct(known):  # Hounsfield units are absolute, other intensities are not
-                raise InputError(
-                    f"Channel {channel} of {file} is {name!r}, backbone {self.id!r} was trained with {known!r} "
-                    f"there: choose another backbone, or name the channel {known!r} if it holds the same."
-                )
+        for channel in self.unseen_channels(names):
+            known = self.channel_names[self.own_channel(channel)]
+            raise InputError(
+                f"Channel {channel} of {file} is {names[channel]!r}, backbone {self.id!r} was trained with {known!r} "
+                f"there: choose another backbone, or name the channel {known!r} if it holds the same{remedy}."
+            )
+        for channel, name in enumerate(names):
+            open_to_all = self.normalization_schemes is None
+            if open_to_all and is_ct(name) and not self.intensities_of(channel + 1)[str(channel)]:
+                raise InputError(f"Backbone {self.id!r} was not trained on CT, {file} names CT: choose another.")
+
+    def normalization_of(
+        self, names: Sequence[str], other_modality: bool = False
+    ) -> tuple[list[str], list[bool]] | None:
+        """nnU-Net's schemes for channels `names`, and whether they use the nonzero mask; None: nnU-Net's choice.
+
+        other_modality: z-score the channels that the backbone has never seen the like of.
+        """
+        if self.normalization_schemes is None:
+            return None
+        times = len(names) // self.input_channels
+        schemes, masks = list(self.normalization_schemes) * times, list(self.use_mask_for_norm) * times
+        for channel in self.unseen_channels(names) if other_modality else []:
+            schemes[channel], masks[channel] = "ZScoreNormalization", False
+        return schemes, masks
+
+    def z_scores_of(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """By channel, the line by which the z-scores of a modality that it has never seen become Hounsfield units."""
+        unseen = (channel for channel in self.unseen_channels(names) if self._takes_ct(channel))
+        return {str(channel): dict(self.z_scores_as_hu) for channel in unseen}
+
+    def _takes_ct(self, channel: int) -> bool:
+        return self.normalization_schemes[self.own_channel(channel)] == "CTNormalization"
+
+    def intensities_of(self, channels: int) -> dict[str, dict[str, float]]:
+        """`foreground_intensity_properties_per_channel` for so many channels; empty where there are none."""
+        known = self.foreground_intensity_properties_per_channel
+        return {str(channel): dict(known.get(str(self.own_channel(channel)), {})) for channel in range(channels)}
 
     def describe_normalization(self, channel: int, scheme: str, masked: bool) -> str:
         """E.g. "CTNormalization: clipped to [-175, 250], minus -175, divided by 425"."""
         text = f"{scheme} inside the nonzero mask" if masked else scheme
         if scheme != "CTNormalization":
             return text
-        values = self.foreground_intensity_properties_per_channel[str(channel)]
+        values = self.intensities_of(channel + 1)[str(channel)]
         low, high, mean, std = (values[key] for key in CT_PROPERTIES)
         return f"{text}: clipped to [{low:g}, {high:g}], minus {mean:g}, divided by {std:g}"
 
@@ -140,5 +185,6 @@ class BackboneContract:
         return json.dumps(asdict(self), indent=1)
 
 
-def _is_ct(channel_name: str) -> bool:
+def is_ct(channel_name: str) -> bool:
+    """Whether nnU-Net takes a channel of this name for CT."""
     return channel_name.casefold() == "ct"  # as nnU-Net compares

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from fsefs_nnunet.backbones.architectures import build_architecture
+from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.maps import FeatureMap
 from fsefs_nnunet.backbones.store import find_backbone, load_weights
+from fsefs_nnunet.errors import InputError
+
+WITH_IMAGE = "+image"  # at the end of `stages`: the image is one of the maps
 
 
 class FrozenBackbone(nn.Module):
@@ -17,19 +22,49 @@ class FrozenBackbone(nn.Module):
 
     It follows `.to()` and always stays in eval mode without gradients, but it is in nobody's `parameters()` or
     `state_dict()`: optimisers, checkpoints and parameter counts see the adapter alone.
+
+    A backbone of one channel takes images of several, one channel after the other: their features lie side by side in
+    each map, the first channel's first.
     """
 
-    def __init__(self, backbone_id: str, stages: str, sha256: str | None = None):
-        """Raises InputError for an unknown backbone, damaged weights, or others than `sha256`."""
+    def __init__(
+        self,
+        backbone_id: str,
+        stages: str,
+        sha256: str | None = None,
+        channels: int | None = None,
+        z_scores_as_hu: dict[str, dict[str, float]] | None = None,
+    ):
+        """
+        Args:
+            stages: of the architecture, with "+image" behind it if the image is to be a map, too.
+            channels: of the images; default: as many as the backbone was trained with.
+            z_scores_as_hu: channels of the images that are z-scored, since the backbone has never seen their modality,
+                and the line by which they become Hounsfield units, see BackboneContract.
+
+        Raises:
+            InputError: for an unknown backbone, damaged weights or others than `sha256`, and channels that it cannot
+                take.
+        """
         super().__init__()
         self.contract, self.stages = find_backbone(backbone_id), stages
-        module = build_architecture(self.contract, stages)
+        own = self.contract.input_channels
+        self.channels = channels or own
+        if self.channels != own and own > 1:
+            raise InputError(
+                f"Backbone {backbone_id!r} takes {own} image channel(s), the dataset has {channels}: choose another "
+                "backbone or convert the dataset."
+            )
+        self.passes = self.channels // own
+        module = build_architecture(self.contract, stages.removesuffix(WITH_IMAGE))
         module.load_backbone_state(load_weights(self.contract, sha256))
         self.__dict__["module"] = module.eval().requires_grad_(False)
+        self.z_scores_as_hu = z_scores_as_hu or {}
 
     @property
     def maps(self) -> Sequence[FeatureMap]:
-        return self.module.maps
+        found = [replace(m, channels=m.channels * self.passes) for m in self.module.maps]
+        return [*found, FeatureMap(self.channels)] if self.stages.endswith(WITH_IMAGE) else found
 
     @property
     def out_channels(self) -> int:
@@ -46,5 +81,23 @@ class FrozenBackbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """image (B, input_channels, X, Y, Z) -> feature maps, see backbones/protocol.py."""
-        return self.module(image)
+        """image (B, channels, X, Y, Z) -> feature maps, see backbones/protocol.py."""
+        return self._maps_of(image)
+
+    def _maps_of(self, image: torch.Tensor) -> list[torch.Tensor]:
+        seen = as_hounsfield(image, self.contract, self.z_scores_as_hu) if self.z_scores_as_hu else image
+        found = self.module(seen.flatten(0, 1)[:, None] if self.passes > 1 else seen)
+        if self.passes > 1:
+            found = [m.unflatten(0, (-1, self.passes)).flatten(1, 2) for m in found]
+        return [*found, image] if self.stages.endswith(WITH_IMAGE) else found
+
+
+def as_hounsfield(image: torch.Tensor, contract: BackboneContract, lines: dict[str, dict[str, float]]) -> torch.Tensor:
+    """The channels of an image (B, C, X, Y, Z) that have one of `lines`, as CTNormalization makes them of CT."""
+    made, ct = image.clone(), contract.intensities_of(image.shape[1])
+    for channel, line in lines.items():
+        window = ct[channel]
+        units = (image[:, int(channel)] * line["std"] + line["mean"]).clamp(line["low"], line["high"])
+        units = units.clamp(window["percentile_00_5"], window["percentile_99_5"])
+        made[:, int(channel)] = (units - window["mean"]) / window["std"]
+    return made

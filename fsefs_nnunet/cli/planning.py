@@ -64,6 +64,11 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accept_positive_ct", action="store_true", help="train on CTs without a value below 0, which are hardly in HU"
     )
+    parser.add_argument(
+        "--other_modality",
+        action="store_true",
+        help="show the backbone images of a modality that it has never seen, MR to a CT backbone for example: z-scored",
+    )
 
 
 def _add_splits(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +110,7 @@ def plan(args: argparse.Namespace, support: Sequence[str] = ()) -> str:
         args.overwrite_target_spacing,
         args.accept_positive_ct,
         support,
+        args.other_modality,
     )
 
 

@@ -95,6 +95,7 @@ class FeatureBank:
             "stages": stages,
             "patch_size": self.patch_size,
             "tile_step_size": TILE_STEP_SIZE,
+            **({"z_scores_as_hu": backbone.z_scores_as_hu} if backbone.z_scores_as_hu else {}),
         }
         self.folder = self.root / f"{backbone.contract.id}_{short_hash(json.dumps(self.recipe, sort_keys=True))}"
         self.windows = 0
@@ -159,7 +160,7 @@ class FeatureBank:
         self._log_damaged_and_small(missing, log)
         require_space(self.root, needed, cap_gb)
         largest = max((self.packing(r.layout).tiling for r in missing), key=lambda tiling: tiling.slab_bytes)
-        for warning in memory_warnings(largest, len(self.backbone.contract.channel_names), self.device):
+        for warning in memory_warnings(largest, self.backbone.channels, self.device):
             log(warning)
         computed = 0
         total = sum(self.packing(of_volume[0].layout).tiling.num_windows for of_volume in volumes.values())

@@ -69,8 +69,11 @@ class ZeroShotNetwork(nn.Module):
         return [FeatureMap(self.out_channels)]
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """image (B, input_channels, X, Y, Z) -> the head's logits (B, out_channels, X, Y, Z), one map."""
-        features = self.backbone(image)[0]
+        """image (B, channels, X, Y, Z) -> the head's logits (B, out_channels, X, Y, Z), one map.
+
+        Of several channels, the head of a backbone of one channel sees the first.
+        """
+        features = self.backbone(image[:, : self.backbone.contract.input_channels])[0]
         with torch.autocast(image.device.type, enabled=False):  # rounded logits would tie
             return [self.backbone.head(features.float())[:, self.head_rows]]
 
@@ -114,6 +117,8 @@ def zero_shot_plans(
     own, extent = np.median(spacings, 0), np.median(shapes * spacings, 0)
     fitting = None if contract.spacing else fitting_spacing(extent, own, contract.patch_size)
     spacing = np.array(contract.spacing or (own if fitting is None else [fitting] * 3))
+    by_name = [get_normalization_scheme(name).__name__ for name in names], [False] * len(names)
+    schemes, masks = contract.normalization_of(names) or by_name
     resampling = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
     resample = "resample_data_or_seg_to_shape"
     configuration = {
@@ -122,10 +127,8 @@ def zero_shot_plans(
         "batch_size": 2,
         "patch_size": contract.window(np.median(np.round(shapes * spacings / spacing), 0)),
         "spacing": spacing.tolist(),
-        "normalization_schemes": list(
-            contract.normalization_schemes or (get_normalization_scheme(name).__name__ for name in names)
-        ),
-        "use_mask_for_norm": list(contract.use_mask_for_norm or [False] * len(names)),
+        "normalization_schemes": schemes,
+        "use_mask_for_norm": masks,
         "resampling_fn_data": contract.resampling_fn_data,
         "resampling_fn_data_kwargs": contract.resampling_fn_data_kwargs,
         "resampling_fn_seg": resample,
@@ -143,9 +146,7 @@ def zero_shot_plans(
         "configurations": {CONFIGURATION: configuration},
         "label_manager": "LabelManager",
         # nnU-Net looks up every channel's, the z-scored ones' too
-        "foreground_intensity_properties_per_channel": {
-            str(c): contract.foreground_intensity_properties_per_channel.get(str(c), {}) for c in range(len(names))
-        },
+        "foreground_intensity_properties_per_channel": contract.intensities_of(len(names)),
     }
 
 
@@ -168,7 +169,8 @@ def predict_zero_shot(
     name, raw, _ = dataset_folders(dataset_id)
     dataset_json = read_dataset_json(raw / "dataset.json")
     backbone = FrozenBackbone(backbone_id, "last")
-    backbone.contract.check_channels(list(dataset_json["channel_names"].values()), str(raw / "dataset.json"))
+    channels = list(dataset_json["channel_names"].values())
+    backbone.contract.check_channels(channels, str(raw / "dataset.json"))
     reader = find_reader(backbone.contract.image_reader_writer, dataset_json["file_ending"]).__name__
     images = images_to_segment(images_folder, dataset_json, reader)
     failures = list(images.failures.values())
@@ -180,6 +182,8 @@ def predict_zero_shot(
     manager = PlansManager(plans)
     network = ZeroShotNetwork(backbone, dataset_json["labels"], manager.get_label_manager(dataset_json).has_regions)
     print(f"Labels of {name} by the head of {backbone_id}: {network.matches}")
+    if len(channels) > backbone.contract.input_channels:
+        print(f"The head sees the first channel alone, {channels[0]!r}.")
     absent = [label for label in network.names if label not in network.matches]
     if absent:
         print(f"The backbone's head does not know {', '.join(absent)}: it leaves background there.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.backbones.frozen import WITH_IMAGE, FrozenBackbone
 from fsefs_nnunet.backbones.maps import FeatureMap
 from fsefs_nnunet.device import unless_thin
 from fsefs_nnunet.errors import InputError
@@ -44,6 +44,7 @@ class AdaptedNetwork(nn.Module):
         seed: int,
         inside: Inside | None = None,
         deep_supervision: bool | None = None,
+        z_scores_as_hu: dict | None = None,
     ):
         """nnU-Net gives input_channels, num_classes and deep_supervision (there is none), the method gives inside, the
         plans give the rest.
@@ -52,19 +53,16 @@ class AdaptedNetwork(nn.Module):
             channels: width of the adapter; features of another width are reduced to it by a 1^3 convolution. None: as
                 many as the features have.
             inside: what is trained in the backbone, too.
+            z_scores_as_hu: see FrozenBackbone.
         """
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # of layers that a method adds inside
+            images = {"channels": input_channels, "z_scores_as_hu": z_scores_as_hu}
             self.backbone = (
-                FrozenBackbone(backbone, stages, sha256)
+                FrozenBackbone(backbone, stages, sha256, **images)
                 if inside is None
-                else TunedBackbone(backbone, stages, sha256, inside)
-            )
-        if input_channels != self.backbone.contract.input_channels:
-            raise InputError(
-                f"Backbone {backbone!r} takes {self.backbone.contract.input_channels} image channel(s), the dataset "
-                f"has {input_channels}: choose another backbone or convert the dataset."
+                else TunedBackbone(backbone, stages, sha256, inside, **images)
             )
         features = self.backbone.out_channels
         channels = channels or features
@@ -80,8 +78,8 @@ class AdaptedNetwork(nn.Module):
 
     @property
     def head_channels(self) -> int:
-        """Width of the universal head's input, 0 if the backbone has no head."""
-        return self.backbone.head.weight.shape[1] if self.backbone.head is not None else 0
+        """Width of the universal head's input, 0 if the backbone has none that could start another."""
+        return self.backbone.head.weight.shape[1] if self.backbone.contract.linear_head else 0
 
     @torch.no_grad()
     def _pass_leading_channels(self) -> None:
@@ -107,7 +105,9 @@ class AdaptedNetwork(nn.Module):
         self.feature_std.copy_(std)
         self.is_fitted.fill_(True)
         names = foreground_names(labels, has_regions)
-        matches = match_labels(names, self.backbone.contract.classes) if self.head_channels else {}
+        # rows for CT say nothing about the z-scores of another modality
+        starts = self.head_channels and not self.backbone.z_scores_as_hu
+        matches = match_labels(names, self.backbone.contract.classes) if starts else {}
         if not matches:
             return {}
         n, universal = self.head_channels, self.backbone.head
@@ -123,6 +123,13 @@ class AdaptedNetwork(nn.Module):
             self.head.weight[row, :n, 0, 0, 0] = weight[k] * std[:n].to(weight)
             self.head.bias[row] = bias[k] + (weight[k] * mean[:n].to(weight)).sum()
         return matches
+
+    def known_but_fresh(self, labels: dict, has_regions: bool) -> list[str]:
+        """Classes of the dataset that the universal head knows without a row that could start the new head."""
+        contract = self.backbone.contract
+        if contract.linear_head or not contract.head_classes:
+            return []
+        return list(match_labels(foreground_names(labels, has_regions), contract.head_classes))
 
     # In the state_dict's metadata, the SHA-256 adds no entry, and checkpoints without it load as ever. nnUNetv2_predict
     # builds the network from the model folder's plans, which a later training on another backbone replaces.
@@ -233,13 +240,15 @@ def build_network(
         InputError: for `arch_kwargs` that nothing uses, and as AdaptedNetwork does.
     """
     kwargs = {**configuration.network_arch_init_kwargs}
-    known = ("backbone", "sha256", "adapter", "stages", "channels", "seed", "options")
+    known = ("backbone", "sha256", "adapter", "stages", "channels", "seed", "options", "z_scores_as_hu")
     if unknown := sorted(kwargs.keys() - set(known)):
         raise InputError(f"arch_kwargs in the plans hold {unknown}, which nothing uses: known are {', '.join(known)}.")
     options = kwargs.pop("options", {})
     if unknown := sorted(options.keys() - METHODS.keys()):
         raise InputError(f"The options in the plans' arch_kwargs name {unknown}: methods are {', '.join(METHODS)}.")
-    kwargs |= {key: value for key, value in (("adapter", method.adapter), ("stages", method.maps)) if value}
+    image = WITH_IMAGE if kwargs["stages"].endswith(WITH_IMAGE) else ""
+    maps = method.maps and method.maps + image
+    kwargs |= {key: value for key, value in (("adapter", method.adapter), ("stages", maps)) if value}
     if kwargs["adapter"] == "linear_probe":
         kwargs["channels"] = None
     return AdaptedNetwork(

@@ -26,10 +26,12 @@ def plan(
     overwrite_target_spacing: list[float] | None = None,
     accept_positive_ct: bool = False,
     support: Sequence[str] = (),
+    other_modality: bool = False,
 ) -> str:
     """Fingerprint and plans, with nnU-Net's own for the baseline. Returns the plans' name.
 
     support: cases whose labels may show the cost of the spacing; default: those of the drawn folds.
+    other_modality: see FSEFTPlanner.
     """
     planner = FSEFTPlanner(
         dataset_id,
@@ -41,6 +43,7 @@ def plan(
         num_processes=num_processes,
         accept_positive_ct=accept_positive_ct,
         support=support,
+        other_modality=other_modality,
     )
     planner.plan_experiment()
     with refused_if_unwritable(dataset_folders(dataset_id)[2]):

@@ -9,6 +9,7 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
+from fsefs_nnunet.backbones.architectures.plain import maps_named
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.maps import FeatureMap
 from fsefs_nnunet.backbones.state import copy_exactly
@@ -34,14 +35,18 @@ class NNUNetBackbone(nn.Module):
             InputError: for another architecture, or layers of it that are no network layers.
         """
         super().__init__()
-        if stages not in ("last", "all", "skips"):
-            raise InputError(f"stages must be 'last', 'all' or 'skips' in the plans' arch_kwargs, not {stages!r}.")
         self.unet = _build_unet(contract)
         self.stages = stages
-        strides = np.cumprod([np.broadcast_to(stride, 3) for stride in self.unet.encoder.strides], 0).tolist()
-        of_stage = [FeatureMap(c, tuple(s)) for c, s in zip(self.unet.encoder.output_channels[:-1], strides)]
+        self.maps = maps_named(contract, self.stage_maps(contract), stages)
+
+    @staticmethod
+    def stage_maps(contract: BackboneContract) -> dict[str, list[FeatureMap]]:
+        """See backbones/protocol.py."""
+        kwargs = contract.architecture["arch_kwargs"]
+        strides = np.cumprod([np.broadcast_to(stride, 3) for stride in kwargs["strides"]], 0).tolist()
         # decoder and encoder have as many channels in each stage
-        self.maps = self._wanted(of_stage, of_stage)
+        stages = [FeatureMap(c, tuple(s)) for c, s in zip(kwargs["features_per_stage"][:-1], strides)]
+        return {name: _wanted(name, stages, stages) for name in ("skips", "all", "last")}
 
     @property
     def head(self) -> nn.Module:
@@ -56,13 +61,7 @@ class NNUNetBackbone(nn.Module):
         for s, (up, stage) in enumerate(zip(decoder.transpconvs, decoder.stages)):
             x = stage(torch.cat((up(x), skips[-(s + 2)]), 1))
             features.append(x)
-        return self._wanted(features[::-1], skips[:-1])
-
-    def _wanted(self, decoder: list, encoder: list) -> list:
-        """Of what the stages of decoder and encoder have, both from fine to coarse, that of `self.stages`."""
-        if self.stages == "last":
-            return decoder[:1]
-        return decoder if self.stages == "all" else [*decoder, *encoder[1:], *encoder[:1]]
+        return _wanted(self.stages, features[::-1], skips[:-1])
 
     def tuned_parameters(self, part: str) -> list[str]:
         """Names of the parameters that fine-tuning of "last_block", "decoder" or "all" trains, without the head's."""
@@ -82,6 +81,13 @@ class NNUNetBackbone(nn.Module):
     def load_backbone_state(self, weights: dict[str, torch.Tensor]) -> None:
         """Load what `backbone_state` gave. Raises InputError unless every tensor matches in name and shape."""
         copy_exactly(self.backbone_state(), weights)
+
+
+def _wanted(stages: str, decoder: list, encoder: list) -> list:
+    """Of what the stages of decoder and encoder have, both from fine to coarse, that of `stages`."""
+    if stages == "last":
+        return decoder[:1]
+    return decoder if stages == "all" else [*decoder, *encoder[1:], *encoder[:1]]
 
 
 def plans_architecture(contract: BackboneContract) -> dict:

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
+from fsefs_nnunet.backbones.architectures.plain import PlainBackbone
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.maps import FeatureMap
-from fsefs_nnunet.backbones.state import copy_exactly, require_divisible, require_last_stage
+from fsefs_nnunet.backbones.state import require_divisible
 
 STAGES = 4
 
 
-class SuPreMUNetBackbone(nn.Module):
+class SuPreMUNetBackbone(PlainBackbone):
     """Four stages of two convolutions, max pooling down, transposed convolutions up; features of the last stage.
 
     The published network normalises by the statistics of the batch at hand, in evaluation, too, and its own inference
     runs patches one by one. That is instance normalisation: a patch's features depend on no other patch.
     """
 
-    head = None  # the published classes have no linear rows
+    parts: ClassVar = {
+        "last_block": ("upsample.2.", "decoder.2."),
+        "decoder": ("upsample.", "decoder."),
+        "all": ("encoder.", "upsample.", "decoder."),
+    }
 
     def __init__(self, contract: BackboneContract, stages: str):
-        """Raises InputError for stages other than "last"."""
-        super().__init__()
-        require_last_stage(contract, stages)
-        self.contract = contract
+        super().__init__(contract, stages)
         features = contract.architecture["features"]
-        self.maps = [FeatureMap(features)]
         widths = [features * 2**stage for stage in range(STAGES)]
         inputs = [contract.input_channels, *widths[:-1]]
         self.encoder = nn.ModuleList(
@@ -40,6 +43,11 @@ class SuPreMUNetBackbone(nn.Module):
             nn.Sequential(ConvNormReLU(3 * width, width), ConvNormReLU(width, width)) for width in widths[-2::-1]
         )
 
+    @staticmethod
+    def stage_maps(contract: BackboneContract) -> dict[str, list[FeatureMap]]:
+        """See backbones/protocol.py."""
+        return {"last": [FeatureMap(contract.architecture["features"])]}
+
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
         """image (B, input_channels, X, Y, Z), sides multiples of 8 -> the last stage's features (B, C, X, Y, Z)."""
         require_divisible(self.contract, image)
@@ -51,24 +59,6 @@ class SuPreMUNetBackbone(nn.Module):
         for up, stage, skip in zip(self.upsample, self.decoder, reversed(skips)):
             x = stage(torch.cat((up(x), skip), 1))
         return [x]
-
-    def tuned_parameters(self, part: str) -> list[str]:
-        """Names of the parameters that fine-tuning of "last_block", "decoder" or "all" trains."""
-        last = STAGES - 2
-        prefixes = {
-            "last_block": (f"upsample.{last}.", f"decoder.{last}."),
-            "decoder": ("upsample.", "decoder."),
-            "all": ("",),
-        }[part]
-        return [name for name, _ in self.named_parameters() if name.startswith(prefixes)]
-
-    def backbone_state(self) -> dict[str, torch.Tensor]:
-        """Tensors to store: the parameters, there are no buffers."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
-
-    def load_backbone_state(self, weights: dict[str, torch.Tensor]) -> None:
-        """Load what `backbone_state` gave. Raises InputError unless every tensor matches in name and shape."""
-        copy_exactly(self.backbone_state(), weights)
 
 
 class ConvNormReLU(nn.Module):

@@ -25,6 +25,8 @@ BLOCK = 1 << 20
 
 def by_hand(entry: PublishedBackbone) -> str:
     """What to do where a program cannot fetch the file."""
+    if entry.package:
+        return f"{entry.how_to_get}."
     places = " or ".join(place for place in (entry.link, entry.page) if place)
     return f"Get {entry.file} from {places}, save it anywhere, and run: fseft backbones import {entry.id} FILE"
 

@@ -14,7 +14,7 @@ from fsefs_nnunet.backbones.published.layouts import ARCHITECTURE_NAMES, Publish
 from fsefs_nnunet.backbones.state import require_finite
 from fsefs_nnunet.backbones.store import check_id, save_backbone
 from fsefs_nnunet.backbones.untrained_decoder import untrained_decoder
-from fsefs_nnunet.backbones.zoo import ABDOMINAL_CT, SWIN_UNETR, ZOO, PublishedBackbone
+from fsefs_nnunet.backbones.zoo import LINEAR_HEADS, SWIN_UNETR, ZOO, PublishedBackbone
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import sha256_of
 
@@ -57,8 +57,9 @@ def read_published(backbone_id: str, file: Path) -> ReadCheckpoint:
     sha256 = sha256_of(file)
     _refuse_known_file_of_another(backbone_id, file, sha256)
     # a file of a known layout is taken to be trained as the public ones are
+    alike = next(known for known in ZOO.values() if known.kind == content.kind)
     entry = ZOO.get(backbone_id) or PublishedBackbone(
-        backbone_id, ABDOMINAL_CT, content.kind, content.features, encoder_only=content.encoder_only
+        backbone_id, alike.training, content.kind, content.features, encoder_only=content.encoder_only
     )
     _refuse_other_content(file, content, entry)
     if content.embedded_classes not in (None, len(entry.classes)):
@@ -85,7 +86,8 @@ def store_published(checkpoint: ReadCheckpoint, target: Path) -> BackboneContrac
 def _left_out(content: PublishedContent, entry: PublishedBackbone) -> dict[str, list[str]]:
     """Names of the tensors that the backbone does not take, by why."""
     if content.rows and not entry.head:
-        return {**content.left_out, "rows of a head whose classes the file does not name": ["head.weight", "head.bias"]}
+        rows = sorted(name for name in content.tensors if name.startswith("head."))
+        return {**content.left_out, "rows of a head whose classes the file does not name": rows}
     return content.left_out
 
 
@@ -106,7 +108,7 @@ def _refuse_other_content(file: Path, content: PublishedContent, entry: Publishe
     if architecture == (entry.kind, entry.features, entry.encoder_only) and same_head:
         return
     ids = _ids_of_layout(content)
-    head = f", {len(entry.classes)} rows of a linear head" if entry.head else ""
+    head = f", {len(entry.classes)} rows of a {'linear ' * (entry.kind in LINEAR_HEADS)}head" if entry.head else ""
     part = "the encoder alone of a " if entry.encoder_only else "a "
     raise InputError(
         f"{file} holds {content}; {entry.id!r} is {part}{ARCHITECTURE_NAMES[entry.kind]}, {entry.features} features"
@@ -130,7 +132,7 @@ def _refuse_partial(
             f"{file} lacks {len(missing)} of the {len(own)} tensors of a {name}, e.g. {missing[0]}: it is incomplete, "
             "take it from its publisher again."
         )
-    unknown = sorted(content.tensors.keys() - own.keys() - {"head.weight", "head.bias"})
+    unknown = sorted(name for name in content.tensors.keys() - own.keys() if not name.startswith("head."))
     wrong = [key for key in own if content.tensors[key].shape != own[key].shape]
     if unknown or wrong:
         odd = unknown[0] if unknown else f"{wrong[0]} of shape {tuple(content.tensors[wrong[0]].shape)}"
@@ -149,8 +151,10 @@ def _report(checkpoint: ReadCheckpoint) -> None:
     for why, names in contract.source["left_out"].items():
         print(f"Left out, {why}: {len(names)} ({names[0]}{', ...' if len(names) > 1 else ''}).")
     print(f"Classes: {', '.join(contract.classes) or 'unknown'}.")
+    if contract.head_classes and not contract.linear_head:
+        print("Its head is more than a 1^3 convolution: zero-shot prediction works, labels start fresh.")
     if not contract.head_classes:
-        print("No row of a linear head: labels start fresh, and there is no zero-shot prediction.")
+        print("No head: labels start fresh, and there is no zero-shot prediction.")
     if contract.encoder_only:
         print(untrained_decoder(contract))
     known = ZOO.get(contract.id)

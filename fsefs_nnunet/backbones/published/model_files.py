@@ -69,8 +69,8 @@ def refuse_nnunet_v1(path: Path) -> None:
 
 def _of_nnunet_v1(file: Path) -> str:
     return (
-        f"{file} is a pickle of nnU-Net v1, which could run code and was not opened: give a model that nnU-Net v2 "
-        "trained, with plans.json and fold_X/checkpoint_final.pth."
+        f"{file} is a pickle, as nnU-Net v1 wrote them; it could run code and was not opened: give a model that "
+        "nnU-Net v2 trained, with plans.json and fold_X/checkpoint_final.pth."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fsefs_nnunet.backbones.architectures import stage_maps
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.store import find_backbone, known_backbones, load_weights, strays, weights_file
 from fsefs_nnunet.backbones.zoo import ZOO, PublishedBackbone
@@ -68,11 +69,12 @@ def _name_strays() -> None:
 
 def _describe(contract: BackboneContract) -> None:
     architecture, rows = contract.architecture, len(contract.head_classes)
+    features = {stages: sum(m.channels for m in maps) for stages, maps in stage_maps(contract).items()}
     spacing = f"{list(contract.spacing)} mm" if contract.spacing else "of the dataset"
     turned = "images turned to RAS" if reorients(contract.image_reader_writer) else "images as stored"
     print(
         f"{contract.description or architecture['kind']}\n"
-        f"Architecture {architecture['kind']}, features for an adapter {contract.stage_features}\n"
+        f"Architecture {architecture['kind']}, features for an adapter {features}\n"
         f"Classes: {', '.join(contract.classes) or 'none'}\n"
         f"Head: {f'{rows} rows, zero-shot prediction works' if rows else 'none, labels start fresh'}\n"
         f"Preprocessing: {turned}, axes {list(contract.transpose_forward)} of z, y, x, spacing {spacing}"

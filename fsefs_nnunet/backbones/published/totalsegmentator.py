@@ -177,7 +177,7 @@ def import_models(
 
 def _chosen(wanted: str) -> list[InstalledModel]:
     path = Path(wanted).absolute()
-    if wanted != ALL and path.is_dir():
+    if wanted != ALL and not wanted.isdigit() and path.is_dir():
         # a folder of a data set, or the model's in there
         models = _models_of(path) or [model for model in _models_of(path.parent) if model.folder == path]
         if not models:

@@ -17,20 +17,22 @@ class TunedBackbone(FrozenBackbone):
     them their names. Everything stays in eval mode; autograd keeps nothing of the layers before the first trained one.
     """
 
-    def __init__(self, backbone_id: str, stages: str, sha256: str | None, inside: Inside):
-        """Raises InputError for a backbone that has nothing to train."""
-        super().__init__(backbone_id, stages, sha256)
+    def __init__(self, backbone_id: str, stages: str, sha256: str | None, inside: Inside, *args, **kwargs):
+        """The other arguments are FrozenBackbone's. Raises InputError for a backbone that has nothing to train."""
+        super().__init__(backbone_id, stages, sha256, *args, **kwargs)
         trained = inside.prepare(self.module)
         self.module.eval()  # what was added, too
         if not trained:
-            raise InputError(f"Backbone {backbone_id!r} has no weights to fine-tune: choose another backbone.")
+            raise InputError(
+                f"Backbone {backbone_id!r} has no such part to fine-tune: choose another method or backbone."
+            )
         self.tuned = nn.Module()
         for name, parameter in trained.items():
             _register(self.tuned, name, parameter.requires_grad_())
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """image (B, input_channels, X, Y, Z) -> feature maps, see backbones/protocol.py."""
-        return self.module(image)
+        """image (B, channels, X, Y, Z) -> feature maps, see backbones/protocol.py."""
+        return self._maps_of(image)
 
 
 def _register(tree: nn.Module, name: str, parameter: nn.Parameter) -> None:

