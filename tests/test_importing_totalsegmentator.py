@@ -207,6 +207,10 @@ def test_names_that_are_not_there(installed, capsys, tmp_path):
 def test_another_id_needs_a_path(backbones, capsys):
     assert main(["backbones", "import", "mine"]) == 2
     assert "Say what 'mine' is imported from: fseft backbones import mine PATH." in capsys.readouterr().err
+    assert main(["backbones", "import", "obelisk"]) == 2
+    assert "PATH. Get allconvunet_tcia_fold1.pth from https://github.com/mattiaspaul/OBELISK" in capsys.readouterr().err
+    assert main(["backbones", "import", "totalsegmentator", "291", "-c", "2d"]) == 2
+    assert "omit -c" in capsys.readouterr().err
 
 
 # ---- what an interrupted download leaves ----

@@ -80,13 +80,15 @@ def _obtain(args: argparse.Namespace, target: Path) -> Iterable[BackboneContract
     if args.action == "download":
         return [obtaining.download_backbone(args.id, target)]
     if args.id == totalsegmentator.NAME:
+        if args.c:
+            raise InputError("TotalSegmentator's folders hold one configuration each: omit -c.")
         if args.path is None:
             totalsegmentator.show_models()
             return []
         return totalsegmentator.import_models(args.path, target, args.f, args.chk)
     packaged = args.path is None and args.id in ZOO and ZOO[args.id].package
     if args.path is None and not packaged:
-        how = by_hand(ZOO[args.id]) if args.id in ZOO else f"fseft backbones import {args.id} PATH."
-        raise InputError(f"Say what {args.id!r} is imported from. {how}")
+        how = f" {by_hand(ZOO[args.id])}." if args.id in ZOO else ""
+        raise InputError(f"Say what {args.id!r} is imported from: fseft backbones import {args.id} PATH.{how}")
     path = packaged_file(ZOO[args.id]) if packaged else Path(args.path)
     return [obtaining.import_backbone(args.id, path, target, args.f, args.chk, args.c)]

@@ -10,11 +10,11 @@ import torch
 from fsefs_nnunet.backbones.architectures import build_architecture
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.backbones.contract import BackboneContract
-from fsefs_nnunet.backbones.published.layouts import ARCHITECTURE_NAMES, PublishedContent, recognise
+from fsefs_nnunet.backbones.published.layouts import ARCHITECTURE_NAMES, PublishedContent, described, recognise
 from fsefs_nnunet.backbones.state import require_finite
 from fsefs_nnunet.backbones.store import check_id, save_backbone
 from fsefs_nnunet.backbones.untrained_decoder import untrained_decoder
-from fsefs_nnunet.backbones.zoo import LINEAR_HEADS, SWIN_UNETR, ZOO, PublishedBackbone
+from fsefs_nnunet.backbones.zoo import SWIN_UNETR, ZOO, PublishedBackbone
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import sha256_of
 
@@ -108,11 +108,10 @@ def _refuse_other_content(file: Path, content: PublishedContent, entry: Publishe
     if architecture == (entry.kind, entry.features, entry.encoder_only) and same_head:
         return
     ids = _ids_of_layout(content)
-    head = f", {len(entry.classes)} rows of a {'linear ' * (entry.kind in LINEAR_HEADS)}head" if entry.head else ""
-    part = "the encoder alone of a " if entry.encoder_only else "a "
+    wanted = described(entry.kind, entry.features, entry.head * len(entry.classes), entry.encoder_only)
     raise InputError(
-        f"{file} holds {content}; {entry.id!r} is {part}{ARCHITECTURE_NAMES[entry.kind]}, {entry.features} features"
-        f"{head}: import it as {' or '.join(ids) or 'a backbone of another name'}, or take the file of {entry.id!r}."
+        f"{file} holds {content}; {entry.id!r} is {wanted}: import it as "
+        f"{' or '.join(ids) or 'a backbone of another name'}, or take the file of {entry.id!r}."
     )
 
 

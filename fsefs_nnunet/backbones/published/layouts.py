@@ -159,9 +159,14 @@ class PublishedContent:
         return self.kind == SWIN_UNETR and not any(name.startswith("network.decoder") for name in self.tensors)
 
     def __str__(self) -> str:
-        part = "the encoder alone of a " if self.encoder_only else "a "
-        head = f", {self.rows} rows of a {'linear ' * (self.kind in LINEAR_HEADS)}head" if self.rows else ""
-        return f"{part}{ARCHITECTURE_NAMES[self.kind]}, {self.features} features{head}"
+        return described(self.kind, self.features, self.rows, self.encoder_only)
+
+
+def described(kind: str, features: int, rows: int, encoder_only: bool) -> str:
+    """E.g. "a Swin UNETR, 48 features, 29 rows of a linear head"."""
+    part = "the encoder alone of a " if encoder_only else "a "
+    head = "linear head" if kind in LINEAR_HEADS else "head"
+    return f"{part}{ARCHITECTURE_NAMES[kind]}, {features} features" + (f", {rows} rows of a {head}" if rows else "")
 
 
 def recognise(file: str, content: object) -> PublishedContent:

@@ -12,7 +12,7 @@ from fsefs_nnunet.datasets.sources.chaos import CHAOS
 from fsefs_nnunet.datasets.volumes import OtherGrid
 from fsefs_nnunet.errors import InputError
 
-# Grey values of the masks, first and last: the organisers' ranges and 12 around the value that labels.json names.
+# Grey values, first and last: the ranges of the organisers, widened to 12 on either side of the value in labels.json.
 GREY = {"liver": (51, 75), "kidney_right": (110, 138), "kidney_left": (175, 201), "spleen": (240, 255)}
 
 
