@@ -44,22 +44,23 @@ CHOICES = {  # Hounsfield units of a z-score of 0, of one more, and their bounds
 }
 
 
-def untrained(backbone_id: str) -> str:
-    return f"{backbone_id}_untrained"
+CONTROL = "_untrained"
 
 
 def make_backbones(folder: Path, wanted: list[str]) -> None:
-    """`wanted` and the same with fresh weights and batch norms, in `folder`."""
+    """`wanted` in `folder`: imported, or, where the name ends with CONTROL, with fresh weights and batch norms."""
     for name in wanted:
-        if not (folder / f"{name}.json").exists() and not (EMBEDDED / f"{name}.json").exists():
+        if any((place / f"{name}.json").exists() for place in (folder, EMBEDDED)):
+            continue
+        if name.endswith(CONTROL):
+            contract = find_backbone(name.removesuffix(CONTROL))
+            torch.manual_seed(0)
+            state = build_architecture(contract, "last").backbone_state()
+            save_backbone(replace(contract, id=name, source={}, training={}), state, folder)
+        else:
             entry = ZOO[name]
             shared = Path(os.environ["FSEFT_SHARED"]) / "weights" / entry.file
             import_published(name, packaged_file(entry) if entry.package else shared, folder)
-        if not (folder / f"{untrained(name)}.json").exists():
-            contract = find_backbone(name)
-            torch.manual_seed(0)
-            state = build_architecture(contract, "last").backbone_state()
-            save_backbone(replace(contract, id=untrained(name), source={}, training={}), state, folder)
 
 
 def prepare(experiment: Experiment, source: Path, backbone_id: str, queries: int) -> None:
@@ -91,7 +92,7 @@ def run_cells(args: argparse.Namespace) -> None:
     results = read_json(file) if file.exists() else {}
     folds, orders = range(args.folds), (args.shots, args.data, args.backbones, args.methods)
     for fold, (shots, data, name, method) in product(folds, product(*orders)):
-        trained, (dataset, queries) = name.removesuffix("_untrained"), DATA[data]
+        trained, (dataset, queries) = name.removesuffix(CONTROL), DATA[data]
         experiment = Experiment(args.work / data, dataset, default_plans_name(name), args.device)
         prepare(experiment, Path(os.environ["FSEFT_SHARED"]) / "data" / data, name, queries)
         folder = experiment.train(METHODS[method].trainer, f"3d_fullres_{shots}shot", fold)
@@ -102,9 +103,8 @@ def run_cells(args: argparse.Namespace) -> None:
         results[cell] = {**dice_of(folder, experiment, known), "seconds": seconds}
         print(cell, {key: round(value, 3) for key, value in results[cell].items()}, flush=True)
         file.write_text(json.dumps(results, indent=1))
-    header = ["cell", "all", "known", "novel", "seconds"]
-    rows = [[cell, *(f"{r[k]:.3f}" if k in r else "-" for k in header[1:])] for cell, r in results.items()]
-    print(markdown_table(header, rows))
+    shown = ("all", "known", "novel", "seconds")
+    print(markdown_table([{"cell": cell, **{key: of.get(key) for key in shown}} for cell, of in results.items()]))
 
 
 def make_choices(folder: Path) -> list[str]:
@@ -134,9 +134,9 @@ def main() -> None:
     args.work = args.work.resolve()
     backbones = args.work / "backbones"
     os.environ["fseft_backbones"] = str(backbones)
-    make_backbones(backbones, args.backbones if not args.as_ct else ["obelisk"])
     if args.controls:
-        args.backbones = [other for name in args.backbones for other in (name, untrained(name))]
+        args.backbones = [other for name in args.backbones for other in (name, name + CONTROL)]
+    make_backbones(backbones, ["obelisk"] if args.as_ct else args.backbones)
     if args.as_ct:
         args.data, args.shots, args.folds, args.methods = ["CHAOS_T2SPIR"], [5], 1, ["probe"]
         args.backbones = make_choices(backbones)
