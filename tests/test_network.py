@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nnunet_models import PATCH, write_model
 from published_files import narrow_contract, narrow_state
-from test_importing import PATCH, write_model
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model

@@ -7,10 +7,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from nnunet_models import CONFIGURATION, PATCH, write_checkpoint, write_model
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from published_files import turned
-from test_importing import CONFIGURATION, PATCH, write_checkpoint, write_model
 from torch import nn
 
 from fsefs_nnunet.backbones.architectures import ARCHITECTURES
