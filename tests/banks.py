@@ -47,7 +47,7 @@ class Given(torch.nn.Module):
 
     def __init__(self, channels: int, contract):
         super().__init__()
-        self.maps, self.contract = [FeatureMap(channels)], contract
+        self.maps, self.contract, self.channels, self.z_scores_as_hu = [FeatureMap(channels)], contract, channels, {}
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
         return [image]
