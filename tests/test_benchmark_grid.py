@@ -130,9 +130,9 @@ def test_a_test_set(grid):
     dataset_json, plans = grid.work.raw / "dataset.json", grid.work.preprocessed / "FSEFTPlans.json"
     compute_metrics_on_folder2(str(labels), str(saved_at(fold)), str(dataset_json), str(plans), num_processes=1)
     assert counted == json.loads((saved_at(fold) / "summary.json").read_text())
-    # nnU-Net predicts the raw image as it did the preprocessed one
+    # nnU-Net predicts the raw image in float32 as ours validated the preprocessed one, in bfloat16 where that is native
     for name, metrics in saved.cases["new"].items():
-        assert metrics == pytest.approx(validated.cases[case][name], abs=1e-6, nan_ok=True)
+        assert metrics == pytest.approx(validated.cases[case][name], abs=0.02, nan_ok=True)
 
 
 @pytest.mark.slow
