@@ -136,6 +136,7 @@ class FSEFTPlanner(ExperimentPlanner):
             raise InputError(f"{raw} holds 2D images; the adapters are 3D only.")
 
     def _check_channels(self, file: str) -> None:
+        self.contract.check_number(self.channels, file)
         unseen = self.contract.unseen_channels(self.channels)
         if self.other_modality and not unseen:
             raise InputError(

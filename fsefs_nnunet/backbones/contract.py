@@ -112,6 +112,14 @@ class BackboneContract:
         """Which of its channels a dataset's channel enters."""
         return channel if self.input_channels > 1 else 0
 
+    def check_number(self, names: Sequence[str], file: str) -> None:
+        """Raises InputError if it cannot take as many channels as `file`, a dataset.json, names."""
+        if len(names) != self.input_channels and self.input_channels > 1:
+            raise InputError(
+                f"{file} has {len(names)} channel(s), backbone {self.id!r} takes {self.input_channels}: "
+                "choose another backbone or convert the dataset."
+            )
+
     def unseen_channels(self, names: Sequence[str]) -> list[int]:
         """Of a dataset's channels `names`, those of another modality: CT where it has none, or the other way round."""
         if self.normalization_schemes is None:
@@ -128,11 +136,7 @@ class BackboneContract:
         Raises:
             InputError: for a number of channels that it cannot take, and for channels of another modality.
         """
-        if len(names) != self.input_channels and self.input_channels > 1:
-            raise InputError(
-                f"{file} has {len(names)} channel(s), backbone {self.id!r} takes {self.input_channels}: "
-                "choose another backbone or convert the dataset."
-            )
+        self.check_number(names, file)
         for channel in self.unseen_channels(names):
             known = self.channel_names[self.own_channel(channel)]
             raise InputError(
