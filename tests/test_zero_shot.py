@@ -27,7 +27,8 @@ class Stand(nn.Module):
 
     def __init__(self, classes: tuple[str, ...], softmax: bool, contract):
         super().__init__()
-        self.contract = replace(contract, classes=classes, softmax=softmax)
+        channels = ("CT",) * len(classes)
+        self.contract = replace(contract, classes=classes, softmax=softmax, channel_names=channels)
         self.head = nn.Conv3d(len(classes), len(classes), 1)
         nn.init.dirac_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -290,7 +291,8 @@ def test_bad_input(workspace, tmp_path, capsys, monkeypatch):
     file.write_text(json.dumps({**content, "labels": {"background": 0, "stomach": 1}}))
     assert "'phantom' knows none of the labels stomach; its head knows " in refused("-i", images)
     file.write_text(json.dumps({**content, "channel_names": {"0": "CT", "1": "CT"}}))
-    assert "has 2 channel(s), backbone 'phantom' takes 1: choose" in refused("-i", str(workspace.queries))
+    missing = "scan_0_0001.nii.gz was not segmented: it is missing: every case needs 2 channel(s)"
+    assert missing in refused("-i", str(workspace.queries))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no GPU here that PyTorch can use as 'cuda': add -device cpu" in refused("-i", images, "-device", "cuda")
     assert not (tmp_path / "out").exists()
