@@ -132,7 +132,7 @@ def test_a_test_set(grid):
     assert counted == json.loads((saved_at(fold) / "summary.json").read_text())
     # nnU-Net predicts the raw image in float32 as ours validated the preprocessed one, in bfloat16 where that is native
     for name, metrics in saved.cases["new"].items():
-        assert metrics == pytest.approx(validated.cases[case][name], abs=0.02, nan_ok=True)
+        assert metrics == pytest.approx(validated.cases[case][name], rel=0.05, abs=0.02, nan_ok=True)
 
 
 @pytest.mark.slow
