@@ -29,7 +29,7 @@ def register(verb) -> None:
         "path",
         nargs="?",
         help="checkpoint file, model folder, or zip of nnUNetv2_export_model_to_zip; of totalsegmentator: a name or "
-        "number of its list, a folder, or all",
+        "number of its list, a folder, or all; not needed where a Python package holds the file",
     )
     parser.add_argument("-f", default="", metavar="FOLD", help="of a nnU-Net model; default: the first one")
     parser.add_argument("-chk", default="checkpoint_final.pth", metavar="FILE", help="default: checkpoint_final.pth")
