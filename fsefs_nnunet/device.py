@@ -1,10 +1,12 @@
-"""Where and how precisely we compute, and how much memory that took."""
+"""Where and how precisely we compute, and how much time and memory that took."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -64,6 +66,16 @@ def unless_thin(features: torch.Tensor) -> torch.autocast:
     kind = features.device.type
     thin = kind == "cpu" and features.shape[2] <= THIN
     return torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not thin)
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its workers; of those that still run only where the system has /proc."""
+    spent = sum(os.times()[:4])
+    for worker in multiprocessing.active_children():
+        with suppress(OSError):  # it has just ended
+            fields = Path(f"/proc/{worker.pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+            spent += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return spent
 
 
 def peak_host_memory_gb() -> float | None:

@@ -83,6 +83,12 @@ def edit_checkpoint(work, fold=0, **changes) -> None:
     torch.save({**read_checkpoint(file), **changes}, file)
 
 
+def edit_prior(work, sizes) -> None:
+    file = model_folder(work) / "fold_0" / "checkpoint_final.pth"
+    init = read_checkpoint(file)["init_args"]
+    edit_checkpoint(work, init_args={**init, PRIOR_KEY: {"name": "size", "state": sizes}})
+
+
 def predict(work, output, *arguments, folds=("0",)) -> int:
     options = ["-d", "77", "-c", FIVE, "-device", "cpu", "-f", *folds, *arguments]
     return main(["predict", "-i", str(work.root / "images"), "-o", str(work.root / output), *options])
@@ -133,7 +139,7 @@ def test_sizes_outside_their_band_are_drawn_towards_it(work, float32):
     sizes = [entry["size_before_ml"] for entry in before[case]["classes"].values()]
     assert min(sizes) > 0 and not before[case]["transductive"]
     priors = [(2 * sizes[0], 0.0, 5), *[(size, 0.0, 5) for size in sizes[1:]]]
-    edit_checkpoint(work, **{PRIOR_KEY: {"name": "size", "state": priors}})
+    edit_prior(work, priors)
     assert predict(work, "transductive") == 0
     after = reports(work, "transductive")[case]
     first, *others = after["classes"].values()
@@ -143,7 +149,7 @@ def test_sizes_outside_their_band_are_drawn_towards_it(work, float32):
     assert first["size_after_ml"] > 1.2 * sizes[0] and first["not_enlarged_because"] is None
     voxels = [(segmentations(work, output)[case] == 1).sum() for output in ("inductive", "transductive")]
     assert voxels[1] > 1.2 * voxels[0]
-    edit_checkpoint(work, **{PRIOR_KEY: {"name": "size", "state": [(size, 0.0, 5) for size in sizes]}})
+    edit_prior(work, [(size, 0.0, 5) for size in sizes])
     assert predict(work, "expected") == 0
     assert reports(work, "expected")[case]["steps"] == [0]
     assert np.array_equal(segmentations(work, "expected")[case], segmentations(work, "inductive")[case])
@@ -151,7 +157,7 @@ def test_sizes_outside_their_band_are_drawn_towards_it(work, float32):
 
 def test_an_organ_that_seems_absent_is_left_alone(work):
     main(["remember", "-d", "77", "-c", FIVE, "-f", "0", "-device", "cpu"])
-    edit_checkpoint(work, **{PRIOR_KEY: {"name": "size", "state": [None, None, (1e7, 0.0, 5)]}})
+    edit_prior(work, [None, None, (1e7, 0.0, 5)])
     assert predict(work, "output") == 0
     for report in reports(work, "output").values():
         assert report["steps"] == [0]

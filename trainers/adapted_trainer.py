@@ -35,7 +35,6 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
     """
 
     method: Method
-    progress_png_every = 25  # epochs; drawing takes about a second
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
         self.refuse_several_gpus()
@@ -129,13 +128,7 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
 
     def on_epoch_end(self):
         self.refuse_divergence()
-        last = self.current_epoch == self.num_epochs - 1
-        if not last and (self.current_epoch + 1) % self.progress_png_every:
-            self.logger.plot_progress_png = lambda output_folder: None
-        try:
-            super().on_epoch_end()
-        finally:
-            self.logger.__dict__.pop("plot_progress_png", None)
+        super().on_epoch_end()
         self.stop_at_plateau()
 
     def refuse_divergence(self) -> None:

@@ -15,6 +15,10 @@ class FineTuningTrainer(AdaptedTrainer, PatchTrainer):
     stays as it is, and out of the checkpoint.
     """
 
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.save_every = 25  # a backbone's weights and their moments take longer to write than an epoch
+
     @property
     def seed(self) -> int:
         return self.settings.seed

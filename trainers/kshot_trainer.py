@@ -22,7 +22,7 @@ from fsefs_nnunet.methods.run_file import RUN_FILE, VALIDATION, RunFile, StageCl
 from fsefs_nnunet.trainers.without_mirroring import WithoutMirroring
 
 LOCK_FILE = "training.lock"
-SUPPORT_KEY = "fseft_support_sha256"  # in checkpoints: which cases were support, without their names
+SUPPORT_KEY = "fseft_support_sha256"  # in checkpoints' init_args: which cases were support, without their names
 
 
 class KShotTrainer(WithoutMirroring):
@@ -30,6 +30,8 @@ class KShotTrainer(WithoutMirroring):
 
     The facts of the training go to `fseft_run.json` beside its checkpoints.
     """
+
+    progress_png_every = 25  # epochs; drawing takes about a second
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
         self.clock, self.run, self.validation_windows = StageClock(), None, 0
@@ -90,7 +92,7 @@ class KShotTrainer(WithoutMirroring):
         if isinstance(filename_or_checkpoint, str):
             content = self.refuse_damage(Path(filename_or_checkpoint))
             require_backbone_of(filename_or_checkpoint, content, self.configuration_manager.configuration)
-            if content.get(SUPPORT_KEY, self.support_sha256) != self.support_sha256:
+            if content["init_args"].get(SUPPORT_KEY, self.support_sha256) != self.support_sha256:
                 raise InputError(
                     f"{filename_or_checkpoint} was trained on other support cases than those of {SPLITS_FILE} now: "
                     "train anew without `--c`, which overwrites it, or restore the splits with `fseft splits`."
@@ -113,12 +115,12 @@ class KShotTrainer(WithoutMirroring):
     def save_checkpoint(self, filename: str) -> None:
         if self.disable_checkpointing or self.local_rank:  # nnU-Net writes none then
             return super().save_checkpoint(filename)
+        self.my_init_kwargs |= self.added_to_checkpoint()  # each time: loading a checkpoint replaces them by its own
         with replacing(filename) as part:
             super().save_checkpoint(str(part))
-            torch.save({**read_checkpoint(part), **self.added_to_checkpoint()}, part)
 
     def added_to_checkpoint(self) -> dict:
-        """Data beside what nnU-Net keeps; its loaders do not look at it."""
+        """Data beside the checkpoint's init_args; nnU-Net's loaders do not look at it."""
         return {SUPPORT_KEY: self.support_sha256}
 
     # ---- the run file ----
@@ -158,9 +160,12 @@ class KShotTrainer(WithoutMirroring):
 
     def on_epoch_end(self):
         epoch = self.current_epoch
+        if (epoch + 1) % self.progress_png_every:
+            self.logger.plot_progress_png = lambda output_folder: None
         try:
             super().on_epoch_end()
         finally:  # the last epoch of a time budget ends with an exception
+            self.logger.__dict__.pop("plot_progress_png", None)
             self.run.epochs.append(self.describe_epoch(epoch))
             self.save_run("training")
 
@@ -172,6 +177,8 @@ class KShotTrainer(WithoutMirroring):
         return {"epoch": epoch, "loss": loss, "pseudo_dice": dice, "seconds": end - start}
 
     def on_train_end(self):
+        if self.current_epoch % self.progress_png_every and not self.local_rank:
+            self.logger.plot_progress_png(self.output_folder)
         super().on_train_end()
         self.save_run("training")
         for place, peak in self.run.peak_memory_gb.items():

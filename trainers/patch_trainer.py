@@ -31,7 +31,7 @@ class Float32Loss(nn.Module):
 
 
 class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
-    """Trains for the method's epochs, or for `fseft_train_minutes` (environment variable).
+    """Trains for the method's epochs, or for `fseft_train_minutes` of `fseft_train_clock` (environment variables).
 
     The online validation, and with it checkpoint_best, looks at the support alone. Without worker processes
     (`nnUNet_n_proc_DA=0`) patches are a function of fold and epoch, so that `--c` continues as if nothing had happened;
@@ -69,7 +69,7 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
 
     def describe_run(self) -> RunFile:
         run = super().describe_run()
-        run.budget_seconds = self.budget_seconds()
+        run.budget_seconds, run.budget_clock = self.budget_seconds(), self.budget_clock()
         return run
 
     def refuse_broken_cases(self, cases: list[str]) -> None:

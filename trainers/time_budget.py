@@ -1,16 +1,21 @@
-"""Training that ends at a wall-clock limit instead of an epoch, for comparisons at equal time."""
+"""Training that ends at a limit of time instead of an epoch, for comparisons at equal cost."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Callable
-from time import time
+from time import monotonic
 
+import torch
 import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from fsefs_nnunet.device import cpu_seconds
 from fsefs_nnunet.errors import InputError
+
+CLOCKS = {"wall": monotonic, "cpu": cpu_seconds}
+SECONDS_KEY = "fseft_seconds"  # in checkpoints' init_args: those of the training so far, by clock
 
 
 class StopTraining(Exception):
@@ -41,9 +46,14 @@ class OverTheBudget:
 class TimeBudgetTrainer(StoppableTrainer):
     """Ends training, and its schedule of learning rates with it, after `fseft_train_minutes` (environment variable).
 
-    Without the variable it is the trainer that it derives from. The time counted is that of the epochs in the log, so
-    a resumed training goes on where it was.
+    Without the variable it is the trainer that it derives from. What counts is the time from the first epoch on, with
+    drawing and saving: wall time or, where `fseft_train_clock` is "cpu", CPU time of this process and its workers. The
+    checkpoints keep it, so a continued training goes on where it was.
     """
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.seconds_before, self.started = dict.fromkeys(CLOCKS, 0.0), None
 
     def budget_seconds(self) -> float | None:
         minutes = os.environ.get("fseft_train_minutes")
@@ -59,34 +69,48 @@ class TimeBudgetTrainer(StoppableTrainer):
             )
         return seconds
 
-    def seconds_trained(self) -> float:
-        done = range(self.current_epoch)
-        start, end = (
-            [self.logger.get_value(f"epoch_{edge}_timestamps", step=i) for i in done] for edge in ("start", "end")
-        )
-        return sum(end) - sum(start)
+    def budget_clock(self) -> str:
+        """Name of the clock that the budget is read from."""
+        clock = os.environ.get("fseft_train_clock", "wall")
+        if clock not in CLOCKS:
+            raise InputError(f'The environment variable fseft_train_clock must be "wall" or "cpu", it is {clock!r}.')
+        return clock
 
-    def progress(self) -> float:
-        """Share of the training that is done, in [0, 1]: of the epochs, or of the budget with the running epoch."""
-        if self.budget_seconds() is None:
-            return self.current_epoch / self.num_epochs
-        starts = self.logger.get_value("epoch_start_timestamps", step=None)
-        running = time() - starts[self.current_epoch] if len(starts) > self.current_epoch else 0.0
-        return min(1.0, self.of_rank_0(self.seconds_trained() + running) / self.budget_seconds())
+    def seconds_trained(self) -> dict[str, float]:
+        """Seconds since the first epoch began, by clock."""
+        now = {name: clock() for name, clock in CLOCKS.items()}
+        started = self.started or now
+        return {name: self.seconds_before[name] + now[name] - started[name] for name in CLOCKS}
 
-    def of_rank_0(self, seconds: float) -> float:
-        """One clock for all processes of DDP: with their own, learning rates differ, and one ends before the others."""
+    def used_seconds(self) -> float:
+        """Of the budget, the same for all processes of DDP: with their own, one would end before the others."""
+        seconds = self.seconds_trained()[self.budget_clock()]
         if not self.is_ddp:
             return seconds
         shared = [seconds]
         dist.broadcast_object_list(shared, 0)
         return shared[0]
 
+    def progress(self) -> float:
+        """Share of the training that is done, in [0, 1]: of the epochs, or of the budget."""
+        if self.budget_seconds() is None:
+            return self.current_epoch / self.num_epochs
+        return min(1.0, self.used_seconds() / self.budget_seconds())
+
     def initialize(self):
         super().initialize()
         if self.budget_seconds() is not None:
+            self.budget_clock()  # a wrong one is refused before the training begins
             self.lr_scheduler = OverTheBudget(self.lr_scheduler, self.num_epochs, self.progress)
             self.num_epochs = 1_000_000
+
+    def save_checkpoint(self, filename: str) -> None:
+        self.my_init_kwargs[SECONDS_KEY] = self.seconds_trained()
+        super().save_checkpoint(filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        super().load_checkpoint(filename_or_checkpoint)
+        self.seconds_before |= self.my_init_kwargs.get(SECONDS_KEY, {})
 
     def train_step(self, batch: dict) -> dict:
         if self.budget_seconds() is not None:
@@ -96,11 +120,16 @@ class TimeBudgetTrainer(StoppableTrainer):
     def on_train_start(self):
         super().on_train_start()
         self.stop_at_budget()  # a training that was continued after its end
+        self.started = {name: clock() for name, clock in CLOCKS.items()}
 
     def on_epoch_end(self):
         super().on_epoch_end()
         self.stop_at_budget()
 
+    def on_train_end(self):
+        super().on_train_end()
+        self.seconds_before, self.started = self.seconds_trained(), None
+
     def stop_at_budget(self) -> None:
-        if self.budget_seconds() is not None and self.of_rank_0(self.seconds_trained()) >= self.budget_seconds():
+        if self.budget_seconds() is not None and self.used_seconds() >= self.budget_seconds():
             raise StopTraining(f"the budget of {self.budget_seconds():.0f} s is used")

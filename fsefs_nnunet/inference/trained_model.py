@@ -22,7 +22,8 @@ from fsefs_nnunet.methods.settings import Settings, is_k_shot
 from fsefs_nnunet.priors import prior_named
 from fsefs_nnunet.priors.prior import SupportLabels
 
-PRIOR_KEY, MEMORY_KEY = "fseft_prior", "fseft_support"  # what our trainers add to nnU-Net's checkpoints
+# beside what nnU-Net keeps: in a checkpoint's init_args, and what `fseft remember` adds to the checkpoint itself
+PRIOR_KEY, MEMORY_KEY = "fseft_prior", "fseft_support"
 
 
 def require_backbone_of(file: str | Path, checkpoint: dict, configuration: dict) -> None:
@@ -68,7 +69,8 @@ class TrainedModel:
         for file, weights in zip(self.files, self.weights):
             if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
                 raise InputError(f"{file} holds weights that are NaN or infinite: its training diverged, train again.")
-        without = [file for file, content in zip(self.files, checkpoints) if PRIOR_KEY not in content]
+        inits = [content["init_args"] for content in checkpoints]
+        without = [file for file, init in zip(self.files, inits) if PRIOR_KEY not in init]
         keys = self.configuration.configuration
         if not is_k_shot(keys) or without:
             raise InputError(
@@ -83,7 +85,7 @@ class TrainedModel:
         if self.method is None:
             raise InputError(f"{self.files[0]} was trained by {trainer}, which is none of ours: use nnUNetv2_predict.")
         self.priors = [
-            prior_named(kept["name"]).from_state(kept["state"]) for kept in (c[PRIOR_KEY] for c in checkpoints)
+            prior_named(kept["name"]).from_state(kept["state"]) for kept in (init[PRIOR_KEY] for init in inits)
         ]
         self.memories = [content.get(MEMORY_KEY) for content in checkpoints]
         channels = determine_num_input_channels(self.plans_manager, self.configuration, self.dataset_json)

@@ -26,7 +26,7 @@ class RunFile:
     windows: number that went through the frozen backbone for the training; validation_windows: for the validation.
     feature_precisions: those that the backbone ran in for the stored features.
     seconds: wall time by stage: "start" until the training begins, "feature bank", "training", "validation".
-    budget_seconds: that the training was limited to, None without a limit.
+    budget_seconds: that the training was limited to, None without a limit; budget_clock: "wall" time or "cpu" time.
     peak_memory_gb: "host" and "device", of the largest process of the runs.
     epochs: of each "epoch", its number, "loss", "pseudo_dice" (null of crops that show nothing) and "seconds"; while
         the prior counts, "penalty" and, by query and class, "sizes_ml" that its steps saw.
@@ -48,6 +48,7 @@ class RunFile:
     feature_precisions: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     budget_seconds: float | None = None
+    budget_clock: str = "wall"
     peak_memory_gb: dict[str, float] = field(default_factory=dict)
     epochs: list[dict] = field(default_factory=list)
     sizes_ml: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)

@@ -22,7 +22,7 @@ ALLOCATOR = {
 
 
 # a user may have exported them for trainings of their own; ours are given what they need
-OF_SINGLE_TRAININGS = ("fseft_train_minutes", "fseft_final_validation")
+OF_SINGLE_TRAININGS = ("fseft_train_minutes", "fseft_train_clock", "fseft_final_validation")
 
 
 def program(command: str) -> str:

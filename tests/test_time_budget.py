@@ -1,0 +1,102 @@
+"""Trainings that end at a limit of time: what counts, and what their checkpoints keep."""
+
+import multiprocessing
+from pathlib import Path
+from time import process_time
+
+import pytest
+from trainings import FIVE, make_trainer
+
+from fsefs_nnunet.backbones.checkpoints import read_checkpoint
+from fsefs_nnunet.device import cpu_seconds
+from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.methods.run_file import RunFile
+from fsefs_nnunet.trainers import time_budget
+from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
+
+
+def scratch(work):
+    trainer = make_trainer(work, FSEFTTrainer_Scratch, configuration=f"{FIVE}_scratch")
+    trainer.num_iterations_per_epoch = trainer.num_val_iterations_per_epoch = 1
+    return trainer
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless a test lets it run."""
+    now = {"wall": 100.0, "cpu": 7.0}
+    for name in now:
+        monkeypatch.setitem(time_budget.CLOCKS, name, lambda name=name: now[name])
+    return now
+
+
+@pytest.mark.slow
+def test_drawing_and_saving_count(work, clock, monkeypatch):
+    """Epochs take no time on this clock, drawing 5 s and saving 1 s: a budget of 13 s ends after the third epoch."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setenv("fseft_train_minutes", str(13 / 60))
+    trainer, save = scratch(work), FSEFTTrainer_Scratch.save_checkpoint
+    monkeypatch.setattr(trainer, "progress_png_every", 1)
+    drawn = []
+
+    def draw(logger, output_folder):
+        drawn.append(trainer.current_epoch)
+        assert len(drawn) < 9, "the budget does not end the training"
+        clock["wall"] += 5
+
+    def save_slowly(self, filename):
+        save(self, filename)
+        if filename.endswith("latest.pth"):
+            clock["wall"] += 1
+
+    monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png", draw)
+    monkeypatch.setattr(FSEFTTrainer_Scratch, "save_checkpoint", save_slowly)
+    trainer.save_every = 2
+    trainer.run_training()
+    assert drawn == [0, 1, 2]
+    final = Path(trainer.output_folder, "checkpoint_final.pth")
+    assert read_checkpoint(final)["init_args"][time_budget.SECONDS_KEY] == {"wall": 16.0, "cpu": 0.0}
+    run = RunFile.load(trainer.output_folder)
+    assert (run.budget_seconds, run.budget_clock) == (13.0, "wall")
+    continued = scratch(work)
+    continued.initialize()
+    continued.load_checkpoint(str(final))
+    assert continued.used_seconds() == 16.0 and continued.progress() == 1.0
+
+
+def test_a_budget_of_cpu_time(work, clock, monkeypatch):
+    monkeypatch.setenv("fseft_train_minutes", "1")
+    monkeypatch.setenv("fseft_train_clock", "cpu")
+    trainer = scratch(work)
+    trainer.seconds_before["cpu"], trainer.started = 12.0, dict(clock)
+    clock["wall"] += 1000
+    clock["cpu"] += 3
+    assert trainer.used_seconds() == 15.0 and trainer.progress() == 0.25
+
+
+def test_an_unknown_clock_is_refused(work, monkeypatch):
+    monkeypatch.setenv("fseft_train_minutes", "1")
+    monkeypatch.setenv("fseft_train_clock", "sun")
+    with pytest.raises(InputError, match="""fseft_train_clock must be "wall" or "cpu", it is 'sun'"""):
+        scratch(work).initialize()
+
+
+def work_and_wait(done, end) -> None:
+    while process_time() < 0.3:
+        pass
+    done.set()
+    end.wait()
+
+
+def test_workers_count():
+    """While they run, and after."""
+    context = multiprocessing.get_context("fork")
+    done, end = context.Event(), context.Event()
+    before = cpu_seconds()
+    worker = context.Process(target=work_and_wait, args=(done, end))
+    worker.start()
+    done.wait()
+    assert cpu_seconds() - before > 0.25
+    end.set()
+    worker.join()
+    assert cpu_seconds() - before > 0.25
