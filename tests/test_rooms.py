@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = "fsefs_nnunet"
 ROOT = Path(__file__).parents[1]
-GROUND = {"__init__", "errors", "files", "labels", "device"}
+GROUND = {"__init__", "errors", "files", "labels", "device", "workers"}
 # rooms in one row do not import each other
 ORDER = [
     ["cases"],

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
-from fsefs_nnunet.cases.preprocessed import files_of, hash_of, require_labels
+from fsefs_nnunet.cases.preprocessed import files_of, hash_of, load_case, require_labels
 from fsefs_nnunet.cases.splits import fold_seed
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.bank import FeatureBank, Request
@@ -22,6 +23,7 @@ from fsefs_nnunet.features.volume import VolumeFeatures
 from fsefs_nnunet.inference.logits import logits_of
 from fsefs_nnunet.priors.objective import objective, support_loss
 from fsefs_nnunet.trainers.adapted_trainer import AdaptedTrainer
+from fsefs_nnunet.workers import ahead
 
 
 class BankTrainer(AdaptedTrainer):
@@ -37,7 +39,7 @@ class BankTrainer(AdaptedTrainer):
 
     def load_case(self, case: str) -> tuple:
         """Image, label map and more of a preprocessed training case, as nnU-Net's dataset gives them."""
-        return self.dataset_class(self.preprocessed_dataset_folder, [case]).load_case(case)
+        return load_case(self.preprocessed_dataset_folder, case)
 
     def load_image(self, case: str) -> np.ndarray:
         """Preprocessed image (channels, X, Y, Z) of a training case."""
@@ -94,7 +96,9 @@ class BankTrainer(AdaptedTrainer):
         """Run the frozen backbone over the volumes that the training needs and the bank lacks."""
         self.bank = self.open_bank()
         self.clock.lap(self.run, "start")
-        self.bank.fill(self.requests(), cap_in_gb(self.settings.bank_gb), self.print_to_log_file)
+        # nnU-Net's number of processes for augmentation; they start with the first view that the bank lacks
+        with ahead(self.views.make, [*self.views.names], get_allowed_n_proc_DA()) as self.made_views:
+            self.bank.fill(self.requests(), cap_in_gb(self.settings.bank_gb), self.print_to_log_file)
         self.segmentations |= {view: self.bank[view].labels for view in self.views.names}
         self.clock.lap(self.run, "feature bank")
         self.run.windows += self.bank.windows
@@ -122,7 +126,7 @@ class BankTrainer(AdaptedTrainer):
         case, made = self.views.names[view][0], {}
 
         def image() -> np.ndarray:
-            made["image"], made["labels"] = self.views.make(view)
+            made["image"], made["labels"] = self.made_views.take(view)
             return made["image"]
 
         return Request(
@@ -156,16 +160,19 @@ class BankTrainer(AdaptedTrainer):
         rotation, dummy_2d, initial_patch, _ = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         foreground = self.label_manager.foreground_labels
 
-        def transforms_of(window: np.ndarray) -> Callable:
-            masks = self.configuration_manager.use_mask_for_norm
-            return self.get_training_transforms(
-                window, rotation, None, None, dummy_2d, use_mask_for_norm=masks, foreground_labels=foreground
-            )
-
+        transforms_of = partial(
+            self.get_training_transforms,
+            rotation_for_DA=rotation,
+            deep_supervision_scales=None,
+            mirror_axes=None,
+            do_dummy_2d_data_aug=dummy_2d,
+            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
+            foreground_labels=foreground,
+        )
         return SupportViews(
             self.run.support,
             views,
-            load_case=self.load_case,
+            load_case=partial(load_case, self.preprocessed_dataset_folder),
             transforms_of=transforms_of,
             labels=foreground,
             ignore_label=self.label_manager.ignore_label,

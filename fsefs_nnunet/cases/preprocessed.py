@@ -24,6 +24,11 @@ def files_of(folder: str | Path, case: str) -> tuple[list[Path], list[Path]]:
     return image, labels or image
 
 
+def load_case(folder: str | Path, case: str) -> tuple:
+    """Image, label map and more of a preprocessed case, as nnU-Net's dataset gives them."""
+    return infer_dataset_class(str(folder))(str(folder), [case]).load_case(case)
+
+
 def hash_of(*arrays: np.ndarray) -> str:
     """SHA-256 of the arrays' content, whatever their order in memory."""
     digest = hashlib.sha256()

@@ -26,7 +26,8 @@ ANYWHERE = 0.25  # share of the views that lie anywhere, so that crops show the 
 class SupportViews:
     """Augmented views of support cases.
 
-    names: of all views, with their case and number; a view is the same whatever other cases are there.
+    names: of all views, with their case and number; a view is the same whatever other cases are there, and whatever
+    process makes it.
     """
 
     def __init__(
