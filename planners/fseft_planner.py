@@ -230,6 +230,7 @@ class FSEFTPlanner(ExperimentPlanner):
             crop_size=tuple(int(n) for n in crop),
             crops_per_step=min(Settings.crops_per_step, fitting),
             pool=self.pool(parent["median_image_size_in_voxels"], parent["spacing"]),
+            gpu_gb=self.UNet_vram_target_GB / 2,
         )
         return {
             "inherits_from": "3d_fullres",

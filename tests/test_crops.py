@@ -8,7 +8,7 @@ from banks import CPU, WINDOW, make_bank, request_of, store, whole_crop, whole_m
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.cases.shown_voxels import ShownVoxels
 from fsefs_nnunet.features.bank import FeatureBank
-from fsefs_nnunet.features.crops import CropLoader
+from fsefs_nnunet.features.crops import CropLoader, CropsAhead
 from fsefs_nnunet.features.layout import BACKGROUND_BLOCKS, support_layout
 from fsefs_nnunet.features.map_crops import MapCrops
 
@@ -25,10 +25,10 @@ def loader(tmp_path, backbone):
         segmentation[0, 0] = -1  # outside of the image
         segmentations[case] = segmentation
 
-    def make(seed=(1, 2), crop_size=(6, 7, 8), batch_size=2, transform=None, segmentations=segmentations):
-        return CropLoader(bank, segmentations, crop_size, batch_size, seed, transform)
+    def make(seed=(1, 2), crop_size=(6, 7, 8), batch_size=2, transform=None, segmentations=segmentations, device=CPU):
+        return CropLoader(bank, segmentations, crop_size, batch_size, seed, transform, device=device)
 
-    make.segmentations = segmentations
+    make.segmentations, make.bank = segmentations, bank
     return make
 
 
@@ -58,6 +58,41 @@ def test_crops_depend_on_seed_epoch_and_step_alone(loader):
     values = list(batches.values())
     assert not any(same(values[0], other) for other in values[1:])
     assert not same(next(loader(seed=(1, 3))), batches[0, 0])
+
+
+def test_crops_from_the_device_are_those_from_the_disk(loader, device):
+    expected = loader()
+    batches, bank = [next(expected) for _ in range(4)], loader.bank
+    needed = sum(bank[case].flat.nbytes for case in "abc")
+    bank.device = device
+    assert not bank.move_to_device([*"abc"], needed - 1) and isinstance(bank["a"].flat, np.memmap)
+    assert bank.move_to_device([*"abc"], needed) and bank["a"].flat.device.type == device.type
+    bank.forget_pages()
+    crops = loader(device=device)
+    for batch in batches:
+        moved = next(crops)
+        assert moved["data"].device.type == moved["target"].device.type == device.type
+        assert same({**moved, "data": moved["data"].to(CPU), "target": moved["target"].cpu()}, batch)
+
+
+def test_crops_made_ahead_are_the_same(loader):
+    """Also where an epoch ends early, and where it is begun again."""
+    ahead, plain = CropsAhead(loader()), loader()
+    for epoch, steps in ((0, 5), (1, 1), (1, 3), (7, 4)):
+        ahead.start_epoch(epoch)
+        plain.start_epoch(epoch)
+        for step in range(steps):
+            assert ahead.step == plain.step == step
+            assert same(next(ahead), next(plain))
+    assert (ahead.crop_size == plain.crop_size).all()
+
+
+def test_an_error_in_crops_made_ahead_arrives(loader):
+    def refuse(segmentation):
+        raise ValueError("no such label")
+
+    with pytest.raises(ValueError, match="no such label"):
+        next(CropsAhead(loader(transform=refuse)))
 
 
 def test_crops_are_what_lies_in_the_volumes(loader):
@@ -147,7 +182,7 @@ def test_crops_of_parts_are_crops_of_the_volume(kept_in_part):
         start = crops[1, :, 0, 0, 0].long()
         assert torch.equal(crops[1].long(), torch.from_numpy(np.indices((8, 9, 10))) + start.view(3, 1, 1, 1))
         box = tuple(slice(a, a + n) for a, n in zip(start.tolist(), (8, 9, 10)))
-        assert np.array_equal(batch["target"][1], parts.segmentations["a"][(slice(None), *box)])
+        assert np.array_equal(batch["target"][1], parts.labels["a"][(slice(None), *box)])
         places.add(tuple(start.tolist()))
     # background: every block is drawn, and nothing else
     assert places == {start for start, _ in layout.boxes[1:]}

@@ -91,7 +91,10 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
         return segmentation_loss(self.settings.loss, self.label_manager, self.configuration_manager.batch_dice)
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
+        # fused, the optimiser leaves out a step whose scaled gradients overflow without asking the GPU
+        fused = self.device.type == "cuda" or None
+        parameters = self.network.parameters()
+        optimizer = torch.optim.AdamW(parameters, self.initial_lr, weight_decay=self.weight_decay, fused=fused)
         return optimizer, WarmupCosineScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def fit_network(self, mean: torch.Tensor, std: torch.Tensor) -> None:
@@ -133,7 +136,7 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
 
     def refuse_divergence(self) -> None:
         """Raises InputError if a weight is NaN or infinite; the checkpoint of the epoch before stays."""
-        if not all(parameter.isfinite().all() for parameter in self.network.parameters()):
+        if not torch.stack([parameter.isfinite().all() for parameter in self.network.parameters()]).all():
             raise InputError(
                 f"The training diverged: in epoch {self.current_epoch} a weight became NaN or infinite. Look at images "
                 "and labels of the support, or set fseft_lambda to 0 in the plans, and train anew."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from fsefs_nnunet.cases.preprocessed import files_of, hash_of, load_case, requir
 from fsefs_nnunet.cases.splits import fold_seed
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.bank import FeatureBank, Request
-from fsefs_nnunet.features.crops import CropLoader, region_transform
+from fsefs_nnunet.features.crops import CropLoader, CropsAhead, region_transform
 from fsefs_nnunet.features.disk import cap_in_gb, has_space
 from fsefs_nnunet.features.layout import Layout, support_layout, whole_layout, whole_name
 from fsefs_nnunet.features.map_crops import MapCrops
@@ -57,21 +58,42 @@ class BankTrainer(AdaptedTrainer):
     def get_dataloaders(self):
         settings, ignored = self.settings, self.label_manager.ignore_label
         regions = region_transform(self.label_manager)
+        cases = [*self.run.support, *self.views.names]
+        stays = self.device.type == "cuda" and self.keep_on_device(cases)
 
         def loader(stream: int, cases: Iterable[str]) -> CropLoader:
             seed = (settings.seed, fold_seed(self.fold), stream)
             segmentations = {case: self.segmentations[case] for case in cases}
             return CropLoader(
-                self.bank, segmentations, settings.crop_size, settings.crops_per_step, seed, regions, ignored
+                self.bank,
+                segmentations,
+                settings.crop_size,
+                settings.crops_per_step,
+                seed,
+                regions,
+                ignored,
+                self.device if stays else torch.device("cpu"),
             )
 
-        crops = loader(0, [*self.run.support, *self.views.names])
+        crops = loader(0, cases)
         if (crops.crop_size < settings.crop_size).any():
             self.print_to_log_file(
                 f"Crops have {crops.crop_size.tolist()} voxels, not {list(settings.crop_size)}: along each axis, the "
                 "shortest support case sets them for all."
             )
-        return crops, loader(1, self.run.support)
+        ahead_of_gpu = self.device.type == "cuda" and not stays
+        return CropsAhead(crops) if ahead_of_gpu else crops, loader(1, self.run.support)
+
+    def keep_on_device(self, cases: list[str]) -> bool:
+        """Move the features of `cases` to the GPU, if they fit; returns whether they lie there."""
+        gb = self.settings.gpu_gb
+        stays = self.bank.move_to_device(cases, math.inf if gb is None else gb * 1e9)
+        self.print_to_log_file(
+            "The stored features lie in the GPU's memory."
+            if stays
+            else f"The stored features take more than {gb:g} GB (fseft_gpu_gb in the plans): they are read ahead."
+        )
+        return stays
 
     # ---- before training ----
 
@@ -227,7 +249,12 @@ class BankTrainer(AdaptedTrainer):
         else:
             self.optimizer.step()
         # without the penalty, which sets in late: a training must not seem to end, or to get worse, where it does
-        return {"loss": segmentation_loss.detach().cpu().numpy()}
+        return {"loss": segmentation_loss.detach()}
+
+    def on_train_epoch_end(self, train_outputs: list[dict]):
+        # fetched together: a GPU would wait after each step
+        losses = torch.stack([output["loss"] for output in train_outputs]).cpu().numpy()
+        super().on_train_epoch_end([{"loss": loss} for loss in losses])
 
     def validation_step(self, batch: dict) -> dict:
         # nnU-Net's step, fed with stored features; the crops are the support's, query labels choose no checkpoint

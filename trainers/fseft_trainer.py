@@ -184,7 +184,8 @@ class FSEFTTrainer(BankTrainer):
         described = super().describe_epoch(epoch)
         if self.seen:
             described["penalty"] = torch.stack([penalty for _, _, penalty in self.seen]).mean().item()
-            described["sizes_ml"] = {query: self.by_class(sizes) for query, sizes, _ in self.seen}
+            sizes = torch.stack([sizes for _, sizes, _ in self.seen]).cpu()
+            described["sizes_ml"] = {query: self.by_class(of) for (query, *_), of in zip(self.seen, sizes)}
         return described
 
     def by_class(self, sizes: torch.Tensor) -> dict[str, float]:

@@ -327,6 +327,13 @@ class FeatureBank:
             raise ValueError(f"{file} was altered.")
         return labels
 
+    def move_to_device(self, cases: Sequence[str], most_bytes: float) -> bool:
+        """Keep the features of `cases` in the memory of the device, if they take no more than `most_bytes`."""
+        if sum(self[case].flat.nbytes for case in cases) > most_bytes:
+            return False
+        self._entries |= {case: self[case].on(self.device) for case in cases}
+        return True
+
     def forget_pages(self) -> None:
         """Release the pages of mapped files; what is needed again is read again.
 

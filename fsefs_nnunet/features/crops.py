@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -12,6 +14,8 @@ from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentatio
 from fsefs_nnunet.cases.shown_voxels import ShownVoxels, annotated_in, foreground_of
 from fsefs_nnunet.features.bank import FeatureBank
 from fsefs_nnunet.features.map_crops import MapCrops
+
+BATCHES_AHEAD = 3
 
 
 class CropLoader:
@@ -33,11 +37,16 @@ class CropLoader:
         seed: tuple[int, ...],
         transform: Callable | None = None,
         ignore_label: int | None = None,
+        device: torch.device = torch.device("cpu"),
     ):
-        """segmentations: label map (1, X, Y, Z) of each support case; voxels of -1 lie outside of the image."""
+        """
+        Args:
+            segmentations: label map (1, X, Y, Z) of each support case; voxels of -1 lie outside of the image.
+            device: where the targets are cut, that of the bank's entries.
+        """
         self.bank = bank
         self.cases = sorted(segmentations)
-        self.segmentations = segmentations
+        self.labels = {case: torch.from_numpy(seg).to(device) for case, seg in segmentations.items()}
         shown, annotated = (partial(f, ignore_label=ignore_label) for f in (foreground_of, annotated_in))
         self.foreground = {case: ShownVoxels(seg[0], shown) for case, seg in segmentations.items()}
         self.annotated = {
@@ -70,20 +79,20 @@ class CropLoader:
         return {"data": MapCrops.join(data), "target": torch.stack(target), "keys": keys}
 
     def _crop(self, rng: np.random.Generator, case: str, on_foreground: bool) -> tuple[MapCrops, torch.Tensor]:
-        seg, foreground, annotated, entry = (
-            kept[case] for kept in (self.segmentations, self.foreground, self.annotated, self.bank)
+        labels, foreground, annotated, entry = (
+            kept[case] for kept in (self.labels, self.foreground, self.annotated, self.bank)
         )
         blocks = entry.layout.boxes[1:]  # the first box lies around foreground
         if on_foreground and len(foreground):
-            start = self._around(rng, foreground, seg.shape[1:])
+            start = self._around(rng, foreground, labels.shape[1:])
         elif len(annotated) and not blocks:
-            start = self._around(rng, annotated, seg.shape[1:])
+            start = self._around(rng, annotated, labels.shape[1:])
         else:
             blocks = blocks or entry.layout.boxes
             first, end = blocks[rng.integers(len(blocks))]
             start = rng.integers(first, end - self.crop_size + 1)
         box = (slice(None), *(slice(a, a + n) for a, n in zip(start, self.crop_size)))
-        target = torch.from_numpy(np.maximum(seg[box], 0).astype(np.int16))
+        target = labels[box].clamp(min=0).to(torch.int16)
         if self.transform is not None:
             target = self.transform(**{"segmentation": target})["segmentation"]
         return entry.crop(start, self.crop_size.tolist()), target
@@ -92,6 +101,41 @@ class CropLoader:
         """First voxel of a crop of a volume (X, Y, Z), around one of `voxels`."""
         centre = voxels[rng.integers(len(voxels))]
         return np.clip(centre - self.crop_size // 2, 0, np.array(shape) - self.crop_size)
+
+
+class CropsAhead:
+    """The batches of a CropLoader, made on a thread of their own while the device computes, in pinned memory.
+
+    For features that do not fit into the device's memory: reading and cutting them takes longer than a step.
+    """
+
+    def __init__(self, loader: CropLoader):
+        self.loader, self.thread, self.waiting = loader, ThreadPoolExecutor(1), deque()
+        self.start_epoch(0)
+
+    @property
+    def crop_size(self) -> np.ndarray:
+        return self.loader.crop_size
+
+    def start_epoch(self, epoch: int) -> None:
+        for batch in self.waiting:  # of the epoch before
+            batch.cancel() or batch.exception()
+        self.loader.start_epoch(epoch)
+        self.waiting, self.step = deque(self.thread.submit(self._make) for _ in range(BATCHES_AHEAD)), 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        self.step += 1
+        self.waiting.append(self.thread.submit(self._make))
+        return self.waiting.popleft().result()
+
+    def _make(self) -> dict:
+        batch = next(self.loader)
+        if not torch.cuda.is_available():
+            return batch
+        return {**batch, "data": batch["data"].pin_memory(), "target": batch["target"].pin_memory()}
 
 
 def region_transform(label_manager) -> Callable | None:

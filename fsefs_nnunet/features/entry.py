@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fsefs_nnunet.features.layout import Layout
 from fsefs_nnunet.features.map_crops import MapCrops
-from fsefs_nnunet.features.packing import Packing
+from fsefs_nnunet.features.packing import Array, Packing
 
 LABELS = ".labels.npy"  # ends the name of the file with a view's label map
 
@@ -49,23 +50,27 @@ def stamp_of(file: Path) -> list[int]:
 class Entry:
     """Stored features of a volume.
 
-    flat: all that `packing` keeps, memory-mapped.
+    flat: all that `packing` keeps, memory-mapped, or a tensor on a device.
     sums, square_sums: (C,) over the volume, None if no request needed them.
     labels: label map (1, X, Y, Z) of a view.
     precision: that the backbone ran in, for the record.
     """
 
     packing: Packing
-    flat: np.ndarray
+    flat: Array
     sums: np.ndarray | None = None
     square_sums: np.ndarray | None = None
     labels: np.ndarray | None = None
     precision: str = ""
 
     @cached_property
-    def arrays(self) -> list[list[np.ndarray]]:
+    def arrays(self) -> list[list[Array]]:
         """(C, x, y, z) by box and map."""
         return self.packing.unpack(self.flat)
+
+    def on(self, device: torch.device) -> Entry:
+        """The entry with its features in the memory of `device`."""
+        return replace(self, flat=torch.from_numpy(np.array(self.flat)).to(device))
 
     @property
     def layout(self) -> Layout:
@@ -76,6 +81,6 @@ class Entry:
         return self.packing.crop(self.arrays, start, size)
 
     @property
-    def blocks(self) -> np.ndarray:
+    def blocks(self) -> torch.Tensor:
         """(C, *blocks), averages over the blocks of a pooled layout."""
-        return self.arrays[0][0]
+        return torch.as_tensor(self.arrays[0][0])

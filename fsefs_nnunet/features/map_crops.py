@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -81,6 +82,11 @@ class MapCrops:
         weights = (w and tuple(map(moved, w)) for w in self.weights)
         return MapCrops(tuple(map(moved, self.maps)), self.resolutions, tuple(weights))
 
+    def pin_memory(self) -> MapCrops:
+        """In memory that a GPU copies from by itself."""
+        weights = (w and tuple(along.pin_memory() for along in w) for w in self.weights)
+        return MapCrops(tuple(m.pin_memory() for m in self.maps), self.resolutions, tuple(weights))
+
     def at_full_resolution(self) -> torch.Tensor:
         """(B, sum of C, X, Y, Z)."""
         full = [upsampled(m, self.weights[r]) for m, r in zip(self.maps, self.resolutions)]
@@ -113,6 +119,12 @@ def upsampled(feature_map: torch.Tensor, weights: Weights | None) -> torch.Tenso
     return torch.matmul(along_x[:, None], made.flatten(3)).unflatten(3, made.shape[3:])
 
 
+@lru_cache(maxsize=4096)
+def _weights(device: torch.device, *of_axis: int) -> torch.Tensor:
+    """See linear_weights; crops ask for the same few again and again."""
+    return linear_weights(*of_axis).to(device)
+
+
 def crop_of(
     maps: Sequence[torch.Tensor],
     regions: Sequence[Sequence[tuple[int, int]]],
@@ -141,11 +153,11 @@ def crop_of(
             voxel = start[axis] + tiling.before[axis]
             needed = int(coarse_places(voxel, 1, stride[axis], length)[0])
             firsts.append(max(min(needed, end - count), begin))
-            along.append(linear_weights(voxel, size[axis], stride[axis], length, firsts[axis], count)[None])
+            along.append(_weights(maps[0].device, voxel, size[axis], stride[axis], length, firsts[axis], count)[None])
         begins = [region[0] for region in regions[index]]
         places.append([slice(f - b, f - b + n) for f, b, n in zip(firsts, begins, counts)])
         missing.append([max(f + n - region[1], 0) for f, n, region in zip(firsts, counts, regions[index])])
-        weights.append(None if tuple(stride) == FULL else tuple(w.to(maps[0].device) for w in along))
+        weights.append(None if tuple(stride) == FULL else tuple(along))
     resolutions = tuple(strides.index(m.stride) for m in tiling.maps)
     parts = []
     for feature_map, r in zip(maps, resolutions):

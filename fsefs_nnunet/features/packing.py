@@ -15,6 +15,7 @@ from fsefs_nnunet.features.map_crops import MapCrops, crop_of
 from fsefs_nnunet.features.tiling import Tiling, linear_weights
 from fsefs_nnunet.features.windows import Slab
 
+Array = np.ndarray | torch.Tensor
 LARGEST_HALF = torch.finfo(torch.float16).max
 
 
@@ -46,7 +47,7 @@ class Packing:
         """Number of values in all."""
         return sum(prod(shape) for of_box in self._shapes for shape in of_box)
 
-    def unpack(self, flat: np.ndarray) -> list[list[np.ndarray]]:
+    def unpack(self, flat: Array) -> list[list[Array]]:
         """Views (C, x, y, z) of a flat array, by box and map; for blocks a single one, (C, *blocks)."""
         views, done = [], 0
         for of_box in self._shapes:
@@ -56,12 +57,12 @@ class Packing:
                 done += prod(shape)
         return views
 
-    def crop(self, boxes: list[list[np.ndarray]], start: Sequence[int], size: Sequence[int]) -> MapCrops:
+    def crop(self, boxes: list[list[Array]], start: Sequence[int], size: Sequence[int]) -> MapCrops:
         """The crop that starts at voxel `start` of the volume, a batch of one; IndexError if no box contains it."""
         start, stop = np.array(start), np.add(start, size)
         for (first, end), maps, regions in zip(self.layout.boxes, boxes, self.regions):
             if (start >= first).all() and (stop <= end).all():
-                crop = crop_of([torch.from_numpy(m) for m in maps], regions, self.tiling, start.tolist(), list(size))
+                crop = crop_of([torch.as_tensor(m) for m in maps], regions, self.tiling, start.tolist(), list(size))
                 return MapCrops(tuple(m.clone() for m in crop.maps), crop.resolutions, crop.weights)
         raise IndexError(f"The crop from {start.tolist()} to {stop.tolist()} is not stored.")
 

@@ -108,6 +108,13 @@ class Settings:
         "GB that all feature banks of the dataset may take; the environment variable of this name wins",
         None,
     )
+    gpu_gb: float | None = _key(
+        _GIGABYTES,
+        "GB of a GPU's memory that the stored features of the support may take, half of the memory target; what is "
+        "larger is read ahead; `null`: no limit",
+        4.0,
+        shown="from the memory target",
+    )
     stop_at_plateau: bool = _key(
         _SWITCH, "end when the loss's 10-epoch mean falls by less than 0.001 in 20 epochs", False
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import lru_cache
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 CALIBRATION_CASES = 5  # each costs as much as a query once an epoch
+KEPT_BYTES = 10**9  # of volumes that stay in memory
 MAX_SCALE = 8.0  # a class that is all but lost says nothing of how much pooling takes
 LEAST_SIZE = 1e-30  # in ml; gradients relative to smaller ones overflow
 
@@ -40,14 +40,21 @@ class QueryVolumes:
             support_ml: sizes (classes,) in ml of support cases, by the names that the bank keeps them pooled under.
         """
         self.bank, self.queries, self.voxel_ml = bank, queries, voxel_ml
-        self.support_ml = support_ml or {}
+        self.support_ml = {case: sizes.to(bank.device) for case, sizes in (support_ml or {}).items()}
         self.scale: torch.Tensor | float = 1.0
-        self._volume = lru_cache(maxsize=64)(self._load)
+        self._kept: dict[str, QueryVolume] = {}
+
+    def _volume(self, case: str) -> QueryVolume:
+        volume = self._kept.get(case) or self._load(case)
+        if volume.features.nbytes * (len(self._kept) + 1) <= KEPT_BYTES:
+            self._kept[case] = volume
+        return volume
 
     def _load(self, case: str) -> QueryVolume:
         entry = self.bank[case]
-        features = torch.from_numpy(np.array(entry.blocks))[None]
-        return QueryVolume(features, block_voxels(entry.layout.shape, entry.layout.pool) * self.voxel_ml)
+        voxels_ml = block_voxels(entry.layout.shape, entry.layout.pool) * self.voxel_ml
+        features = entry.blocks[None].to(self.bank.device, copy=True)  # no step reads a file
+        return QueryVolume(features, voxels_ml.to(self.bank.device))
 
     def visits(self, steps: int) -> int:
         """How many of the `steps` of an epoch look at a query, each at another one where there are enough.
