@@ -176,7 +176,7 @@ def test_pooling_conserves_volume(bank, shape, pool):
     features = torch.from_numpy(np.random.default_rng(0).uniform(size=(2, *shape)).astype(np.float32))
     voxels = block_voxels(shape, pool)
     store(bank, "q", features, query_layout(shape, pool))
-    pooled = bank["q"].blocks.astype(np.float32)
+    pooled = bank["q"].blocks.float().numpy()
     assert voxels.shape == pooled.shape[1:] and voxels.sum() == np.prod(shape)
     np.testing.assert_allclose((pooled * voxels.numpy()).sum((1, 2, 3)), features.sum((1, 2, 3)), rtol=1e-3)
 
