@@ -90,6 +90,14 @@ def peak_host_memory_gb() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def forget_peaks(device: torch.device) -> None:
+    """Peaks of memory are those of what comes from now on; of main memory only on Linux."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", "utf-8")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_device_memory_gb(device: torch.device) -> float | None:
     """GB of GPU memory that PyTorch held for this process at most; None for a CPU."""
     return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None

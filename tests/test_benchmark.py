@@ -335,14 +335,15 @@ def test_a_damaged_checkpoint_fails_its_cell_alone(folders):
 
 @pytest.fixture
 def nnunet_train(tmp_path, monkeypatch) -> Callable[[str], None]:
-    """Puts a shell script in the place of `nnUNetv2_train`."""
-    program = tmp_path / "bin" / "nnUNetv2_train"
-    program.parent.mkdir()
-    monkeypatch.setattr(sys, "executable", str(program.with_name("python")))  # commands are sought beside it
+    """Puts a shell script in the place of `nnUNetv2_train` and `fseft train`."""
+    programs = [tmp_path / "bin" / name for name in ("nnUNetv2_train", "fseft")]
+    programs[0].parent.mkdir()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))  # commands are sought beside it
 
     def replace_by(script: str) -> None:
-        program.write_text(f"#!/bin/sh\n{script}\n")
-        program.chmod(0o755)
+        for program in programs:
+            program.write_text(f"#!/bin/sh\n{script}\n")
+            program.chmod(0o755)
 
     return replace_by
 
@@ -460,8 +461,9 @@ def test_a_training_is_done_once_it_has_its_final_checkpoint(folders, trainings)
 
 def test_queries_are_validated_only_where_they_are_evaluated(folders, trainings, labelled_scans):
     for test in (None, labelled_scans):
-        for name in ("ft", "probe"):
-            Cell(study_of(folders, test=test), name, 5, 0).train()
+        Cell(study_of(folders, test=test), "ft", 5, 0).train()
+        failures, _ = share_features([Cell(study_of(folders, test=test), "probe", 5, 0)])
+        assert [*failures.values()] == ["it ended without a checkpoint"]
     assert [validation for _, validation in trainings()] == ["", "0", "0", "0"]
 
 

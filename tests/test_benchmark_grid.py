@@ -51,8 +51,8 @@ def commands(grid) -> list[str]:
 
 @pytest.mark.slow
 def test_a_grid(grid):
-    # zero-shot by its own command; the probe, trained first, predicts from stored features
-    assert commands(grid) == ["nnUNetv2_train", "fseft", "nnUNetv2_train"]
+    # the probe, trained by `fseft train`, predicts from stored features; then zero-shot, by its own command
+    assert commands(grid) == ["fseft", "fseft", "nnUNetv2_train"]
     with open(grid.output / "results.csv") as file:
         rows = list(csv.DictReader(file))
     queries = load_splits(grid.work.preprocessed / "splits_fseft.json")["queries"]
@@ -100,7 +100,8 @@ def test_what_is_done_stays_done_and_a_failure_stops_nothing(grid, capsys):
     assert "4 cells, 3 of them done before" in captured.out
     assert "1 of 4 cells failed: spatial adapter, 5 shots, fold 0." in captured.err
     assert "no checkpoint" in broken.read_text() and "What failed" in (grid.output / "report.html").read_text()
-    assert commands(grid)[len(before) :] == ["nnUNetv2_train"]
+    assert commands(grid)[len(before) :] == ["fseft"]
+    assert f"{broken} cannot be read, it may have been cut" in captured.out
     shutil.rmtree(broken.parent.parent)
     with open(grid.output / "results.csv") as file:
         assert {row["method"] for row in csv.DictReader(file)} == {"zero_shot", "probe", "ft_last"}

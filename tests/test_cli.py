@@ -24,6 +24,7 @@ VERBS = [
     *(["backbones", action, "--help"] for action in ("info", "import", "download", "verify", "remove")),
     ["predict", "--help"],
     ["remember", "--help"],
+    ["train", "--help"],
     ["zero_shot", "--help"],
     ["bank", "--help"],
     ["convert", "--help"],

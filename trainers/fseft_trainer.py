@@ -21,6 +21,7 @@ from fsefs_nnunet.priors import prior_named
 from fsefs_nnunet.priors.prior import SupportLabels
 from fsefs_nnunet.priors.query_volumes import QueryVolumes, calibration_cases, share_found
 from fsefs_nnunet.trainers.bank_trainer import BankTrainer
+from fsefs_nnunet.trainers.kshot_trainer import validates
 
 CALIBRATION_VOXELS, MOST_CALIBRATION_BATCHES = 2**17, 8  # of crops of the support, and of pooled support cases
 
@@ -90,7 +91,7 @@ class FSEFTTrainer(BankTrainer):
             requests += [self.request(case, self.pooled(case)) for case in self.run.labelled_queries]
             requests += [self.unlabelled_request(case) for case in self.unlabelled_queries]
             # the prior and the final validation share a pass of the backbone
-            requests += self.whole_queries(requests) if self.validates else []
+            requests += self.whole_queries(requests) if validates() else []
         return requests
 
     def unlabelled_request(self, case: str) -> Request:

@@ -25,6 +25,11 @@ LOCK_FILE = "training.lock"
 SUPPORT_KEY = "fseft_support_sha256"  # in checkpoints' init_args: which cases were support, without their names
 
 
+def validates() -> bool:
+    """Whether trainings end with the final validation."""
+    return os.environ.get("fseft_final_validation") != "0"
+
+
 class KShotTrainer(WithoutMirroring):
     """Trains on the support cases of `splits_fseft.json`; its final validation predicts the labelled queries.
 
@@ -186,17 +191,12 @@ class KShotTrainer(WithoutMirroring):
 
     # ---- validation ----
 
-    @property
-    def validates(self) -> bool:
-        """Whether the final validation is to run."""
-        return os.environ.get("fseft_final_validation") != "0"
-
     def perform_actual_validation(self, save_probabilities: bool = False):
         queries = self.do_split()[1]
         if not queries:
             self.print_to_log_file("No labelled queries: the final validation is skipped.")
             return
-        if not self.validates:
+        if not validates():
             self.print_to_log_file("The final validation is skipped: fseft_final_validation is 0.")
             return
         # nnU-Net averages over every segmentation that lies there, those of earlier draws as well

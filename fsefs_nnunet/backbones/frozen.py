@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,18 @@ from fsefs_nnunet.backbones.store import find_backbone, load_weights
 from fsefs_nnunet.errors import InputError
 
 WITH_IMAGE = "+image"  # at the end of `stages`: the image is one of the maps
+_loaded: dict[tuple, nn.Module] | None = None
+
+
+@contextmanager
+def backbones_stay_loaded() -> Iterator[None]:
+    """Within the block, frozen backbones of the same weights and stages are one module: loaded and verified once."""
+    global _loaded
+    before, _loaded = _loaded, {}
+    try:
+        yield
+    finally:
+        _loaded = before
 
 
 class FrozenBackbone(nn.Module):
@@ -56,10 +69,21 @@ class FrozenBackbone(nn.Module):
                 "backbone or convert the dataset."
             )
         self.passes = self.channels // own
-        module = build_architecture(self.contract, stages.removesuffix(WITH_IMAGE))
-        module.load_backbone_state(load_weights(self.contract, sha256))
-        self.__dict__["module"] = module.eval().requires_grad_(False)
+        self.__dict__["module"] = self._shared_module(sha256) if type(self) is FrozenBackbone else self._load(sha256)
         self.z_scores_as_hu = z_scores_as_hu or {}
+
+    def _shared_module(self, sha256: str | None) -> nn.Module:
+        if _loaded is None or sha256 not in (None, self.contract.sha256):
+            return self._load(sha256)
+        key = (self.contract.id, self.contract.sha256, self.stages.removesuffix(WITH_IMAGE))
+        if key not in _loaded:
+            _loaded[key] = self._load(sha256)
+        return _loaded[key]
+
+    def _load(self, sha256: str | None) -> nn.Module:
+        module = build_architecture(self.contract, self.stages.removesuffix(WITH_IMAGE))
+        module.load_backbone_state(load_weights(self.contract, sha256))
+        return module.eval().requires_grad_(False)
 
     @property
     def maps(self) -> Sequence[FeatureMap]:

@@ -226,8 +226,7 @@ class Cell:
         """`nnUNetv2_train`, unless the final checkpoint is there; its validation where that is what is wanted."""
         if self.checkpoint.exists():
             return
-        validates = self.study.target.is_queries and not self.method.shares_features
-        environment = {} if validates else {"fseft_final_validation": "0"}
+        environment = {} if self.study.target.is_queries else {"fseft_final_validation": "0"}
         if self.method.suffix:
             if not self.budget():
                 raise InputError(

@@ -1,11 +1,13 @@
-"""Cells on the same frozen backbone: trained one after another, predicted together from shared features."""
+"""Cells on the same frozen backbone: trained in one process, predicted together from shared features."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections import defaultdict
-from statistics import mean
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
 from time import time
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -13,12 +15,13 @@ from tqdm import tqdm
 
 from fsefs_nnunet.benchmark.cells import Cell, Spent
 from fsefs_nnunet.device import device_named
-from fsefs_nnunet.evaluation.tables import duration
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import write_atomically
 from fsefs_nnunet.inference.export import part_folder
 from fsefs_nnunet.inference.prediction import QueryPredictor
 from fsefs_nnunet.inference.support import memories_of
 from fsefs_nnunet.inference.trained_model import TrainedModel
+from fsefs_nnunet.nnunet.training import Training
 
 MADE_OF_FILE = "made_of.json"  # beside predictions: the SHA-256 of weights and images, and the cases
 
@@ -29,20 +32,11 @@ def share_features(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, Spent
     Returns:
         Why cells failed; what was spent on each.
     """
-    failures: dict[Cell, str] = {}
-    seconds: dict[Cell, float] = {}
     passed: dict[Cell, int] = {}
-    for number, cell in enumerate(cells, 1):
-        left = mean(seconds.values()) * (len(cells) - len(seconds)) if seconds else 0.0
-        estimate = f"; about {duration(left)} of training left" if seconds else ""
-        print(f"Training on stored features [{number}/{len(cells)}]: {cell.title}{estimate}", flush=True)
-        start = time()
-        try:
-            cell.train()
-        except Exception as error:  # of one cell, the others go on: libraries raise whatever they like
-            failures[cell] = str(error)
-            print(f"This one failed, the others go on: {error}", flush=True)
-        seconds[cell] = time() - start
+    waiting = [cell for cell in cells if not cell.checkpoint.exists()]
+    failures = _train_together(waiting)
+    seconds = dict.fromkeys(cells, 0.0)
+    seconds |= {cell: cell.run_facts.training_seconds for cell in waiting if cell not in failures}
     groups: dict[tuple, list[Cell]] = defaultdict(list)
     for cell in cells:
         if cell not in failures and not cell.predicted:
@@ -57,6 +51,55 @@ def share_features(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, Spent
             seconds[cell] += (time() - start) / len(group)
             passed[cell] = windows.get(cell, 0)
     return failures, {cell: Spent(seconds[cell], passed.get(cell, 0)) for cell in cells}
+
+
+def _train_together(cells: list[Cell]) -> dict[Cell, str]:
+    """Train `cells` in one process; returns why some failed."""
+    if not cells:
+        return {}
+    experiment, reason = cells[0].experiment, "it ended without a checkpoint"
+    print(f"{len(cells)} trainings on stored features, in one process; {experiment.work / 'log.txt'} tells more.")
+    try:
+        with _counted(cells):
+            experiment.train_together(
+                (cell.method.trainer for cell in cells),
+                (cell.shots for cell in cells),
+                (cell.fold for cell in cells),
+                fseft_final_validation="0",  # all are predicted together
+            )
+    except InputError as error:
+        reason = str(error)
+    failures = {}
+    for cell in cells:
+        if not cell.checkpoint.exists():
+            title = Training(experiment.dataset, experiment.plans, cell.method.trainer, cell.shots, cell.fold).title
+            said = [line for line in reason.splitlines() if line.startswith(f"{title}: ")]
+            failures[cell] = said[-1] if said else reason
+            print(f"{cell.title} failed, the others go on: {failures[cell]}", flush=True)
+    return failures
+
+
+@contextmanager
+def _counted(cells: list[Cell]) -> Iterator[None]:
+    """A progress bar of the trainings that another process ends."""
+    ended = Event()
+    with tqdm(total=len(cells), desc="trainings") as bar:
+
+        def count() -> None:
+            bar.update(sum(cell.checkpoint.exists() for cell in cells) - bar.n)
+
+        def watch() -> None:
+            while not ended.wait(1):
+                count()
+
+        watcher = Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+            count()
 
 
 def _features_of(cell: Cell) -> tuple:

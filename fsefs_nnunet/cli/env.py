@@ -6,7 +6,6 @@ import argparse
 import os
 import shlex
 import sys
-from pathlib import Path
 
 
 def register(verb) -> None:
@@ -14,9 +13,9 @@ def register(verb) -> None:
 
 
 def env(args: argparse.Namespace) -> None:
-    shims = str(Path(__file__).resolve().parent.parent / "nnunet" / "shims")
-    folders = [f for f in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if f and f != shims]
-    print(f"export nnUNet_extTrainer={shlex.quote(os.pathsep.join([shims, *folders]))}")
+    from fsefs_nnunet.nnunet.experiment import external_trainers
+
+    print(f"export nnUNet_extTrainer={shlex.quote(external_trainers())}")
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         if name not in os.environ:
             print(f"{name} is not set: export {name}=FOLDER, as nnU-Net needs it.", file=sys.stderr)

@@ -18,6 +18,7 @@ from fsefs_nnunet.cli import (
     planning,
     predict,
     rewrite_header,
+    train,
     zero_shot,
 )
 from fsefs_nnunet.errors import InputError
@@ -27,6 +28,7 @@ VERBS = (
     convert,
     assemble,
     planning,
+    train,
     predict,
     zero_shot,
     benchmark,

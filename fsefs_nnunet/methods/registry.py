@@ -216,6 +216,15 @@ def method_of_trainer(trainer: str) -> Method | None:
     return next((row for row in METHODS.values() if row.trainer == trainer), None)
 
 
+def require_trainer(name: str) -> None:
+    """Raises InputError for a name that is none of our trainers', with the nearest that is one."""
+    known = list(dict.fromkeys(row.trainer for row in METHODS.values() if row.trainer))
+    if name not in known:
+        near = get_close_matches(name, known, 1, 0.4)
+        hint = f": did you mean {near[0]}?" if near else "."
+        raise InputError(f"There is no trainer {name}{hint} There are {', '.join(known)}.")
+
+
 def choose(names: list[str]) -> list[str]:
     """The `names` of METHODS, each once and in its order; all of them if none is given.
 

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from fsefs_nnunet.errors import InputError
@@ -23,6 +25,13 @@ ALLOCATOR = {
 
 # a user may have exported them for trainings of their own; ours are given what they need
 OF_SINGLE_TRAININGS = ("fseft_train_minutes", "fseft_train_clock", "fseft_final_validation")
+
+
+def external_trainers() -> str:
+    """nnUNet_extTrainer with our folder in front of the user's own."""
+    shims = str(Path(__file__).resolve().parent / "shims")
+    folders = [f for f in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if f and f != shims]
+    return os.pathsep.join([shims, *folders])
 
 
 def program(command: str) -> str:
@@ -70,9 +79,8 @@ class Experiment:
 
     def environment(self) -> dict[str, str]:
         folders = {name: str(folder) for name, folder in self.folders.items()}
-        shims = Path(__file__).parent / "shims"
         # two processes each: a command of nnU-Net's starts up to eight, which import torch for seconds
-        processes = {"nnUNet_def_n_proc": "2", "nnUNet_extTrainer": str(shims)}
+        processes = {"nnUNet_def_n_proc": "2", "nnUNet_extTrainer": external_trainers()}
         # threads that wait sleep: by default they spin and take the cores from each other
         own = {name: value for name, value in os.environ.items() if name not in OF_SINGLE_TRAININGS}
         return {"OMP_WAIT_POLICY": "PASSIVE", **ALLOCATOR, **own, **folders, **processes}
@@ -120,11 +128,22 @@ class Experiment:
             done = done and (folder / "validation" / "summary.json").exists()
         if not done:
             args = (self.dataset, configuration, str(fold), "-tr", trainer, "-p", self.plans, "-device", self.device)
-            if self.device == "cpu":
-                # augmentation in the main process: on few cores workers only compete with the training
-                environment = {"nnUNet_n_proc_DA": os.environ.get("nnUNet_n_proc_DA", "0"), **environment}
-            self.run("nnUNetv2_train", *args, "--c", **environment)
+            self.run("nnUNetv2_train", *args, "--c", **self._without_workers(), **environment)
         return folder
+
+    def _without_workers(self) -> dict[str, str]:
+        """On a CPU, augmentation in the main process: on few cores workers only compete with the training."""
+        on_cpu = {"nnUNet_n_proc_DA": os.environ.get("nnUNet_n_proc_DA", "0")}
+        return on_cpu if self.device == "cpu" else {}
+
+    def train_together(
+        self, trainers: Iterable[str], shots: Iterable[int | str], folds: Iterable[int], **environment: str
+    ) -> None:
+        """`fseft train` of what of this grid is not done."""
+        grid = {"-tr": trainers, "--shots": shots, "-f": folds}
+        flags = chain.from_iterable((flag, *dict.fromkeys(map(str, of))) for flag, of in grid.items())
+        args = ("-d", self.dataset, "-p", self.plans, *flags, "-device", self.device, "--c")
+        self.run("fseft", "train", *args, **self._without_workers(), **environment)
 
     def predict(
         self, trainer: str, configuration: str, images: Path, output: Path, fold: int = 0, **environment: str
