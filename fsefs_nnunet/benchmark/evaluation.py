@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics, recursive_fix_for_json_export, save_summary_json
 
 from fsefs_nnunet.benchmark.result import CaseMetrics
 from fsefs_nnunet.benchmark.target import Target
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.evaluation.surface import TOLERANCE_MM, surface_metrics
+from fsefs_nnunet.evaluation.surface import TOLERANCE_MM, require_monai, surface_metrics
 from fsefs_nnunet.files import read_json
-from fsefs_nnunet.labels import summary_key
+from fsefs_nnunet.labels import foreground, summary_key
+from fsefs_nnunet.workers import ahead
 
 DICE, SURFACE_DICE, DISTANCE, SIZE_ERROR = METRICS = (
     "Dice",
@@ -58,7 +62,7 @@ def evaluate(predictions: Path, target: Target, reader) -> CaseMetrics:
     Raises:
         InputError: if the summary is of other cases, or a segmentation has another shape than its reference.
     """
-    labels, ending = target.dataset_json["labels"], target.dataset_json["file_ending"]
+    ending = target.dataset_json["file_ending"]
     summary = read_json(predictions / "summary.json")
     counted = {
         Path(case["prediction_file"]).name.removesuffix(ending): case["metrics"] for case in summary["metric_per_case"]
@@ -68,23 +72,31 @@ def evaluate(predictions: Path, target: Target, reader) -> CaseMetrics:
             f"{predictions} is of other cases than the benchmark's, e.g. {odd[0]!r}: the splits were drawn anew since. "
             f"Move {predictions.parent} away."
         )
-    classes = {name: value for name, value in labels.items() if name not in ("background", "ignore")}
-    metrics: CaseMetrics = {}
-    for case in target.cases:
-        files = [folder / f"{case}{ending}" for folder in (predictions, target.labels)]
-        (predicted, _), (reference, properties) = (reader.read_seg(str(file)) for file in files)
-        if predicted.shape != reference.shape:
-            raise InputError(
-                f"{files[0]} has shape {predicted.shape[1:]}, {files[1]} {reference.shape[1:]}: not of one case."
-            )
-        if "ignore" in labels:
-            predicted[reference == labels["ignore"]] = 0
-        metrics[case] = {}
-        for name, value in classes.items():
-            masks = (np.isin(segmentation[0], value) for segmentation in (predicted, reference))
-            surface = surface_metrics(*masks, properties["spacing"])
-            counts = counted[case][summary_key(value)]
-            true = counts["n_ref"]
-            size_error = abs(counts["n_pred"] - true) / true if true else math.nan
-            metrics[case][name] = dict(zip(METRICS, (counts["Dice"], *surface, size_error)))
+    require_monai()
+    of_case = partial(_metrics_of, predictions, target, reader, counted)
+    with ahead(of_case, target.cases, min(os.cpu_count() or 1, default_num_processes)) as metrics:
+        return {case: metrics.take(case) for case in target.cases}
+
+
+def _metrics_of(
+    predictions: Path, target: Target, reader, counted: dict[str, dict], case: str
+) -> dict[str, dict[str, float]]:
+    """Metrics of each class of a case; counted: nnU-Net's, by case."""
+    labels, ending = target.dataset_json["labels"], target.dataset_json["file_ending"]
+    files = [folder / f"{case}{ending}" for folder in (predictions, target.labels)]
+    (predicted, _), (reference, properties) = (reader.read_seg(str(file)) for file in files)
+    if predicted.shape != reference.shape:
+        raise InputError(
+            f"{files[0]} has shape {predicted.shape[1:]}, {files[1]} {reference.shape[1:]}: not of one case."
+        )
+    if "ignore" in labels:
+        predicted[reference == labels["ignore"]] = 0
+    metrics = {}
+    for name, value in foreground(labels).items():
+        masks = (np.isin(segmentation[0], value) for segmentation in (predicted, reference))
+        surface = surface_metrics(*masks, properties["spacing"])
+        counts = counted[case][summary_key(value)]
+        true = counts["n_ref"]
+        size_error = abs(counts["n_pred"] - true) / true if true else math.nan
+        metrics[name] = dict(zip(METRICS, (counts["Dice"], *surface, size_error)))
     return metrics
