@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import re
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -42,6 +42,18 @@ def reduced_precision(device: torch.device, depth: int = THIN + 1) -> torch.auto
     """
     on_cpu = device.type == "cpu" and depth > THIN and native_bfloat16()
     return torch.autocast(device.type, enabled=device.type == "cuda" or on_cpu)
+
+
+def without_scaling(device: torch.device) -> AbstractContextManager:
+    """Around steps whose gradients no scaler keeps from underflowing: what would be float16 within is bfloat16.
+
+    On GPUs that do not compute bfloat16 it is float32.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # an autocast within takes its type from this one; cached weights would stay as they were before the first step
+    return torch.autocast("cuda", dtype=dtype, cache_enabled=False)
 
 
 def precision_name(device: torch.device) -> str:

@@ -5,7 +5,7 @@ import torch
 from test_network import build, randomised
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.device import native_bfloat16, precision_name, reduced_precision, unless_thin
+from fsefs_nnunet.device import native_bfloat16, precision_name, reduced_precision, unless_thin, without_scaling
 from fsefs_nnunet.features.tiling import Tiling
 from fsefs_nnunet.features.windows import run_windows
 
@@ -91,3 +91,17 @@ def test_thin_maps_are_computed_in_float32():
             assert convolution(features).dtype == dtype
     with unless_thin(torch.zeros(1, 1, 3, 4, 4)):
         assert convolution(torch.zeros(1, 1, 3, 4, 4)).dtype == torch.float32  # what is off stays off
+
+
+def test_steps_without_a_scaler_take_no_float16(device):
+    """On a GPU, in bfloat16 and with the weights of the present step; a CPU computes as ever."""
+    weight = torch.nn.Parameter(torch.ones((), device=device))
+    with without_scaling(device):
+        products = []
+        for _ in range(2):
+            with reduced_precision(device):
+                products.append(weight.view(1, 1) @ torch.ones((1, 1), device=device))
+            with torch.no_grad():
+                weight += 1
+    assert [product.item() for product in products] == [1, 2]
+    assert products[0].dtype in (torch.bfloat16, torch.float32)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fsefs_nnunet.device import without_scaling
 from fsefs_nnunet.methods.network import AdaptedNetwork
 from fsefs_nnunet.methods.settings import Settings
 from fsefs_nnunet.priors.objective import objective, support_loss
@@ -41,6 +42,10 @@ class Transduction:
             The number of steps. They end, too, where the penalty is no longer finite: look at what the network gives
             then.
         """
+        with without_scaling(network.feature_mean.device):
+            return self._adapt(network, volume, before)
+
+    def _adapt(self, network: AdaptedNetwork, volume: QueryVolume, before: PredictedSizes) -> int:
         settings, device = self.settings, network.feature_mean.device
         optimizer = torch.optim.AdamW(network.parameters(), settings.predict_lr, weight_decay=0.0)
         before = before.to(device)
