@@ -94,6 +94,13 @@ def predict(work, output, *arguments, folds=("0",)) -> int:
     return main(["predict", "-i", str(work.root / "images"), "-o", str(work.root / output), *options])
 
 
+def predict_file(predictor: QueryPredictor, files: list[str], output: Path) -> dict:
+    """Segment an image; returns the report of its sizes."""
+    segmented = predictor.predict(predictor.load(files), output)
+    predictor.write(segmented, output)
+    return segmented.report
+
+
 def segmentations(work, output) -> dict[str, np.ndarray]:
     files = sorted((work.root / output).glob("*.nii.gz"))
     return {file.name[:-7]: np.asarray(nib.load(file).dataobj) for file in files}
@@ -195,7 +202,7 @@ def test_a_model_that_travels_alone_adapts_as_at_home(work, monkeypatch):
         model = load(work)
         memories = memories_of(model)
         model.priors = priors
-        report = QueryPredictor(model, memories).predict(image, work.root / "x.nii.gz")
+        report = predict_file(QueryPredictor(model, memories), image, work.root / "x.nii.gz")
         assert report.pop("adaptation_seconds") > 0
         return report, np.asarray(nib.load(work.root / "x.nii.gz").dataobj)
 
@@ -221,7 +228,7 @@ def test_folds_share_one_pass_of_the_backbone(work):
         model = load(work, *folds)
         model.network.backbone.module.register_forward_hook(lambda *args: passes.append(len(folds)))  # noqa: B023
         image = [str(next((work.root / "images").iterdir()))]
-        report = QueryPredictor(model, None).predict(image, work.root / "x.nii.gz")
+        report = predict_file(QueryPredictor(model, None), image, work.root / "x.nii.gz")
         assert len(report["steps"]) == len(folds)
     assert passes.count(1) == passes.count(2) > 0
 
@@ -237,7 +244,7 @@ def test_the_backbone_runs_once_where_the_disk_holds_the_features(work, monkeypa
     predictor = QueryPredictor(model, [memory] * 2)
     image, output = [str(first_image(work))], work.root / "made" / "x.nii.gz"
     output.parent.mkdir()
-    report = predictor.predict(image, output)
+    report = predict_file(predictor, image, output)
     assert all(report["steps"])
     assert predictor.windows == (1 if room else 4)  # two folds, before and after their adaptation
     assert [file.name for file in output.parent.iterdir()] == ["x.nii.gz"]
@@ -261,7 +268,7 @@ def test_nothing_is_left_of_features_where_a_prediction_ends_early(work, monkeyp
     predictor = QueryPredictor(model, [memory_from_bank(model, 0)])
     monkeypatch.setattr(Transduction, "adapt", end)
     with pytest.raises(error):
-        predictor.predict([str(first_image(work))], output)
+        predict_file(predictor, [str(first_image(work))], output)
     assert not list(output.parent.iterdir())
 
 

@@ -138,15 +138,18 @@ def _predict_together(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, in
         with part_folder(waiting[0].predictions / case, "features") as folder:
             try:
                 looks_again = len(waiting) > 1 or waiting[0].method.transductive
-                volume = predictors[waiting[0]].read(files, folder if looks_again else None)
+                reader = predictors[waiting[0]]
+                volume = reader.volume_of(reader.load(files), folder if looks_again else None)
             except Exception as error:  # readers of broken files raise whatever they like
                 failures |= dict.fromkeys(predictors, f"{files[0]} was not segmented: {error}")
                 break
             for cell in waiting:
                 try:
-                    report = predictors[cell].segment(volume, cell.predictions / f"{case}{_ending(cell)}")
+                    segmented = predictors[cell].segment(volume)
+                    predictors[cell].write(segmented, cell.predictions / f"{case}{_ending(cell)}")
                     if cell.method.transductive:
-                        write_atomically(cell.predictions / f"{case}_sizes.json", json.dumps(report, indent=1))
+                        report = json.dumps(segmented.report, indent=1)
+                        write_atomically(cell.predictions / f"{case}_sizes.json", report)
                 except Exception as error:
                     failures[cell] = f"{files[0]} was not segmented: {error}"
                     del predictors[cell]

@@ -14,7 +14,8 @@ from fsefs_nnunet.cases.soundness import is_far_off
 from fsefs_nnunet.errors import InputError, several
 from fsefs_nnunet.files import value_in, write_atomically
 from fsefs_nnunet.inference.images import images_to_segment, not_segmented, refuse_output
-from fsefs_nnunet.inference.prediction import QueryPredictor
+from fsefs_nnunet.inference.overlap import overlapped
+from fsefs_nnunet.inference.prediction import QueryPredictor, Segmented
 from fsefs_nnunet.inference.weights import sha256_of_weights
 
 MADE_OF = "made_of"  # in a volume's report: with what it was predicted, so that only the same goes on from there
@@ -67,19 +68,31 @@ def predict_folder(
         "settings": {name: getattr(model.settings, name) for name in OF_ADAPTATION},
         "largest_component": keep_largest,
     }
+
+    def segmentation_of(case: str) -> Path:
+        return output / f"{case}{model.dataset_json['file_ending']}"
+
+    def is_done(case: str) -> bool:
+        wanted = [segmentation_of(case)] + [output / f"{case}.npz"] * predictor.save_probabilities
+        return all(file.exists() for file in wanted) and value_in(output / f"{case}_sizes.json", MADE_OF) == made_of
+
+    def write(case: str, segmented: Segmented) -> None:
+        predictor.write(segmented, segmentation_of(case), keep_largest)
+        report = {**segmented.report, MADE_OF: made_of}
+        write_atomically(output / f"{case}_sizes.json", json.dumps(report, indent=1))
+        if any(report["diverged"]):
+            tqdm.write(f"{found.cases[case][0]}: its adaptation diverged, the trained adapter segments it as it is.")
+
     failures = list(found.failures.values())
-    for case, files in tqdm(found.cases.items(), desc="predicting"):
-        segmentation = output / f"{case}{model.dataset_json['file_ending']}"
-        sizes = output / f"{case}_sizes.json"
-        try:
-            wanted = [segmentation] + [output / f"{case}.npz"] * predictor.save_probabilities
-            if continue_prediction and all(file.exists() for file in wanted) and value_in(sizes, MADE_OF) == made_of:
-                continue
-            report = predictor.predict(files, segmentation, keep_largest)
-            write_atomically(sizes, json.dumps({**report, MADE_OF: made_of}, indent=1))
-            if any(report["diverged"]):
-                tqdm.write(f"{files[0]}: its adaptation diverged, the trained adapter segments it as it is.")
-        except Exception as error:  # readers of broken files raise whatever they like
-            failures.append(not_segmented(files[0], error))
+    waiting = [case for case in found.cases if not (continue_prediction and is_done(case))]
+    steps = overlapped(
+        waiting,
+        lambda case: predictor.load(found.cases[case]),
+        lambda case, loaded: predictor.predict(loaded, segmentation_of(case)),
+        write,
+    )
+    for case, error in tqdm(steps, desc="predicting", total=len(waiting)):
+        if error is not None:
+            failures.append(not_segmented(found.cases[case][0], error))
             tqdm.write(failures[-1])
     return failures

@@ -34,6 +34,29 @@ MAX_ADAPTED_VOXELS = 10_000  # most blocks of a volume for an adaptation
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """A preprocessed image.
+
+    image: (channels, X, Y, Z).
+    properties: nnU-Net's, of how it was preprocessed.
+    constant: whether all voxels have the same value.
+    """
+
+    image: np.ndarray
+    properties: dict
+    constant: bool
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """Logits (outputs, X, Y, Z) of a preprocessed image with nnU-Net's properties, and the report of its sizes."""
+
+    logits: torch.Tensor
+    properties: dict
+    report: dict
+
+
+@dataclass(frozen=True)
 class Volume:
     """A preprocessed image and the backbone's features of it.
 
@@ -77,16 +100,14 @@ class QueryPredictor:
         self.networks = [model.network_of(fold) for fold in range(len(model.weights))]
         self._largest = 0
 
-    def predict(self, files: list[str], output: Path, keep_largest: bool = False) -> dict:
-        """Segment the image in `files`, one per channel, and write `output`; returns the report of its sizes."""
+    def predict(self, loaded: Loaded, output: Path) -> Segmented:
+        """Segment an image, which is to become `output`."""
         with part_folder(output, "features") as folder:
             # without adaptation one look is enough
-            return self.segment(self.read(files, folder if self.memories is not None else None), output, keep_largest)
+            return self.segment(self.volume_of(loaded, folder if self.memories is not None else None))
 
-    def read(self, files: list[str], keep_in: Path | None = None) -> Volume:
-        """Preprocess an image; the backbone runs when its features are first looked at.
-
-        keep_in: folder for the features, if they will be looked at more than once.
+    def load(self, files: list[str]) -> Loaded:
+        """Read and preprocess the image in `files`, one per channel; needs no device.
 
         Raises:
             InputError: if the image cannot be read, or holds NaN or infinite values.
@@ -100,12 +121,20 @@ class QueryPredictor:
             tqdm.write(offset_warning(files[:1]))
         context = (model.plans_manager, model.configuration, model.dataset_json)
         image, _, properties = self.preprocessor.run_case_npy(image, None, properties, *context)
-        if constant:
-            return Volume(image, properties, None)
+        return Loaded(image, properties, constant)
+
+    def volume_of(self, loaded: Loaded, keep_in: Path | None = None) -> Volume:
+        """The volume of an image; the backbone runs when its features are first looked at.
+
+        keep_in: folder for the features, if they will be looked at more than once.
+        """
+        model = self.model
+        if loaded.constant:
+            return Volume(loaded.image, loaded.properties, None)
         window, cap = model.configuration.patch_size, cap_in_gb(model.settings.bank_gb)
-        features = VolumeFeatures(model.network.backbone, image, window, model.device, keep_in, cap)
+        features = VolumeFeatures(model.network.backbone, loaded.image, window, model.device, keep_in, cap)
         self._report_memory(features, keep_in)
-        return Volume(image, properties, features)
+        return Volume(loaded.image, loaded.properties, features)
 
     def _report_memory(self, features: VolumeFeatures, keep_in: Path | None) -> None:
         """Print the estimate for the first volume, and later only warnings for larger ones."""
@@ -120,17 +149,21 @@ class QueryPredictor:
                 tqdm.write(line)
             self._largest = features.tiling.slab_bytes
 
-    def segment(self, volume: Volume, output: Path, keep_largest: bool = False) -> dict:
-        """Segment a volume from `read`, its own or that of another model with the same backbone and plans."""
+    def segment(self, volume: Volume) -> Segmented:
+        """Segment a volume, its own or that of another model with the same backbone and plans."""
         if volume.features is None:
-            return self._segment_nothing(volume, output, keep_largest)
+            return self._segment_nothing(volume)
         windows = volume.features.windows
         total, folds = self._inductive(volume) if self.memories is None else self._transductive(volume)
         windows = volume.features.windows - windows
         self.windows += windows
         # as nnU-Net does: the mean of the logits
-        self._export(total.div_(len(folds)), volume, output, keep_largest)
-        return {**self._report(folds), "windows": windows}
+        report = {**self._report(folds), "windows": windows}
+        return Segmented(total.div_(len(folds)), volume.properties, report)
+
+    def write(self, segmented: Segmented, output: Path, keep_largest: bool = False) -> None:
+        """nnU-Net's export into the file `output`; needs no device."""
+        export(self.model, segmented.logits, segmented.properties, output, self.save_probabilities, keep_largest)
 
     def _inductive(self, volume: Volume) -> tuple[torch.Tensor, list[Prediction]]:
         """The sum of the folds' logits (outputs, X, Y, Z), from one look."""
@@ -199,17 +232,14 @@ class QueryPredictor:
             return None, Prediction(before, before, steps, monotonic() - start, diverged=True)
         return adapted, Prediction(before, sizes.result(), steps, monotonic() - start)
 
-    def _segment_nothing(self, volume: Volume, output: Path, keep_largest: bool) -> dict:
+    def _segment_nothing(self, volume: Volume) -> Segmented:
         shape = volume.properties["shape_after_cropping_and_before_resampling"]
         logits = torch.full((self.model.label_manager.num_segmentation_heads, *shape), -100.0)
         if not self.has_regions:
             logits[0] = 0  # the background's
         sizes = sizes_of(logits, self.voxel_ml, self.has_regions)
-        self._export(logits, volume, output, keep_largest)
-        return {**self._report([Prediction(sizes, sizes)] * len(self.model.weights)), "windows": 0}
-
-    def _export(self, logits: torch.Tensor, volume: Volume, output: Path, keep_largest: bool) -> None:
-        export(self.model, logits, volume.properties, output, self.save_probabilities, keep_largest)
+        report = {**self._report([Prediction(sizes, sizes)] * len(self.model.weights)), "windows": 0}
+        return Segmented(logits, volume.properties, report)
 
     def _report(self, folds: list[Prediction]) -> dict:
         names, gamma = self.model.class_names, self.model.settings.predict_gamma
