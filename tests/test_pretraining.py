@@ -236,7 +236,7 @@ def test_two_processes_train_one_network(assembly, tmp_path, monkeypatch):
         "MASTER_PORT": port,
         "WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
-        "fseft_train_minutes": "0.03",
+        "fseft_train_minutes": "0.06",
         "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
     files = [str(assembly.preprocessed / name) for name in ("Stock.json", "dataset.json")]
@@ -256,8 +256,8 @@ def test_two_processes_train_one_network(assembly, tmp_path, monkeypatch):
     assert len(results) == 2 and results[0] == results[1]
     epochs = json.loads(results[0].removeprefix("RESULT "))[0]
     fold = assembly.results / "OnCPU__Stock__3d_fullres" / "fold_0"
-    with open(fold / "zero_shot.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    table = fold / "zero_shot.csv"  # from the second epoch on: a slow machine's budget may end before
+    rows = list(csv.DictReader(table.read_text().splitlines())) if table.exists() else []
     assert [row["epoch"] for row in rows] == [str(e) for e in range(1, epochs) for _ in range(3)]
     assert {row["source"] for row in rows} == {"A", "B"} if epochs > 1 else not rows
     assert len(json.loads((fold / "validation" / "summary.json").read_text())["metric_per_case"]) == 2

@@ -81,8 +81,14 @@ class FSEFTPretrainer(WithoutMirroring, SourceValidation, TimeBudgetTrainer):
         super().initialize()
         if start := os.environ.get("fseft_start_from"):
             network = self.network.module if self.is_ddp else self.network
-            network = getattr(network, "_orig_mod", network)  # as torch.compile wraps it
             self.print_to_log_file(start_from(network, start, self.region_names))
+
+    def _do_i_compile(self):
+        return False  # windows change their size from step to step: each would be compiled
+
+    def on_train_start(self):
+        super().on_train_start()
+        torch.backends.cudnn.benchmark = False  # for the same reason: each size would be tried with every algorithm
 
     def set_deep_supervision_enabled(self, enabled: bool):
         super().set_deep_supervision_enabled(False)
@@ -146,10 +152,11 @@ class FSEFTPretrainer(WithoutMirroring, SourceValidation, TimeBudgetTrainer):
         box = [int(round(n * np.random.uniform(0.6, 1.0))) if np.random.uniform() < 0.5 else int(n) for n in full]
         start = [np.random.randint(0, n - b + 1) for n, b in zip(full, box)]
         part = (slice(None), slice(None), *(slice(a, a + b) for a, b in zip(start, box)))
+        data, target = (batch[name][part].to(self.device, non_blocking=True) for name in ("data", "target"))
         return {
             **batch,
-            "data": F.interpolate(batch["data"][part], size=window, mode="trilinear"),
-            "target": F.interpolate(batch["target"][part].float(), size=window, mode="nearest-exact"),
+            "data": F.interpolate(data, size=window, mode="trilinear"),
+            "target": F.interpolate(target.float(), size=window, mode="nearest-exact"),
         }
 
     def train_step(self, batch: dict) -> dict:
