@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from trainings import FIVE, identical, make_trainer, text_of, trained, weights
 
@@ -11,6 +12,7 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.nnunet import drawing
 from fsefs_nnunet.priors.size import SizePrior
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
+from fsefs_nnunet.trainers.kshot_trainer import failures_of_the_device
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
 
 
@@ -63,3 +65,50 @@ def test_one_training_of_a_fold_at_a_time(work):
         beside.run_training()
     trainer.run_training()
     assert (Path(trainer.output_folder) / "checkpoint_final.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "The GPU.s memory does not suffice for this training: .* --c",
+        ),
+        (
+            RuntimeError("CUDA error: an illegal access\nlines for developers"),
+            "failed .CUDA error: an illegal access.: ",
+        ),
+    ],
+)
+def test_a_gpu_that_fails_leaves_the_last_epoch(work, error, message):
+    whole = trained(work, epochs=3)
+
+    class Failing(FSEFTTrainer):
+        def train_step(self, batch):
+            if self.current_epoch == 2:
+                raise error
+            return super().train_step(batch)
+
+    trainer = make_trainer(work, Failing, epochs=3)
+    trainer.output_folder = whole.output_folder
+    with pytest.raises(InputError, match=message):
+        trainer.run_training()
+    continued = make_trainer(work, epochs=3)
+    continued.load_checkpoint(str(Path(whole.output_folder) / "checkpoint_latest.pth"))
+    assert continued.current_epoch == 2
+    continued.run_training()
+    assert identical(weights(continued), weights(whole))
+
+
+def test_other_errors_are_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="sizes of tensors"), failures_of_the_device(str(tmp_path)):
+        raise RuntimeError("sizes of tensors must match")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told_at_once(work):
+    plans = work.plans()
+    plans["continue_training"] = False
+    with pytest.raises(InputError, match="There is no GPU here that PyTorch can use as 'cuda': add -device cpu."):
+        FSEFTTrainer(plans, FIVE, 0, work.dataset_json(), torch.device("cuda"))
+    assert not work.results.exists()

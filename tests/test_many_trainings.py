@@ -80,6 +80,17 @@ def test_a_training_that_fails_does_not_stop_the_others(short, capsys):
     assert RunFile.load(of().folder).peak_memory_gb["host"] > 0
 
 
+@pytest.mark.slow
+def test_broken_plans_of_one_training_do_not_stop_the_others(short, capsys):
+    file = short.preprocessed / "FSEFTPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres_1shot"]["fseft_crop_size"] = "large"
+    file.write_text(json.dumps(plans))
+    assert train("--shots", 1, 5) == 2
+    assert of().summary.exists() and not of(shots=1).summary.exists()
+    assert "FSEFTTrainer, 1 shot, fold 0: fseft_crop_size of '3d_fullres_1shot' in" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os.path import join
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.cases.folders import folder_of
 from fsefs_nnunet.cases.preprocessed import require_cases
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, query_cases, support_cases
-from fsefs_nnunet.device import peak_device_memory_gb, peak_host_memory_gb
+from fsefs_nnunet.device import device_named, peak_device_memory_gb, peak_host_memory_gb
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import refused_if_unwritable, replacing
 from fsefs_nnunet.inference.trained_model import require_backbone_of
@@ -30,6 +32,24 @@ def validates() -> bool:
     return os.environ.get("fseft_final_validation") != "0"
 
 
+@contextmanager
+def failures_of_the_device(folder: str) -> Iterator[None]:
+    """A GPU that is too small or fails ends a training in `folder` with a sentence; its checkpoints are whole."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            "The GPU's memory does not suffice for this training: end what else runs there, make fseft_gpu_gb, "
+            "fseft_crops_per_step or fseft_crop_size in the plans smaller (batch_size or patch_size where patches are "
+            "trained on), or add -device cpu. --c continues from the last epoch."
+        ) from error
+    except RuntimeError as error:
+        if not str(error).startswith("CUDA error"):
+            raise
+        reason = str(error).splitlines()[0]
+        raise InputError(f"The GPU failed ({reason}): the checkpoints in {folder} are whole, --c continues.") from error
+
+
 class KShotTrainer(WithoutMirroring):
     """Trains on the support cases of `splits_fseft.json`; its final validation predicts the labelled queries.
 
@@ -41,6 +61,8 @@ class KShotTrainer(WithoutMirroring):
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
         self.clock, self.run, self.validation_windows = StageClock(), None, 0
         self._require_folders(plans)
+        if device.type != "cpu":
+            device_named(device.type)  # PyTorch's own error comes late, and from the depths
         with refused_if_unwritable(folder_of("nnUNet_results")):
             super().__init__(plans, configuration, fold, dataset_json, device)
 
@@ -88,7 +110,7 @@ class KShotTrainer(WithoutMirroring):
                 f"Another process trains in {self.output_folder}, one that a killed command left behind perhaps: wait "
                 f"until it ends, or end it and continue with `--c`. Where there is none, delete {lock}."
             ) from error
-        with held:
+        with held, failures_of_the_device(self.output_folder):
             super().run_training()
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:

@@ -74,9 +74,13 @@ class _Batches:
             now, starts = starts[: self.size], starts[self.size :]
             try:
                 maps = self._run(now)
-            except torch.cuda.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 if len(now) == 1:
-                    raise
+                    size = " x ".join(map(str, self.tiling.window))
+                    raise InputError(
+                        f"a window of {size} voxels takes more memory than the GPU has left: end what else runs there, "
+                        "choose a smaller backbone, or add -device cpu."
+                    ) from error
                 self.size, starts = len(now) // 2, now + starts
                 torch.cuda.empty_cache()
                 continue
