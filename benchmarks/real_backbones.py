@@ -38,8 +38,8 @@ from fsefs_nnunet.planners.fseft_planner import default_plans_name
 
 DATA = {"CHAOS_T2SPIR": ("Dataset020_CHAOS", 4), "OpenKBP": ("Dataset021_OpenKBP", 15)}  # labelled queries
 CHOICES = {  # Hounsfield units of a z-score of 0, of one more, and their bounds
+    "narrow": (50.0, 50.0, -200.0, 300.0),  # the contracts' default
     "organs": (0.0, 100.0, -200.0, 300.0),
-    "narrow": (50.0, 50.0, -200.0, 300.0),
     "wide": (0.0, 200.0, -1000.0, 600.0),
 }
 
