@@ -90,18 +90,20 @@ def dice_of(fold: Path, experiment: Experiment, known: list[str]) -> dict[str, f
 def run_cells(args: argparse.Namespace) -> None:
     file = args.work / "results.json"
     results = read_json(file) if file.exists() else {}
-    folds, orders = range(args.folds), (args.shots, args.data, args.backbones, args.methods)
-    for fold, (shots, data, name, method) in product(folds, product(*orders)):
+    trainers = [METHODS[method].trainer for method in args.methods]
+    for fold, data, name in product(range(args.folds), args.data, args.backbones):
         trained, (dataset, queries) = name.removesuffix(CONTROL), DATA[data]
         experiment = Experiment(args.work / data, dataset, default_plans_name(name), args.device)
         prepare(experiment, Path(os.environ["FSEFT_SHARED"]) / "data" / data, name, queries)
-        folder = experiment.train(METHODS[method].trainer, f"3d_fullres_{shots}shot", fold)
+        experiment.train_together(trainers, args.shots, [fold])
         labels = read_json(experiment.raw / "dataset.json")["labels"]
         known = list(match_labels([n for n in labels if n != "background"], find_backbone(trained).classes))
-        cell = f"{data}, K = {shots}, draw {fold}, {name}, {method}"
-        seconds = sum(RunFile.load(folder).seconds.values())
-        results[cell] = {**dice_of(folder, experiment, known), "seconds": seconds}
-        print(cell, {key: round(value, 3) for key, value in results[cell].items()}, flush=True)
+        for shots, method in product(args.shots, args.methods):
+            folder = experiment.model(METHODS[method].trainer, f"3d_fullres_{shots}shot") / f"fold_{fold}"
+            cell = f"{data}, K = {shots}, draw {fold}, {name}, {method}"
+            seconds = sum(RunFile.load(folder).seconds.values())
+            results[cell] = {**dice_of(folder, experiment, known), "seconds": seconds}
+            print(cell, {key: round(value, 3) for key, value in results[cell].items()}, flush=True)
         file.write_text(json.dumps(results, indent=1))
     shown = ("all", "known", "novel", "seconds")
     print(markdown_table([{"cell": cell, **{key: of.get(key) for key in shown}} for cell, of in results.items()]))
