@@ -1,14 +1,17 @@
 """Training batches from the bank."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from banks import CPU, WINDOW, make_bank, request_of, store, whole_crop, whole_maps
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.cases.shown_voxels import ShownVoxels
 from fsefs_nnunet.features.bank import FeatureBank
-from fsefs_nnunet.features.crops import CropLoader, CropsAhead
+from fsefs_nnunet.features.crops import CropLoader, CropsAhead, region_transform
 from fsefs_nnunet.features.layout import BACKGROUND_BLOCKS, support_layout
 from fsefs_nnunet.features.map_crops import MapCrops
 
@@ -73,6 +76,18 @@ def test_crops_from_the_device_are_those_from_the_disk(loader, device):
         moved = next(crops)
         assert moved["data"].device.type == moved["target"].device.type == device.type
         assert same({**moved, "data": moved["data"].to(CPU), "target": moved["target"].cpu()}, batch)
+
+
+def test_regions_on_the_device(loader, device):
+    manager = LabelManager({"background": 0, "any": [1, 2, 3], "second": 2}, regions_class_order=[1, 2])
+    loader.bank.device = device
+    loader.bank.move_to_device([*"abc"], math.inf)
+    crops = loader(transform=region_transform(manager, device), device=device, batch_size=3)
+    plain = loader(device=device, batch_size=3)
+    for _ in range(4):
+        targets, labels = next(crops)["target"], next(plain)["target"]
+        assert targets.shape == (3, 2, 6, 7, 8) and targets.device.type == device.type
+        assert torch.equal(targets[:, 0], labels[:, 0] > 0) and torch.equal(targets[:, 1], labels[:, 0] == 2)
 
 
 def test_crops_made_ahead_are_the_same(loader):

@@ -24,12 +24,20 @@ TINY = {
 
 
 def make_trainer(
-    workspace, cls=FSEFTTrainer, epochs=3, configuration=FIVE, fold=0, dataset_json=None, plans=None, **settings
+    workspace,
+    cls=FSEFTTrainer,
+    epochs=3,
+    configuration=FIVE,
+    fold=0,
+    dataset_json=None,
+    plans=None,
+    device=torch.device("cpu"),
+    **settings,
 ):
     plans = plans or workspace.plans(**{**TINY, **settings})
     plans["continue_training"] = False
     content = dataset_json or workspace.dataset_json()
-    trainer = cls(plans, configuration, fold, content, torch.device("cpu"))
+    trainer = cls(plans, configuration, fold, content, device)
     trainer.num_epochs = epochs
     return trainer
 

@@ -57,9 +57,10 @@ class BankTrainer(AdaptedTrainer):
 
     def get_dataloaders(self):
         settings, ignored = self.settings, self.label_manager.ignore_label
-        regions = region_transform(self.label_manager)
         cases = [*self.run.support, *self.views.names]
         stays = self.device.type == "cuda" and self.keep_on_device(cases)
+        place = self.device if stays else torch.device("cpu")
+        regions = region_transform(self.label_manager, place)
 
         def loader(stream: int, cases: Iterable[str]) -> CropLoader:
             seed = (settings.seed, fold_seed(self.fold), stream)
@@ -72,7 +73,7 @@ class BankTrainer(AdaptedTrainer):
                 seed,
                 regions,
                 ignored,
-                self.device if stays else torch.device("cpu"),
+                place,
             )
 
         crops = loader(0, cases)
@@ -229,7 +230,8 @@ class BankTrainer(AdaptedTrainer):
         if not self.method.channel_dropout:
             return None
         rng = np.random.default_rng((self.settings.seed, fold_seed(self.fold), self.training_step))
-        return torch.from_numpy(rng.random(features.shape[:2]) >= self.method.channel_dropout).to(features.device)
+        kept = torch.from_numpy(rng.random(features.shape[:2]) >= self.method.channel_dropout)
+        return kept.to(features.device, non_blocking=True)
 
     def train_step(self, batch: dict) -> dict:
         features = batch["data"].to(self.device, non_blocking=True)

@@ -138,9 +138,14 @@ class CropsAhead:
         return {**batch, "data": batch["data"].pin_memory(), "target": batch["target"].pin_memory()}
 
 
-def region_transform(label_manager) -> Callable | None:
-    """Transform of a label map to one channel per region, and one of ignored voxels; None for plain labels."""
+def region_transform(label_manager, device: torch.device = torch.device("cpu")) -> Callable | None:
+    """Transform of a label map to one channel per region, and one of ignored voxels; None for plain labels.
+
+    device: where the label maps lie.
+    """
     if not label_manager.has_regions:
         return None
     ignored = [label_manager.ignore_label] if label_manager.has_ignore_label else []
-    return ConvertSegmentationToRegionsTransform([*label_manager.foreground_regions, *ignored])
+    transform = ConvertSegmentationToRegionsTransform([*label_manager.foreground_regions, *ignored])
+    transform.regions = [labels.to(device) for labels in transform.regions]
+    return transform

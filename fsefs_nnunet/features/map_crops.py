@@ -122,7 +122,7 @@ def upsampled(feature_map: torch.Tensor, weights: Weights | None) -> torch.Tenso
 @lru_cache(maxsize=4096)
 def _weights(device: torch.device, *of_axis: int) -> torch.Tensor:
     """See linear_weights; crops ask for the same few again and again."""
-    return linear_weights(*of_axis).to(device)
+    return linear_weights(*of_axis).to(device, non_blocking=True)
 
 
 def crop_of(
