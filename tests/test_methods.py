@@ -39,6 +39,9 @@ ADAPTER = 54 * 48**2  # 124,416
 # transposed convolution 8 -> 48 of 2^3 with bias, convolutions 96 -> 48 and 48 -> 48 of 3^3 with bias and norm
 BLOCK = 8 * 48 * 8 + 48 + (96 * 48 * 27 + 3 * 48) + (48 * 48 * 27 + 3 * 48)
 ENCODER = (1 * 48 * 27 + 3 * 48) + (48 * 48 * 27 + 3 * 48) + (48 * 8 * 27 + 3 * 8) + (8 * 8 * 27 + 3 * 8)
+# factors of rank 4 for each of these seven convolutions, (out, rest) as their weights lie in memory
+LAYERS = [(48, 27), (48, 48 * 27), (8, 48 * 27), (8, 8 * 27), (8, 48 * 8), (48, 96 * 27), (48, 48 * 27)]
+NORMS = 2 * (48 + 48 + 8 + 8 + 48 + 48)
 # trained parameters for a single organ of its own (one sigmoid) on 48 features, 2 stages
 PARAMETERS = {
     "probe": HEAD,
@@ -49,8 +52,10 @@ PARAMETERS = {
     "ft_last": BLOCK + HEAD,
     "decoder": BLOCK + HEAD,
     "ft": ENCODER + BLOCK + HEAD,
+    "lora": sum(4 * (out + rest) for out, rest in LAYERS) + HEAD,
+    "norms": NORMS + HEAD,
+    "biases": NORMS + 48 + HEAD,  # a bias for each shift of a norm, and one for each scale: that of the convolution
 }
-TUNED = {"ft_last": "last_block", "decoder": "decoder", "ft": "all"}
 NO_IDENTITY = ["adapter_in"]  # its first step is not the universal head's prediction
 # the published rates, but for those of spatial and context adapter
 RECIPES = {
@@ -62,6 +67,9 @@ RECIPES = {
     "ft_last": (1e-2, 1e-5, 100),
     "decoder": (1e-4, 0.0, 200),
     "ft": (1e-4, 1e-5, 150),
+    "lora": (1e-3, 0.0, 200),
+    "norms": (1e-2, 0.0, 200),
+    "biases": (1e-2, 0.0, 200),
 }
 ADAPTED = [row for row in METHODS.values() if row.trains_on_backbone and not row.transductive]
 LAST_BLOCK, SCRATCH = METHODS["ft_last"], METHODS["scratch"]
@@ -191,12 +199,22 @@ def test_step_0(method, wide, image, device):
     assert same == (method.name not in NO_IDENTITY)
 
 
+def tuned_in(method, backbone) -> set[str]:
+    """Names of what `method` trains in the backbone, which has been prepared for it."""
+    names = {name for name, _ in backbone.named_parameters() if "seg_layers" not in name}
+    if method.name in ("ft_last", "decoder", "ft"):
+        parts = {"ft_last": "last_block", "decoder": "decoder", "ft": "all"}
+        return set(backbone.tuned_parameters(parts[method.name]))
+    endings = {"lora": ("weight.0.a", "weight.0.b"), "norms": ("norm.weight", "norm.bias"), "biases": ("bias",)}
+    return {name for name in names if name.endswith(endings.get(method.name, "-"))}
+
+
 @of(ADAPTED)
 def test_only_the_methods_parameters_get_gradients(method, wide, image, device):
     network, image = network_of(method, wide).to(device).train(), image[..., :8, :8, :8].to(device)
     backbone = network.backbone.module
     named = dict(backbone.named_parameters())
-    tuned = set(backbone.tuned_parameters(TUNED[method.name])) if method.name in TUNED else set()
+    tuned = tuned_in(method, backbone)
     before = {name: p.clone() for name, p in named.items()}
     optimizer = torch.optim.AdamW(network.parameters(), 1e-2)
     for _ in range(2):  # what lies before a layer that starts at zero gets its first gradient in the second step

@@ -10,7 +10,7 @@ from fsefs_nnunet.errors import InputError
 
 BANK, PATCHES = "bank", "patches"
 STOCK_PLANS = "nnUNetPlans"  # the name of nnU-Net's own plans
-_INSIDE = "fsefs_nnunet.methods.inside.decoder_parts"
+_INSIDE = "fsefs_nnunet.methods.inside"
 _SCRATCH = "fsefs_nnunet.trainers.scratch.FSEFTTrainer_Scratch"
 
 
@@ -154,7 +154,7 @@ _ROWS = [
         PATCHES,
         adapter="linear_probe",
         maps="last",
-        inside=f"{_INSIDE}.LastBlock",
+        inside=f"{_INSIDE}.decoder_parts.LastBlock",
         rate=1e-2,
         weight_decay=1e-5,
     ),
@@ -167,7 +167,7 @@ _ROWS = [
         PATCHES,
         adapter="linear_probe",
         maps="last",
-        inside=f"{_INSIDE}.Decoder",
+        inside=f"{_INSIDE}.decoder_parts.Decoder",
         rate=1e-4,
         epochs=200,
     ),
@@ -180,10 +180,49 @@ _ROWS = [
         PATCHES,
         adapter="linear_probe",
         maps="last",
-        inside=f"{_INSIDE}.Everything",
+        inside=f"{_INSIDE}.decoder_parts.Everything",
         rate=1e-4,
         weight_decay=1e-5,
         epochs=150,
+    ),
+    Method(
+        "lora",
+        "LoRA",
+        "updates of low rank in every layer of the backbone, head",
+        'Rank 4; the plans\' options name another, `sites` "linear" or "convolutions", and `decoder` true.',
+        "FSEFTTrainer_LoRA",
+        PATCHES,
+        adapter="linear_probe",
+        maps="last",
+        inside=f"{_INSIDE}.lora.LoRA",
+        rate=1e-3,
+        epochs=200,
+    ),
+    Method(
+        "norms",
+        "fine-tuning, norms",
+        "scales and shifts of the backbone's norms, head",
+        "The journal's recipe; the plans' option `decoder` true trains the decoder, too.",
+        "FSEFTTrainer_Norms",
+        PATCHES,
+        adapter="linear_probe",
+        maps="last",
+        inside=f"{_INSIDE}.few_parameters.Norms",
+        rate=1e-2,
+        epochs=200,
+    ),
+    Method(
+        "biases",
+        "fine-tuning, biases",
+        "biases of the backbone, head",
+        "The journal's recipe; the plans' option `decoder` true trains the decoder, too.",
+        "FSEFTTrainer_Biases",
+        PATCHES,
+        adapter="linear_probe",
+        maps="last",
+        inside=f"{_INSIDE}.few_parameters.Biases",
+        rate=1e-2,
+        epochs=200,
     ),
     Method(
         "scratch",
