@@ -10,6 +10,8 @@ features     a bank of one volume: the share of its CPU time that is not spent i
 chaos_bank   the bank of five shots and the queries: CPU seconds, GB, and the backbone's layers alone
 hippocampus, chaos, openkbp
              five shots from the command to the checkpoint, with an empty bank; Dice of the labelled queries
+together     three methods, --draws draws of five hippocampi, without validation: CPU seconds of single commands (--single)
+             or of one `fseft train`, from an empty bank
 large        a CT of 512 x 512 x 400 voxels: peak memory of planning, training and prediction
 cost         CPU seconds and memory against volume, folds, shots and methods, with two plots
 
@@ -428,6 +430,20 @@ def training(name: str) -> Callable[[Version, argparse.Namespace], dict]:
     return row
 
 
+def together(version: Version, args: argparse.Namespace) -> dict:
+    source, trainers = SOURCES["hippocampus"], [METHODS[name] for name in ("adapter", "with prior", "context")]
+    dataset = dataset_of(version, source)
+    version.run("fseft", *dataset.planning(source.queries, args.spacing))
+    if args.single:
+        commands = [["nnUNetv2_train", *dataset.training(t, FIVE, f)] for f in range(args.draws) for t in trainers]
+    else:
+        grid = ["--shots", 5, "-f", *range(args.draws), "-tr", *trainers]
+        commands = [["fseft", "train", "-d", dataset.name, "-p", PLANS, "-device", "cpu", *grid]]
+    measured = [version.measure(*command, fseft_final_validation="0") for command in commands]
+    seconds = [one["cpu_seconds"] for one in measured]
+    return {"draws": args.draws, "cpu_seconds": round(sum(seconds), 1), "of_each_command": seconds}
+
+
 def large(version: Version, args: argparse.Namespace) -> dict:
     dataset = phantoms(version, "Dataset030_Large", args.shape or (512, 512, 400), (0.8, 0.8, 1.0), 4)
     two, image = "3d_fullres_2shot", one_image(dataset)
@@ -530,6 +546,7 @@ ROWS: dict[str, Callable[[Version, argparse.Namespace], dict]] = {
     "features": features,
     "chaos_bank": chaos_bank,
     **{name: training(name) for name in SOURCES},
+    "together": together,
     "large": large,
     "cost": cost,
 }
@@ -546,6 +563,8 @@ def main() -> None:
     parser.add_argument("--spacing", type=float, nargs=3, default=[], metavar="MM", help="-overwrite_target_spacing")
     parser.add_argument("--parts", nargs="+", choices=("cost", "dice"), default=["cost", "dice"], help="of a dataset")
     parser.add_argument("--shape", type=int, nargs=3, metavar="N", help="of the volume of features or large")
+    parser.add_argument("--draws", type=int, default=5, help="of together")
+    parser.add_argument("--single", action="store_true", help="together by single commands")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96, 128, 192, 256], help="of the cubes of cost")
     parser.add_argument("--core", type=int, default=cores[-1], help=f"default: {cores[-1]}")
     parser.add_argument("--cap_gb", type=float, default=16, help="a command that takes more is killed; default: 16")
