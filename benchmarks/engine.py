@@ -10,8 +10,8 @@ features     a bank of one volume: the share of its CPU time that is not spent i
 chaos_bank   the bank of five shots and the queries: CPU seconds, GB, and the backbone's layers alone
 hippocampus, chaos, openkbp
              five shots from the command to the checkpoint, with an empty bank; Dice of the labelled queries
-together     three methods, --draws draws of five hippocampi, without validation: CPU seconds of single commands (--single)
-             or of one `fseft train`, from an empty bank
+together     three methods, --draws draws of five hippocampi, without validation and from an empty bank: CPU seconds of
+             one `fseft train` or, with --single, of single commands
 large        a CT of 512 x 512 x 400 voxels: peak memory of planning, training and prediction
 cost         CPU seconds and memory against volume, folds, shots and methods, with two plots
 
