@@ -95,12 +95,15 @@ def run_cells(args: argparse.Namespace) -> None:
         trained, (dataset, queries) = name.removesuffix(CONTROL), DATA[data]
         experiment = Experiment(args.work / data, dataset, default_plans_name(name), args.device)
         prepare(experiment, Path(os.environ["FSEFT_SHARED"]) / "data" / data, name, queries)
-        experiment.train_together(trainers, args.shots, [fold])
+        failed = experiment.train_together(trainers, args.shots, [fold])
         labels = read_json(experiment.raw / "dataset.json")["labels"]
         known = list(match_labels([n for n in labels if n != "background"], find_backbone(trained).classes))
         for shots, method in product(args.shots, args.methods):
             folder = experiment.model(METHODS[method].trainer, f"3d_fullres_{shots}shot") / f"fold_{fold}"
             cell = f"{data}, K = {shots}, draw {fold}, {name}, {method}"
+            if folder in failed:
+                print(f"{cell} failed: {failed[folder]}", flush=True)
+                continue
             seconds = sum(RunFile.load(folder).seconds.values())
             results[cell] = {**dice_of(folder, experiment, known), "seconds": seconds}
             print(cell, {key: round(value, 3) for key, value in results[cell].items()}, flush=True)

@@ -45,10 +45,7 @@ def reduced_precision(device: torch.device, depth: int = THIN + 1) -> torch.auto
 
 
 def without_scaling(device: torch.device) -> AbstractContextManager:
-    """Around steps whose gradients no scaler keeps from underflowing: what would be float16 within is bfloat16.
-
-    On GPUs that do not compute bfloat16 it is float32.
-    """
+    """For steps without a gradient scaler: autocast uses bfloat16 instead of float16, or float32 on GPUs without it."""
     if device.type != "cuda":
         return nullcontext()
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
@@ -82,8 +79,9 @@ def unless_thin(features: torch.Tensor) -> torch.autocast:
 
 def cpu_seconds() -> float:
     """CPU time of this process and of its workers; of those that still run only where the system has /proc."""
+    workers = multiprocessing.active_children()  # first: it reaps those that ended, whose time is then this process's
     spent = sum(os.times()[:4])
-    for worker in multiprocessing.active_children():
+    for worker in workers:
         with suppress(OSError):  # it has just ended
             fields = Path(f"/proc/{worker.pid}/stat").read_text("utf-8").rpartition(")")[2].split()
             spent += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -103,7 +101,7 @@ def peak_host_memory_gb() -> float | None:
 
 
 def forget_peaks(device: torch.device) -> None:
-    """Peaks of memory are those of what comes from now on; of main memory only on Linux."""
+    """Start measuring peak memory anew; for main memory, on Linux only."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", "utf-8")
     if device.type == "cuda":

@@ -1,32 +1,42 @@
-"""Worker processes: forked where the system can, which shares what is loaded and starts at once, else spawned."""
+"""Worker processes: forked on Linux, where they share what is loaded and start at once; spawned elsewhere."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing.context import BaseContext
+from threading import Thread
 from typing import Any
 
 import torch
 
-AHEAD = 2  # results for each worker that may wait to be taken
+WAITING_PER_WORKER = 2  # results that are made before they are taken
 
 _of_worker: Callable | None = None
 
 
 def worker_context() -> BaseContext:
-    methods = multiprocessing.get_all_start_methods()
-    return multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+    # a fork after macOS's frameworks were loaded may crash
+    return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
 def _start(function: Callable) -> None:
     global _of_worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    Thread(target=_end_with_parent, daemon=True).start()  # an orphan would keep the parent's locks
     torch.set_num_threads(1)  # OpenMP does not survive a fork, and the cores belong to the other workers
     _of_worker = function
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _call(argument: object) -> Any:
@@ -34,21 +44,34 @@ def _call(argument: object) -> Any:
 
 
 class Ahead:
-    """Results of a function, computed by worker processes in the order of its arguments before they are asked for.
+    """Results of a function that worker processes compute in the order of its arguments before they are asked for.
 
-    Without workers, and from the moment that one of them is killed, the function is called here.
+    A context manager: the workers end with its block. Without workers, and from the moment that one of them is killed,
+    the function is called here.
     """
 
-    def __init__(self, function: Callable[[Any], Any], arguments: Sequence, workers: int, context: BaseContext):
+    def __init__(
+        self, function: Callable[[Any], Any], arguments: Sequence, workers: int, context: BaseContext | None = None
+    ):
         """
         Args:
             function: where processes are spawned, it must be picklable.
             workers: 0: none.
         """
         self.function, self.arguments = function, list(arguments)
-        self.next, self.most = 0, AHEAD * workers
+        workers = min(workers, len(self.arguments))
+        self.next, self.most = 0, WAITING_PER_WORKER * workers
         self.waiting: deque[tuple[Any, Future]] = deque()
-        self.pool = ProcessPoolExecutor(workers, context, _start, (function,)) if workers else None
+        made = context or worker_context()
+        self.pool = ProcessPoolExecutor(workers, made, _start, (function,)) if workers else None
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+            self.pool = None
 
     def take(self, argument: Any) -> Any:
         """The result for `argument`; those before it that nobody took are dropped."""
@@ -71,19 +94,3 @@ class Ahead:
         if not self.waiting or self.waiting[0][0] != argument:
             return self.function(argument)  # taken before
         return self.waiting.popleft()[1].result()
-
-    def close(self) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def ahead(
-    function: Callable[[Any], Any], arguments: Sequence, workers: int, context: BaseContext | None = None
-) -> Iterator[Ahead]:
-    """See Ahead; its workers end with the block."""
-    made = Ahead(function, arguments, min(workers, len(arguments)), context or worker_context())
-    try:
-        yield made
-    finally:
-        made.close()

@@ -72,11 +72,11 @@ def test_one_training_of_a_fold_at_a_time(work):
     [
         (
             torch.OutOfMemoryError("CUDA out of memory."),
-            "The GPU.s memory does not suffice for this training: .* --c",
+            "The GPU does not have enough memory for this training: .* --c",
         ),
         (
             RuntimeError("CUDA error: an illegal access\nlines for developers"),
-            "failed .CUDA error: an illegal access.: ",
+            "The GPU failed .CUDA error: an illegal access.. Checkpoints",
         ),
     ],
 )

@@ -92,14 +92,16 @@ def test_regions_on_the_device(loader, device):
 
 def test_crops_made_ahead_are_the_same(loader):
     """Also where an epoch ends early, and where it is begun again."""
-    ahead, plain = CropsAhead(loader()), loader()
+    ahead, plain = CropsAhead(loader(), 5), loader()
     for epoch, steps in ((0, 5), (1, 1), (1, 3), (7, 4)):
         ahead.start_epoch(epoch)
         plain.start_epoch(epoch)
         for step in range(steps):
             assert ahead.step == plain.step == step
             assert same(next(ahead), next(plain))
-    assert (ahead.crop_size == plain.crop_size).all()
+        assert (ahead.crop_size == plain.crop_size).all() and len(ahead.waiting) == min(5 - steps, 3)
+    ahead.close()
+    assert not ahead.waiting
 
 
 def test_an_error_in_crops_made_ahead_arrives(loader):
@@ -107,7 +109,7 @@ def test_an_error_in_crops_made_ahead_arrives(loader):
         raise ValueError("no such label")
 
     with pytest.raises(ValueError, match="no such label"):
-        next(CropsAhead(loader(transform=refuse)))
+        next(CropsAhead(loader(transform=refuse), 2))
 
 
 def test_crops_are_what_lies_in_the_volumes(loader):

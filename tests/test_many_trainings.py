@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import in_process
@@ -13,12 +14,14 @@ from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.backbones.frozen import FrozenBackbone, backbones_stay_loaded
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.inference.trained_model import MEMORY_KEY
 from fsefs_nnunet.methods.inside.decoder_parts import LastBlock
 from fsefs_nnunet.methods.inside.tuned_backbone import TunedBackbone
 from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.nnunet import training
-from fsefs_nnunet.nnunet.experiment import external_trainers
+from fsefs_nnunet.nnunet.experiment import OwnExperiment, external_trainers
 from fsefs_nnunet.nnunet.training import Training, run_trainings
+from fsefs_nnunet.trainers.kshot_trainer import DeviceFailed
 
 CPU = torch.device("cpu")
 TRAINERS = ("FSEFTTrainer", "FSEFTTrainer_Context")
@@ -94,11 +97,11 @@ def test_broken_plans_of_one_training_do_not_stop_the_others(short, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("-tr", "FSEFTTrainer_Contxt"), "no trainer FSEFTTrainer_Contxt: did you mean FSEFTTrainer_Context?"),
+        (("-tr", "FSEFTTrainer_Contxt"), "no trainer 'FSEFTTrainer_Contxt': did you mean 'FSEFTTrainer_Context'?"),
         (("--shots", "3"), "have no configuration '3d_fullres_3shot': plan again with `fseft plan -d ID --shots 3`"),
-        (("-f", "7"), "7"),
+        (("-f", "7"), "Fold 7 does not exist"),
         (("-p", "Other"), "Other.json is missing"),
-        (("--val_best", "--disable_checkpointing"), "leave out --disable_checkpointing"),
+        (("--val_best", "--disable_checkpointing"), "omit --disable_checkpointing"),
     ],
 )
 def test_what_is_not_there_is_refused_before_anything_runs(workspace, monkeypatch, capsys, arguments, message):
@@ -117,20 +120,77 @@ def test_every_training_starts_from_the_same_random_state(monkeypatch):
     assert drawn[0] == drawn[1] == drawn[2]
 
 
-def test_errors_are_collected_and_told(monkeypatch):
+def test_errors_are_collected_and_told(monkeypatch, capsys):
     def fail(one, *_):
         if one.fold == 1:
             raise InputError("no disk")
         if one.fold == 2:
             raise KeyboardInterrupt
 
-    told = []
     monkeypatch.setattr(training, "_run", fail)
     monkeypatch.setenv("nnUNet_extTrainer", "")
-    assert run_trainings([of(), of(fold=1), of(shots=1)], CPU, tell=told.append) == {of(fold=1): "no disk"}
+    assert run_trainings([of(), of(fold=1), of(shots=1)], CPU) == {of(fold=1): "no disk"}
+    told = capsys.readouterr().out.splitlines()
     assert "FSEFTTrainer, 5 shots, fold 1 failed: no disk" in told and len(told) == 4
     with pytest.raises(KeyboardInterrupt):
-        run_trainings([of(fold=2), of()], CPU, tell=told.append)
+        run_trainings([of(fold=2), of()], CPU)
+
+
+def test_after_a_failure_of_the_gpu_nothing_is_started(workspace, monkeypatch):
+    started = []
+
+    def fail(one, *_):
+        started.append(one)
+        if one.fold == 1:
+            raise DeviceFailed("The GPU failed.")
+
+    monkeypatch.setattr(training, "_run", fail)
+    monkeypatch.setenv("nnUNet_extTrainer", "")
+    failures = run_trainings([of(), of(fold=1), of(shots=1), of(fold=2)], CPU)
+    assert started == [of(), of(fold=1)] and [*failures] == [of(fold=1), of(shots=1), of(fold=2)]
+    assert failures[of(fold=2)] == "it was not started: the GPU failed before"
+
+
+def test_what_is_done(workspace, monkeypatch):
+    """Trained and, where there are labelled queries and their validation is wanted, validated since."""
+    one, without = of(), replace(of(), has_queries=False)
+    assert not one.is_done and not without.is_done
+    one.summary.parent.mkdir(parents=True)
+    one.summary.touch()
+    os.utime(one.summary, (1, 1))
+    assert not one.is_done
+    one.checkpoint.touch()
+    assert not one.is_done and without.is_done
+    monkeypatch.setenv("fseft_final_validation", "0")
+    assert one.is_done
+    monkeypatch.delenv("fseft_final_validation")
+    one.summary.touch()
+    assert one.is_done
+
+
+@pytest.mark.slow
+def test_remembered_features_stay_where_a_training_is_done(short, capsys):
+    assert train("--shots", 5) == 0
+    assert main(["remember", "-d", "77", "-c", "3d_fullres_5shot", "-f", "0", "-device", "cpu"]) == 0
+    assert train("--shots", 5, "--c") == 0
+    assert "done before" in capsys.readouterr().out and MEMORY_KEY in read_checkpoint(of().checkpoint)
+    assert train("--shots", 1, "--val") == 2
+    assert "checkpoint_final.pth is missing: train it, without --val" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_report_of_what_failed(short, tmp_path):
+    """In a process of its own, as `fseft benchmark` starts it; an old result is not that of a failed training."""
+    broken = of().checkpoint
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"cut")
+    of().summary.parent.mkdir()
+    of().summary.write_text('{"foreground_mean": {"Dice": 0.9}}')
+    os.utime(of().summary, (1, 1))
+    experiment = OwnExperiment(tmp_path, "Dataset077_Tiny")
+    (reason,) = experiment.train_together(["FSEFTTrainer"], [5], [0]).values()
+    assert reason.startswith(f"{broken} ")
+    assert "mean Dice" not in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -152,7 +212,7 @@ def test_a_backbone_is_loaded_once():
         assert first.module is second.module
         assert FrozenBackbone("phantom", "all").module is not first.module
         assert TunedBackbone("phantom", "last", None, LastBlock()).module is not first.module
-        with pytest.raises(InputError, match="these plans were made with backbone|These plans were made"):
+        with pytest.raises(InputError, match="These plans were made with backbone"):
             FrozenBackbone("phantom", "last", "0" * 64)
     assert FrozenBackbone("phantom", "last").module is not first.module
 

@@ -40,6 +40,13 @@ def test_a_case_that_fails_does_not_stop_the_others(step, case):
     assert dict(run([*"abc"], {(step, c) for c in "abc"})) == {c: f"{step} {c}" for c in "abc"}
 
 
+def test_without_room_one_step_follows_the_other():
+    seen = []
+    steps = [lambda case, *_, name=name: seen.append((case, name)) for name in ("load", "compute", "write")]
+    assert [case for case, _ in overlapped([*"abc"], *steps, lambda: False)] == [*"abc"]
+    assert seen == [(case, name) for case in "abc" for name in ("load", "compute", "write")]
+
+
 def test_steps_of_neighbours_run_at_once():
     """Computing b waits until c is being loaded and a written: one after another, that would never be."""
     loading, writing = Event(), Event()

@@ -91,7 +91,7 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
         return segmentation_loss(self.settings.loss, self.label_manager, self.configuration_manager.batch_dice)
 
     def configure_optimizers(self):
-        # fused, the optimiser leaves out a step whose scaled gradients overflow without asking the GPU
+        # the fused optimiser skips a step with overflowing gradients without waiting for the GPU
         fused = self.device.type == "cuda" or None
         parameters = self.network.parameters()
         optimizer = torch.optim.AdamW(parameters, self.initial_lr, weight_decay=self.weight_decay, fused=fused)
@@ -135,7 +135,7 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
         self.stop_at_plateau()
 
     def refuse_divergence(self) -> None:
-        """Raises InputError if a weight is NaN or infinite; the checkpoint of the epoch before stays."""
+        """Raises InputError if a weight is NaN or infinite; the last checkpoint stays."""
         if not torch.stack([parameter.isfinite().all() for parameter in self.network.parameters()]).all():
             raise InputError(
                 f"The training diverged: in epoch {self.current_epoch} a weight became NaN or infinite. Look at images "

@@ -24,7 +24,7 @@ from fsefs_nnunet.features.volume import VolumeFeatures
 from fsefs_nnunet.inference.logits import logits_of
 from fsefs_nnunet.priors.objective import objective, support_loss
 from fsefs_nnunet.trainers.adapted_trainer import AdaptedTrainer
-from fsefs_nnunet.workers import ahead
+from fsefs_nnunet.workers import Ahead
 
 
 class BankTrainer(AdaptedTrainer):
@@ -82,13 +82,15 @@ class BankTrainer(AdaptedTrainer):
                 f"Crops have {crops.crop_size.tolist()} voxels, not {list(settings.crop_size)}: along each axis, the "
                 "shortest support case sets them for all."
             )
-        ahead_of_gpu = self.device.type == "cuda" and not stays
-        return CropsAhead(crops) if ahead_of_gpu else crops, loader(1, self.run.support)
+        if self.device.type == "cuda" and not stays:
+            crops = CropsAhead(crops, self.num_iterations_per_epoch)
+        return crops, loader(1, self.run.support)
 
     def keep_on_device(self, cases: list[str]) -> bool:
-        """Move the features of `cases` to the GPU, if they fit; returns whether they lie there."""
+        """Move the features of `cases` to the GPU, if they and the label maps fit; returns whether they lie there."""
         gb = self.settings.gpu_gb
-        stays = self.bank.move_to_device(cases, math.inf if gb is None else gb * 1e9)
+        room = math.inf if gb is None else gb * 1e9 - sum(self.segmentations[case].nbytes for case in cases)
+        stays = self.bank.move_to_device(cases, room)
         self.print_to_log_file(
             "The stored features lie in the GPU's memory."
             if stays
@@ -119,9 +121,12 @@ class BankTrainer(AdaptedTrainer):
         """Run the frozen backbone over the volumes that the training needs and the bank lacks."""
         self.bank = self.open_bank()
         self.clock.lap(self.run, "start")
-        # nnU-Net's number of processes for augmentation; they start with the first view that the bank lacks
-        with ahead(self.views.make, [*self.views.names], get_allowed_n_proc_DA()) as self.made_views:
-            self.bank.fill(self.requests(), cap_in_gb(self.settings.bank_gb), self.print_to_log_file)
+        requests = self.requests()
+        missing = {request.case for request in self.bank.missing(requests)}
+        views = [view for view in self.views.names if view in missing]
+        # nnU-Net's number of processes for augmentation
+        with Ahead(self.views.make, views, get_allowed_n_proc_DA()) as self.made_views:
+            self.bank.fill(requests, cap_in_gb(self.settings.bank_gb), self.print_to_log_file)
         self.segmentations |= {view: self.bank[view].labels for view in self.views.names}
         self.clock.lap(self.run, "feature bank")
         self.run.windows += self.bank.windows
@@ -265,6 +270,11 @@ class BankTrainer(AdaptedTrainer):
             return super().validation_step(batch)
         finally:
             self.network = network
+
+    def on_train_end(self):
+        super().on_train_end()
+        if isinstance(self.dataloader_train, CropsAhead):
+            self.dataloader_train.close()
 
     # ---- final validation ----
 

@@ -32,22 +32,29 @@ def validates() -> bool:
     return os.environ.get("fseft_final_validation") != "0"
 
 
+class DeviceFailed(InputError):
+    """After an error of CUDA nothing runs on the GPU in this process any more."""
+
+
 @contextmanager
 def failures_of_the_device(folder: str) -> Iterator[None]:
-    """A GPU that is too small or fails ends a training in `folder` with a sentence; its checkpoints are whole."""
+    """A GPU that is too small or fails ends what happens in `folder` with a sentence; its checkpoints are intact."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise InputError(
-            "The GPU's memory does not suffice for this training: end what else runs there, make fseft_gpu_gb, "
-            "fseft_crops_per_step or fseft_crop_size in the plans smaller (batch_size or patch_size where patches are "
-            "trained on), or add -device cpu. --c continues from the last epoch."
+            "The GPU does not have enough memory for this training: stop other programs on it, reduce fseft_gpu_gb, "
+            "fseft_crops_per_step or fseft_crop_size in the plans (batch_size or patch_size for trainings on patches), "
+            "or add -device cpu. --c continues from the last checkpoint, if there is one."
         ) from error
     except RuntimeError as error:
         if not str(error).startswith("CUDA error"):
             raise
         reason = str(error).splitlines()[0]
-        raise InputError(f"The GPU failed ({reason}): the checkpoints in {folder} are whole, --c continues.") from error
+        raise DeviceFailed(
+            f"The GPU failed ({reason}). Checkpoints in {folder} are intact: --c continues from the last one, if there "
+            "is one."
+        ) from error
 
 
 class KShotTrainer(WithoutMirroring):
@@ -62,7 +69,7 @@ class KShotTrainer(WithoutMirroring):
         self.clock, self.run, self.validation_windows = StageClock(), None, 0
         self._require_folders(plans)
         if device.type != "cpu":
-            device_named(device.type)  # PyTorch's own error comes late, and from the depths
+            device_named(device.type)  # otherwise PyTorch fails later, with a traceback
         with refused_if_unwritable(folder_of("nnUNet_results")):
             super().__init__(plans, configuration, fold, dataset_json, device)
 
@@ -119,7 +126,9 @@ class KShotTrainer(WithoutMirroring):
         if isinstance(filename_or_checkpoint, str):
             content = self.refuse_damage(Path(filename_or_checkpoint))
             require_backbone_of(filename_or_checkpoint, content, self.configuration_manager.configuration)
-            if content["init_args"].get(SUPPORT_KEY, self.support_sha256) != self.support_sha256:
+            if SUPPORT_KEY not in content["init_args"]:
+                raise InputError(f"{filename_or_checkpoint} was written by an earlier version: train anew without --c.")
+            if content["init_args"][SUPPORT_KEY] != self.support_sha256:
                 raise InputError(
                     f"{filename_or_checkpoint} was trained on other support cases than those of {SPLITS_FILE} now: "
                     "train anew without `--c`, which overwrites it, or restore the splits with `fseft splits`."
@@ -147,7 +156,7 @@ class KShotTrainer(WithoutMirroring):
             super().save_checkpoint(str(part))
 
     def added_to_checkpoint(self) -> dict:
-        """Data beside the checkpoint's init_args; nnU-Net's loaders do not look at it."""
+        """Entries to add to the checkpoint's init_args, which nnU-Net's loaders ignore."""
         return {SUPPORT_KEY: self.support_sha256}
 
     # ---- the run file ----
@@ -226,7 +235,8 @@ class KShotTrainer(WithoutMirroring):
             if file.name.removesuffix(self.dataset_json["file_ending"]) not in queries:
                 file.unlink()
         self.clock = StageClock()
-        self.validate_queries(save_probabilities)
+        with failures_of_the_device(self.output_folder):
+            self.validate_queries(save_probabilities)
         self.print_to_log_file(f"Validation results: {join(self.output_folder, 'validation', 'summary.json')}")
         try:
             self.run = self.run or RunFile.load(self.output_folder)  # `--val` has not trained

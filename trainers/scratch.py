@@ -1,4 +1,4 @@
-"""The baseline without pretraining: nnU-Net on the same support cases, for a given wall time."""
+"""The baseline without pretraining: nnU-Net on the same support cases, for a given time."""
 
 from __future__ import annotations
 

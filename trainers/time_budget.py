@@ -84,7 +84,9 @@ class TimeBudgetTrainer(StoppableTrainer):
 
     def used_seconds(self) -> float:
         """Of the budget, the same for all processes of DDP: with their own, one would end before the others."""
-        seconds = self.seconds_trained()[self.budget_clock()]
+        name = self.budget_clock()
+        running = CLOCKS[name]() - self.started[name] if self.started else 0.0
+        seconds = self.seconds_before[name] + running
         if not self.is_ddp:
             return seconds
         shared = [seconds]

@@ -1,4 +1,4 @@
-"""One cell of the grid: trained, predicted and evaluated by nnU-Net's commands, and remembered beside its training."""
+"""One cell of the grid: trained, predicted and evaluated by commands, and remembered beside its training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fsefs_nnunet.cases.splits import support_cases
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json
 from fsefs_nnunet.inference.weights import sha256_of_weights
-from fsefs_nnunet.methods.registry import METHODS, Method
+from fsefs_nnunet.methods.registry import METHODS, Method, configuration_of, shots_in_words
 from fsefs_nnunet.methods.run_file import RUN_FILE, RunFile
 from fsefs_nnunet.nnunet.experiment import OwnExperiment
 
@@ -55,12 +55,12 @@ class Cell:
 
     @property
     def title(self) -> str:
-        shots = "1 shot" if self.shots == 1 else f"{self.shots} shots"
-        return f"{self.method.title}, {shots}, fold {self.fold}" if self.method.trainer else self.method.title
+        where = f", {shots_in_words(self.shots)}, fold {self.fold}"
+        return self.method.title + (where if self.method.trainer else "")
 
     @property
     def configuration(self) -> str:
-        return f"3d_fullres_{self.shots}shot" + self.method.suffix
+        return configuration_of(self.shots, self.method.suffix)
 
     @property
     def support(self) -> list[str]:
@@ -223,7 +223,7 @@ class Cell:
         return mean(read_json(file)["adaptation_seconds"] for file in self.predictions.glob("*_sizes.json"))
 
     def train(self) -> None:
-        """`nnUNetv2_train`, unless the final checkpoint is there; its validation where that is what is wanted."""
+        """Run `nnUNetv2_train` unless the final checkpoint exists; validate only if the queries are the target."""
         if self.checkpoint.exists():
             return
         environment = {} if self.study.target.is_queries else {"fseft_final_validation": "0"}

@@ -18,7 +18,7 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.evaluation.surface import TOLERANCE_MM, require_monai, surface_metrics
 from fsefs_nnunet.files import read_json
 from fsefs_nnunet.labels import foreground, summary_key
-from fsefs_nnunet.workers import ahead
+from fsefs_nnunet.workers import Ahead
 
 DICE, SURFACE_DICE, DISTANCE, SIZE_ERROR = METRICS = (
     "Dice",
@@ -74,7 +74,7 @@ def evaluate(predictions: Path, target: Target, reader) -> CaseMetrics:
         )
     require_monai()
     of_case = partial(_metrics_of, predictions, target, reader, counted)
-    with ahead(of_case, target.cases, min(os.cpu_count() or 1, default_num_processes)) as metrics:
+    with Ahead(of_case, target.cases, min(os.cpu_count() or 1, default_num_processes)) as metrics:
         return {case: metrics.take(case) for case in target.cases}
 
 

@@ -1,4 +1,4 @@
-"""What `fseft benchmark` runs: the cells that are not done yet, one after another, and the outputs."""
+"""What `fseft benchmark` runs: the cells that are not done yet, and the outputs."""
 
 from __future__ import annotations
 

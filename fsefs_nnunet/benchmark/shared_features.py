@@ -7,6 +7,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Event, Thread
 from time import time
 
@@ -21,7 +22,6 @@ from fsefs_nnunet.inference.export import part_folder
 from fsefs_nnunet.inference.prediction import QueryPredictor
 from fsefs_nnunet.inference.support import memories_of
 from fsefs_nnunet.inference.trained_model import TrainedModel
-from fsefs_nnunet.nnunet.training import Training
 
 MADE_OF_FILE = "made_of.json"  # beside predictions: the SHA-256 of weights and images, and the cases
 
@@ -35,8 +35,11 @@ def share_features(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, Spent
     passed: dict[Cell, int] = {}
     waiting = [cell for cell in cells if not cell.checkpoint.exists()]
     failures = _train_together(waiting)
+    trained = [cell for cell in waiting if cell not in failures]
     seconds = dict.fromkeys(cells, 0.0)
-    seconds |= {cell: cell.run_facts.training_seconds for cell in waiting if cell not in failures}
+    for cell in trained:  # methods that predict in another way share a training
+        sharing = sum(other.checkpoint == cell.checkpoint for other in trained)
+        seconds[cell] = cell.run_facts.training_seconds / sharing
     groups: dict[tuple, list[Cell]] = defaultdict(list)
     for cell in cells:
         if cell not in failures and not cell.predicted:
@@ -58,35 +61,33 @@ def _train_together(cells: list[Cell]) -> dict[Cell, str]:
     if not cells:
         return {}
     experiment, reason = cells[0].experiment, "it ended without a checkpoint"
-    print(f"{len(cells)} trainings on stored features, in one process; {experiment.work / 'log.txt'} tells more.")
+    checkpoints = {cell.checkpoint for cell in cells}
+    log = experiment.work / "log.txt"
+    print(f"{len(checkpoints)} training(s) on stored features in one process; log: {log}", flush=True)
     try:
-        with _counted(cells):
-            experiment.train_together(
+        with _counted(checkpoints):
+            reasons = experiment.train_together(
                 (cell.method.trainer for cell in cells),
                 (cell.shots for cell in cells),
                 (cell.fold for cell in cells),
                 fseft_final_validation="0",  # all are predicted together
             )
     except InputError as error:
-        reason = str(error)
-    failures = {}
-    for cell in cells:
-        if not cell.checkpoint.exists():
-            title = Training(experiment.dataset, experiment.plans, cell.method.trainer, cell.shots, cell.fold).title
-            said = [line for line in reason.splitlines() if line.startswith(f"{title}: ")]
-            failures[cell] = said[-1] if said else reason
-            print(f"{cell.title} failed, the others go on: {failures[cell]}", flush=True)
+        reasons, reason = {}, str(error)
+    failures = {cell: reasons.get(cell.folder, reason) for cell in cells if not cell.checkpoint.exists()}
+    for cell, why in failures.items():
+        print(f"{cell.title} failed: {why}", flush=True)
     return failures
 
 
 @contextmanager
-def _counted(cells: list[Cell]) -> Iterator[None]:
-    """A progress bar of the trainings that another process ends."""
+def _counted(checkpoints: set[Path]) -> Iterator[None]:
+    """A progress bar of the final checkpoints that another process writes."""
     ended = Event()
-    with tqdm(total=len(cells), desc="trainings") as bar:
+    with tqdm(total=len(checkpoints), desc="trainings") as bar:
 
         def count() -> None:
-            bar.update(sum(cell.checkpoint.exists() for cell in cells) - bar.n)
+            bar.update(sum(file.exists() for file in checkpoints) - bar.n)
 
         def watch() -> None:
             while not ended.wait(1):

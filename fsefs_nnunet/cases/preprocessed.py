@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,13 @@ def files_of(folder: str | Path, case: str) -> tuple[list[Path], list[Path]]:
 
 
 def load_case(folder: str | Path, case: str) -> tuple:
-    """Image, label map and more of a preprocessed case, as nnU-Net's dataset gives them."""
-    return infer_dataset_class(str(folder))(str(folder), [case]).load_case(case)
+    """Image, label map, previous stage and properties of a preprocessed case, as nnU-Net's dataset gives them."""
+    return _dataset_class(str(folder))(str(folder), [case]).load_case(case)
+
+
+@lru_cache(maxsize=16)
+def _dataset_class(folder: str) -> type:
+    return infer_dataset_class(folder)  # it lists the folder
 
 
 def hash_of(*arrays: np.ndarray) -> str:

@@ -40,6 +40,12 @@ def name_argument(text: str) -> str:
     return text
 
 
+def fold_argument(text: str) -> int | str:
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a fold nor 'all'")
+    return text if text == "all" else int(text)
+
+
 def shots_argument(text: str) -> int | str:
     if text == "all":
         return text

@@ -40,7 +40,7 @@ def surface_metrics(prediction: np.ndarray, reference: np.ndarray, spacing: tupl
         return float("nan"), float("nan")
     if not prediction.any() or not reference.any():
         return 0.0, float(np.linalg.norm(np.array(prediction.shape) * spacing))
-    # MONAI's edges take time by the volume; a voxel around the organs is all that they look at
+    # MONAI's time grows with the volume, and it needs only the organs and one voxel around them
     box = pad_bbox(get_bbox_from_mask(prediction | reference), 1, prediction.shape)
     organs = bounding_box_to_slice(box)
     masks = [torch.from_numpy(mask[organs])[None, None] for mask in (prediction, reference)]

@@ -140,13 +140,17 @@ class FeatureBank:
 
     def missing_bytes(self, requests: Iterable[Request]) -> int:
         """Bytes that the missing entries of `requests` would take in float16."""
-        return sum(2 * self.packing(r.layout).size for r in requests if not self._open(r))
+        return sum(2 * self.packing(r.layout).size for r in self.missing(requests))
+
+    def missing(self, requests: Iterable[Request]) -> list[Request]:
+        """Those of `requests` that `fill` would compute."""
+        return [request for request in requests if not self._open(request)]
 
     def _fill(self, requests: list[Request], cap_gb: float | None, log: Callable[[str], None]) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # a complete bank may be read-only
             os.utime(self.folder)  # last used
-        missing = [request for request in requests if not self._open(request)]
+        missing = self.missing(requests)
         if not missing:
             return 0
         volumes: dict[tuple, list[Request]] = {}  # a volume may be kept in several layouts
@@ -188,7 +192,7 @@ class FeatureBank:
     def _compute(self, requests: list[Request], log: Callable[[str], None], progress: tqdm) -> int:
         """Compute the entries of one volume; returns how many this process computed."""
         with self._locked(short_hash(repr(requests[0].volume))) as alone:
-            missing = [request for request in requests if not self._open(request)]
+            missing = self.missing(requests)
             if not missing:  # another process has computed them in the meantime
                 progress.update(self.packing(requests[0].layout).tiling.num_windows)
                 return 0

@@ -109,8 +109,10 @@ class CropsAhead:
     For features that do not fit into the device's memory: reading and cutting them takes longer than a step.
     """
 
-    def __init__(self, loader: CropLoader):
-        self.loader, self.thread, self.waiting = loader, ThreadPoolExecutor(1), deque()
+    def __init__(self, loader: CropLoader, steps: int):
+        """steps: batches of an epoch."""
+        self.loader, self.steps = loader, steps
+        self.thread, self.waiting = ThreadPoolExecutor(1), deque()
         self.start_epoch(0)
 
     @property
@@ -118,24 +120,36 @@ class CropsAhead:
         return self.loader.crop_size
 
     def start_epoch(self, epoch: int) -> None:
-        for batch in self.waiting:  # of the epoch before
-            batch.cancel() or batch.exception()
+        for batch in self.waiting:  # of an epoch that ended early
+            if not batch.cancel():
+                batch.exception()
         self.loader.start_epoch(epoch)
-        self.waiting, self.step = deque(self.thread.submit(self._make) for _ in range(BATCHES_AHEAD)), 0
+        self.waiting, self.step = deque(), 0
+        self._make_more()
+
+    def _make_more(self) -> None:
+        while len(self.waiting) < BATCHES_AHEAD and self.step + len(self.waiting) < self.steps:
+            self.waiting.append(self.thread.submit(self._make))
 
     def __iter__(self):
         return self
 
     def __next__(self) -> dict:
+        batch = self.waiting.popleft()
         self.step += 1
-        self.waiting.append(self.thread.submit(self._make))
-        return self.waiting.popleft().result()
+        self._make_more()
+        return batch.result()
 
     def _make(self) -> dict:
         batch = next(self.loader)
         if not torch.cuda.is_available():
             return batch
         return {**batch, "data": batch["data"].pin_memory(), "target": batch["target"].pin_memory()}
+
+    def close(self) -> None:
+        """End the thread, and let go of what is waiting."""
+        self.thread.shutdown(cancel_futures=True)
+        self.waiting.clear()
 
 
 def region_transform(label_manager, device: torch.device = torch.device("cpu")) -> Callable | None:

@@ -83,7 +83,7 @@ class MapCrops:
         return MapCrops(tuple(map(moved, self.maps)), self.resolutions, tuple(weights))
 
     def pin_memory(self) -> MapCrops:
-        """In memory that a GPU copies from by itself."""
+        """A copy in pinned memory, from which a GPU copies asynchronously."""
         weights = (w and tuple(along.pin_memory() for along in w) for w in self.weights)
         return MapCrops(tuple(m.pin_memory() for m in self.maps), self.resolutions, tuple(weights))
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from fsefs_nnunet.cases.headers import Header
 from fsefs_nnunet.cases.soundness import is_far_off
 from fsefs_nnunet.errors import InputError, several
+from fsefs_nnunet.features.memory import free_host_bytes
 from fsefs_nnunet.files import value_in, write_atomically
 from fsefs_nnunet.inference.images import images_to_segment, not_segmented, refuse_output
 from fsefs_nnunet.inference.overlap import overlapped
@@ -19,6 +20,7 @@ from fsefs_nnunet.inference.prediction import QueryPredictor, Segmented
 from fsefs_nnunet.inference.weights import sha256_of_weights
 
 MADE_OF = "made_of"  # in a volume's report: with what it was predicted, so that only the same goes on from there
+WAITING = 2  # volumes beside the one at work: the next is read, the one before is written
 OF_ADAPTATION = ("loss", "predict_lambda", "predict_gamma", "predict_lr", "predict_steps")  # settings that it heeds
 
 
@@ -83,6 +85,10 @@ def predict_folder(
         if any(report["diverged"]):
             tqdm.write(f"{found.cases[case][0]}: its adaptation diverged, the trained adapter segments it as it is.")
 
+    def has_room() -> bool:
+        free = free_host_bytes()
+        return free is None or free > WAITING * predictor.largest_bytes
+
     failures = list(found.failures.values())
     waiting = [case for case in found.cases if not (continue_prediction and is_done(case))]
     steps = overlapped(
@@ -90,6 +96,7 @@ def predict_folder(
         lambda case: predictor.load(found.cases[case]),
         lambda case, loaded: predictor.predict(loaded, segmentation_of(case)),
         write,
+        has_room,
     )
     for case, error in tqdm(steps, desc="predicting", total=len(waiting)):
         if error is not None:

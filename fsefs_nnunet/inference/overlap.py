@@ -12,6 +12,7 @@ def overlapped(
     load: Callable[[str], Any],
     compute: Callable[[str, Any], Any],
     write: Callable[[str, Any], None],
+    has_room: Callable[[], bool] = lambda: True,
 ) -> Iterator[tuple[str, Exception | None]]:
     """Load, compute and write each of `cases`: while one is computed, the next is loaded and the one before written.
 
@@ -20,20 +21,21 @@ def overlapped(
 
     Args:
         compute: of a case and what `load` gave; write: of a case and what `compute` gave.
+        has_room: whether there is memory for what waits; where there is none, one step follows the other.
 
     Yields:
         Each case that is done with, and why it failed, None if it did not.
     """
     with ThreadPoolExecutor(1) as loading, ThreadPoolExecutor(1) as writing:
-        loaded = loading.submit(load, cases[0]) if cases else None
+        loaded: Future | None = None
         written: tuple[str, Future] | None = None
         for case, following in zip(cases, [*cases[1:], None]):
             content = made = error = None
             try:
-                content = loaded.result()
+                content = (loaded or loading.submit(load, case)).result()
             except Exception as reason:  # readers of broken files raise whatever they like
                 error = reason
-            loaded = None if following is None else loading.submit(load, following)
+            loaded = loading.submit(load, following) if following is not None and has_room() else None
             if error is None:
                 try:
                     made = compute(case, content)
@@ -41,8 +43,13 @@ def overlapped(
                     error = reason
             if written is not None:
                 yield written[0], written[1].exception()
-            written = None if error else (case, writing.submit(write, case, made))
-            if error is not None:
+                written = None
+            if error is None:
+                written = case, writing.submit(write, case, made)
+                content = made = None
+                if not has_room():
+                    written[1].exception()
+            else:
                 yield case, error
         if written is not None:
             yield written[0], written[1].exception()

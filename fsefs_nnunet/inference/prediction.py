@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from fsefs_nnunet.cases.dataset_json import shows_ct
 from fsefs_nnunet.cases.images import constant_warning, is_constant, lacks_air, offset_warning, read_image
+from fsefs_nnunet.device import without_scaling
 from fsefs_nnunet.features.disk import cap_in_gb
 from fsefs_nnunet.features.layout import cube_that_leaves, query_layout
 from fsefs_nnunet.features.memory import memory_warnings
@@ -99,6 +100,7 @@ class QueryPredictor:
         self.loss = segmentation_loss(model.settings.loss, manager, model.configuration.batch_dice)
         self.networks = [model.network_of(fold) for fold in range(len(model.weights))]
         self._largest = 0
+        self.largest_bytes = 0  # of the image and the logits of a volume
 
     def predict(self, loaded: Loaded, output: Path) -> Segmented:
         """Segment an image, which is to become `output`."""
@@ -157,6 +159,7 @@ class QueryPredictor:
         total, folds = self._inductive(volume) if self.memories is None else self._transductive(volume)
         windows = volume.features.windows - windows
         self.windows += windows
+        self.largest_bytes = max(self.largest_bytes, volume.image.nbytes + total.nbytes)
         # as nnU-Net does: the mean of the logits
         report = {**self._report(folds), "windows": windows}
         return Segmented(total.div_(len(folds)), volume.properties, report)
@@ -219,7 +222,7 @@ class QueryPredictor:
         network = self.model.network_of(fold)
         voxels = block_voxels(features.tiling.shape, pool) * self.voxel_ml
         volume = QueryVolume(blocks, voxels)
-        with torch.no_grad():
+        with torch.no_grad(), without_scaling(self.model.device):  # in the precision of the steps
             scale = scale_between(volume.predict(network, self.has_regions).sizes.soft.cpu(), before.soft)
         volume = QueryVolume(blocks, voxels, scale.to(self.model.device))
         prior, settings = self.model.priors[fold], self.model.settings

@@ -93,5 +93,7 @@ def remember(model: TrainedModel) -> None:
     """Write the support's features into the model's checkpoints, so that it can adapt to queries anywhere."""
     for i, file in enumerate(model.files):
         memory = memory_from_bank(model, i)
+        before = file.stat()
         add_to_checkpoint(file, **{MEMORY_KEY: memory.state()})
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # its weights are those that were validated
         print(f"{file}: {len(memory.features)} crops of support features, {os.path.getsize(file) / 1e6:.1f} MB.")

@@ -70,6 +70,9 @@ class TrainedModel:
             if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
                 raise InputError(f"{file} holds weights that are NaN or infinite: its training diverged, train again.")
         inits = [content["init_args"] for content in checkpoints]
+        for file, content in zip(self.files, checkpoints):
+            if PRIOR_KEY in content:
+                raise InputError(f"{file} was written by an earlier version: train again.")
         without = [file for file, init in zip(self.files, inits) if PRIOR_KEY not in init]
         keys = self.configuration.configuration
         if not is_k_shot(keys) or without:

@@ -255,13 +255,18 @@ def method_of_trainer(trainer: str) -> Method | None:
     return next((row for row in METHODS.values() if row.trainer == trainer), None)
 
 
+def configuration_of(shots: int | str, suffix: str = "") -> str:
+    """The name of a configuration in our plans."""
+    return f"3d_fullres_{shots}shot{suffix}"
+
+
+def shots_in_words(shots: int | str) -> str:
+    return "1 shot" if shots == 1 else f"{shots} shots"
+
+
 def require_trainer(name: str) -> None:
     """Raises InputError for a name that is none of our trainers', with the nearest that is one."""
-    known = list(dict.fromkeys(row.trainer for row in METHODS.values() if row.trainer))
-    if name not in known:
-        near = get_close_matches(name, known, 1, 0.4)
-        hint = f": did you mean {near[0]}?" if near else "."
-        raise InputError(f"There is no trainer {name}{hint} There are {', '.join(known)}.")
+    _require("trainer", name, [row.trainer for row in METHODS.values() if row.trainer])
 
 
 def choose(names: list[str]) -> list[str]:
@@ -271,11 +276,15 @@ def choose(names: list[str]) -> list[str]:
         InputError: for a name that is none, with the nearest that is one.
     """
     for name in names:
-        if name not in METHODS:
-            near = get_close_matches(name, METHODS, 1, 0.4)
-            hint = f": did you mean {near[0]!r}?" if near else "."
-            raise InputError(f"There is no method {name!r}{hint} There are {', '.join(METHODS)}.")
+        _require("method", name, [*METHODS])
     return [name for name in METHODS if name in names or not names]
+
+
+def _require(kind: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        near = get_close_matches(name, known, 1, 0.4)
+        hint = f": did you mean {near[0]!r}?" if near else "."
+        raise InputError(f"There is no {kind} {name!r}{hint} There are {', '.join(dict.fromkeys(known))}.")
 
 
 def methods_table() -> str:

@@ -110,8 +110,8 @@ class Settings:
     )
     gpu_gb: float | None = _key(
         _GIGABYTES,
-        "GB of a GPU's memory that the stored features of the support may take, half of the memory target; what is "
-        "larger is read ahead; `null`: no limit",
+        "GB of GPU memory that stored features and label maps of the support may take, half of the memory target; "
+        "larger ones are read ahead; `null`: no limit",
         4.0,
         shown="from the memory target",
     )

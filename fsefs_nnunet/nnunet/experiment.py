@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.files import read_json
 
 # glibc gives large activations back to the system after each layer and fetches them anew for the next; keeping them
 # costs memory and saves much of Swin UNETR's time on a CPU (documentation/benchmarks.md, "The public backbones")
@@ -138,12 +139,26 @@ class Experiment:
 
     def train_together(
         self, trainers: Iterable[str], shots: Iterable[int | str], folds: Iterable[int], **environment: str
-    ) -> None:
-        """`fseft train` of what of this grid is not done."""
+    ) -> dict[Path, str]:
+        """Run `fseft train --c` on this grid; what is done is skipped.
+
+        Returns:
+            Why trainings failed, by the folders of their folds.
+
+        Raises:
+            InputError: if the command itself fails.
+        """
         grid = {"-tr": trainers, "--shots": shots, "-f": folds}
         flags = chain.from_iterable((flag, *dict.fromkeys(map(str, of))) for flag, of in grid.items())
-        args = ("-d", self.dataset, "-p", self.plans, *flags, "-device", self.device, "--c")
-        self.run("fseft", "train", *args, **self._without_workers(), **environment)
+        report = self.work / "failed_trainings.json"
+        report.unlink(missing_ok=True)
+        args = ("-d", self.dataset, "-p", self.plans, *flags, "-device", self.device, "--c", "--report", report)
+        try:
+            self.run("fseft", "train", *args, **self._without_workers(), **environment)
+        except InputError:
+            if not report.exists():
+                raise
+        return {Path(folder): reason for folder, reason in read_json(report).items()} if report.exists() else {}
 
     def predict(
         self, trainer: str, configuration: str, images: Path, output: Path, fold: int = 0, **environment: str

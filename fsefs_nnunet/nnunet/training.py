@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,38 +18,42 @@ from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, query_cases, sup
 from fsefs_nnunet.device import forget_peaks
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json
-from fsefs_nnunet.methods.registry import METHODS, STOCK_PLANS, require_trainer
+from fsefs_nnunet.methods.registry import METHODS, STOCK_PLANS, configuration_of, require_trainer, shots_in_words
 from fsefs_nnunet.nnunet.experiment import external_trainers
-from fsefs_nnunet.trainers.kshot_trainer import validates
+from fsefs_nnunet.trainers.kshot_trainer import DeviceFailed, validates
 
 
 @dataclass(frozen=True)
 class Training:
-    """What one `nnUNetv2_train` would do."""
+    """What one `nnUNetv2_train` would do.
+
+    has_queries: whether there are labelled ones, which the final validation predicts.
+    """
 
     dataset: str
     plans: str
     trainer: str
     shots: int | str
     fold: int | str
+    has_queries: bool = True
 
     @property
     def configuration(self) -> str:
-        suffixes = {m.suffix for m in METHODS.values() if m.trainer == self.trainer and bool(m.plans) == self._stock}
-        return f"3d_fullres_{self.shots}shot{next(iter(suffixes), '')}"
-
-    @property
-    def _stock(self) -> bool:
-        return self.plans == STOCK_PLANS
+        stock = self.plans == STOCK_PLANS
+        suffixes = {m.suffix for m in METHODS.values() if m.trainer == self.trainer and bool(m.plans) == stock}
+        return configuration_of(self.shots, next(iter(suffixes), ""))
 
     @property
     def title(self) -> str:
-        shots = "1 shot" if self.shots == 1 else f"{self.shots} shots"
-        return f"{self.trainer}, {shots}, fold {self.fold}"
+        return f"{self.trainer}, {shots_in_words(self.shots)}, fold {self.fold}"
 
     @property
     def folder(self) -> Path:
         return model_folder(self.dataset, self.trainer, self.plans, self.configuration) / f"fold_{self.fold}"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint_final.pth"
 
     @property
     def summary(self) -> Path:
@@ -59,10 +63,9 @@ class Training:
     @property
     def is_done(self) -> bool:
         """Whether it is trained and, where that is wanted, validated."""
-        checkpoint = self.folder / "checkpoint_final.pth"
-        if not checkpoint.exists() or not validates():
-            return checkpoint.exists()
-        return self.summary.exists() and self.summary.stat().st_mtime >= checkpoint.stat().st_mtime
+        if not self.checkpoint.exists() or not (validates() and self.has_queries):
+            return self.checkpoint.exists()
+        return self.summary.exists() and self.summary.stat().st_mtime >= self.checkpoint.stat().st_mtime
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,9 @@ def plan_trainings(
     splits, made = load_splits(preprocessed / SPLITS_FILE), []
     for k in dict.fromkeys(shots or planned):
         for fold in dict.fromkeys(folds):
-            support_cases(splits, k, fold), query_cases(splits, fold)
-            made += [Training(dataset, plans, trainer, k, fold) for trainer in dict.fromkeys(trainers)]
+            support_cases(splits, k, fold)
+            has_queries = bool(query_cases(splits, fold)[0])
+            made += [Training(dataset, plans, trainer, k, fold, has_queries) for trainer in dict.fromkeys(trainers)]
     for training in made:
         if training.configuration not in configurations:
             raise InputError(
@@ -110,44 +114,46 @@ def plan_trainings(
 
 
 def run_trainings(
-    trainings: Sequence[Training],
-    device: torch.device,
-    options: Options = Options(),
-    tell: Callable[[str], None] = print,
+    trainings: Sequence[Training], device: torch.device, options: Options = Options()
 ) -> dict[Training, str]:
     """Run them one after another, each as `nnUNetv2_train` would; with `options.continues`, not what is done.
 
     Returns:
-        Why trainings failed; the others go on.
+        Why trainings failed; the others go on, unless the GPU fails.
     """
     os.environ["nnUNet_extTrainer"] = external_trainers()
-    failures, state = (
-        {},
-        torch.get_rng_state(),
-    )  # nnU-Net initialises networks from the state that a process starts with
+    failures: dict[Training, str] = {}
+    state = torch.get_rng_state()  # nnU-Net initialises networks from the state of a fresh process
     with backbones_stay_loaded():
         for number, training in enumerate(trainings, 1):
             place = f"[{number}/{len(trainings)}] {training.title}"
             if options.continues and training.is_done:
-                tell(f"{place}: done before.")
+                print(f"{place}: done before.", flush=True)
                 continue
-            tell(place)
+            print(place, flush=True)
             torch.set_rng_state(state)
             forget_peaks(device)
             try:
                 _run(training, device, options)
+            except DeviceFailed as error:
+                failures[training] = str(error)
+                left = [one for one in trainings[number:] if not (options.continues and one.is_done)]
+                return failures | dict.fromkeys(left, "it was not started: the GPU failed before")
             except Exception as error:  # libraries raise whatever they like
                 if not isinstance(error, InputError):
                     traceback.print_exc()
                 failures[training] = str(error) or type(error).__name__
-                tell(f"{training.title} failed: {failures[training]}")
+                print(f"{training.title} failed: {failures[training]}", flush=True)
             gc.collect()
+            torch.compiler.reset()  # it gives up on a function that was compiled for too many networks
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return failures
 
 
 def _run(training: Training, device: torch.device, options: Options) -> None:
+    if options.validates_alone and not training.checkpoint.exists():
+        raise InputError(f"{training.checkpoint} is missing: train it, without --val.")
     run_training(
         training.dataset,
         training.configuration,

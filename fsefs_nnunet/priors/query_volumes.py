@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 CALIBRATION_CASES = 5  # each costs as much as a query once an epoch
-KEPT_BYTES = 10**9  # of volumes that stay in memory
+KEPT_BYTES = 10**9  # of volumes that stay in memory, on the device
 MAX_SCALE = 8.0  # a class that is all but lost says nothing of how much pooling takes
 LEAST_SIZE = 1e-30  # in ml; gradients relative to smaller ones overflow
 
@@ -45,15 +45,17 @@ class QueryVolumes:
         self._kept: dict[str, QueryVolume] = {}
 
     def _volume(self, case: str) -> QueryVolume:
-        volume = self._kept.get(case) or self._load(case)
-        if volume.features.nbytes * (len(self._kept) + 1) <= KEPT_BYTES:
+        if case not in self._kept:
+            volume = self._load(case)
+            if sum(kept.features.nbytes for kept in self._kept.values()) + volume.features.nbytes > KEPT_BYTES:
+                return volume
             self._kept[case] = volume
-        return volume
+        return self._kept[case]
 
     def _load(self, case: str) -> QueryVolume:
         entry = self.bank[case]
         voxels_ml = block_voxels(entry.layout.shape, entry.layout.pool) * self.voxel_ml
-        features = entry.blocks[None].to(self.bank.device, copy=True)  # no step reads a file
+        features = entry.blocks[None].to(self.bank.device, copy=True)  # so that later steps read no file
         return QueryVolume(features, voxels_ml.to(self.bank.device))
 
     def visits(self, steps: int) -> int:
