@@ -101,6 +101,7 @@ def test_broken_plans_of_one_training_do_not_stop_the_others(short, capsys):
         (("--shots", "3"), "have no configuration '3d_fullres_3shot': plan again with `fseft plan -d ID --shots 3`"),
         (("-f", "7"), "Fold 7 does not exist"),
         (("-p", "Other"), "Other.json is missing"),
+        (("--report", "none/x.json"), "--report none/x.json: its folder does not exist"),
         (("--val_best", "--disable_checkpointing"), "omit --disable_checkpointing"),
     ],
 )

@@ -41,6 +41,8 @@ def train(args: argparse.Namespace) -> None:
 
     if args.val_best and args.disable_checkpointing:
         raise InputError("--val_best needs checkpoints: omit --disable_checkpointing.")
+    if args.report and not args.report.absolute().parent.is_dir():
+        raise InputError(f"--report {args.report}: its folder does not exist.")
     name, _, preprocessed = dataset_folders(args.d)
     folder_of("nnUNet_results")
     trainings = plan_trainings(name, preprocessed, args.p, args.shots, args.f, args.tr)

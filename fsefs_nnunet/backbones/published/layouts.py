@@ -24,7 +24,7 @@ ARCHITECTURE_NAMES = {
     OBELISK: "U-Net of OBELISK",
     HIGHRES3DNET: "HighRes3DNet",
     ANATOMIX: "U-Net of anatomix",
-    INFLATED_RESNET: "inflated ResNet-152",
+    INFLATED_RESNET: "ResNet-152 inflated to 3D",
 }
 
 _START = r"^(?:.*\.)?"
