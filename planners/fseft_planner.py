@@ -19,7 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from fsefs_nnunet.backbones.architectures import stage_maps
 from fsefs_nnunet.backbones.architectures.nnunet import plans_architecture
 from fsefs_nnunet.backbones.store import DEFAULT_BACKBONE, find_backbone, load_weights
-from fsefs_nnunet.backbones.suitability import remarks
+from fsefs_nnunet.backbones.suitability import field_of_view_remark, remarks
 from fsefs_nnunet.backbones.untrained_decoder import untrained_decoder
 from fsefs_nnunet.cases.dataset_json import channel_names, read_dataset_json
 from fsefs_nnunet.cases.field_of_view import MOST_WINDOWS, fitting_spacing
@@ -352,6 +352,10 @@ class FSEFTPlanner(ExperimentPlanner):
             print(untrained_decoder(contract))
         own = np.median(self.dataset_fingerprint["spacings"], 0)
         for remark in remarks(contract, self.channels, own, list(foreground(self.dataset_json["labels"]))):
+            print(remark)
+        spacing = parent["spacing"]
+        extent = np.multiply(spacing, parent["median_image_size_in_voxels"])
+        if remark := field_of_view_remark(contract, child["patch_size"], spacing, extent):
             print(remark)
 
     def _explain_cost(self, plans: dict) -> None:

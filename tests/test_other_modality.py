@@ -15,7 +15,7 @@ from published_files import narrow_contract, narrow_state
 from fsefs_nnunet.backbones.contract import ANY
 from fsefs_nnunet.backbones.frozen import FrozenBackbone, as_hounsfield
 from fsefs_nnunet.backbones.store import find_backbone, save_backbone
-from fsefs_nnunet.backbones.suitability import Suitability, remarks, suitability
+from fsefs_nnunet.backbones.suitability import Suitability, field_of_view_remark, remarks, suitability
 from fsefs_nnunet.backbones.zoo import ZOO
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.errors import InputError
@@ -176,3 +176,20 @@ def test_two_channels_of_mr_through_a_ct_backbone(narrow, workspace, tmp_path, m
     monkeypatch.setattr("sys.argv", argv)
     predict_entry_point()
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == len(list((workspace.raw / "labelsTr").glob("*.nii.gz")))
+
+
+@pytest.mark.parametrize(
+    "window, mm, extent, shown",
+    [
+        (64, 2.5, 320, "A window shows 160 mm; in the training of phantom it showed 150 to 400 mm"),  # CHAOS
+        (64, 4.0, 320, None),
+        (64, 3.0, 320, "A window shows 192 mm"),
+        (64, 2.5, 240, None),  # there is no more to see
+        (56, 1.0, 50, None),  # Hippocampus
+    ],
+)
+def test_a_window_that_shows_less_than_in_the_training(window, mm, extent, shown):
+    said = field_of_view_remark(find_backbone("phantom"), (window, 40, 40), (mm,) * 3, (extent, 100, 100))
+    assert said is None if shown is None else said.startswith(shown)
+    assert said is None or "-overwrite_target_spacing 4 4 4 on your queries" in said
+    assert field_of_view_remark(ZOO["fseft"].contract({}), (96,) * 3, (1.5,) * 3, (400,) * 3) is None

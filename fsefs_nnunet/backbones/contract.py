@@ -39,6 +39,8 @@ class BackboneContract:
         and percentile_99_5, subtracts mean and divides by std.
     resampling_fn_data, resampling_fn_data_kwargs: how images are resampled.
     patch_size: largest window, voxels per axis.
+    field_of_view_mm: how much of a patient the windows of its training showed, from and to, along an axis; None: where
+        it has a spacing, that says it.
     smallest_window: smallest window that it was trained on, voxels per axis.
     divisor: what a window must be a multiple of, voxels per axis.
     sha256: of the weights file.
@@ -64,6 +66,7 @@ class BackboneContract:
     patch_size: tuple[int, int, int]
     smallest_window: tuple[int, int, int]
     divisor: tuple[int, int, int]
+    field_of_view_mm: tuple[float, float] | None = None
     sha256: str = ""
     licence: str = ""
     citation: str = ""

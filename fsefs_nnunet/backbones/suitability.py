@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from math import sqrt
 
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.store import find_backbone, known_backbones
+from fsefs_nnunet.cases.field_of_view import SPACINGS
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import match_labels
 
 COARSER = 2.0  # voxels up to so many times as long as those of the training
+NEAR_THE_MIDDLE = 0.8  # of the training's fields of view
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,28 @@ def remarks(
             ]
             said.append(f"In the store, {other.id} may suit better: it {' and '.join(gains)}.")
     return said
+
+
+def field_of_view_remark(
+    contract: BackboneContract, window: Sequence[int], spacing: Sequence[float], extent: Sequence[float]
+) -> str | None:
+    """A sentence where a window shows much less of a patient than in the training, with a spacing to compare.
+
+    Args:
+        window, spacing: as planned, voxels and mm per axis.
+        extent: of the median volume, mm per axis.
+    """
+    if contract.field_of_view_mm is None:
+        return None
+    low, high = contract.field_of_view_mm
+    middle, shown = sqrt(low * high), max(n * mm for n, mm in zip(window, spacing))
+    if shown >= NEAR_THE_MIDDLE * middle or max(extent) < middle:
+        return None
+    coarser = min(SPACINGS, key=lambda mm: abs(mm * max(window) - middle))
+    return (
+        f"A window shows {shown:.0f} mm; in the training of {contract.id} it showed {low:g} to {high:g} mm. Compare "
+        f"with -overwrite_target_spacing {coarser:g} {coarser:g} {coarser:g} on your queries."
+    )
 
 
 def _mm(spacing: Sequence[float]) -> str:
