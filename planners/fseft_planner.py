@@ -45,6 +45,7 @@ PLANS_NAME = "FSEFTPlans"
 CHANNELS, MOST_CHANNELS = 32, 64
 BYTES_PER_CROP_VOXEL = 2 * 2 * 4 * 5
 SMALLEST_CROP, LARGEST_CROP = 16, 32
+MOST_VOXELS = 2**31  # of a median volume; libraries count in 32 bits
 
 
 def default_plans_name(backbone_id: str) -> str:
@@ -134,6 +135,20 @@ class FSEFTPlanner(ExperimentPlanner):
         self.dataset_fingerprint = in_axes(self.dataset_fingerprint, cases, stored, wanted)
         if min(np.median(self.dataset_fingerprint["shapes_after_crop"], 0)) < 2:
             raise InputError(f"{raw} holds 2D images; the adapters are 3D only.")
+        if overwrite_target_spacing is not None:
+            self._check_spacing(np.array(overwrite_target_spacing, dtype=float))
+
+    def _check_spacing(self, given: np.ndarray) -> None:
+        """Raises InputError for mm per axis of the reader that no median volume could be resampled to."""
+        fingerprint = self.dataset_fingerprint
+        extent = np.median(fingerprint["spacings"], 0) * np.median(fingerprint["shapes_after_crop"], 0)
+        shape = np.rint(extent / given) if np.all(np.isfinite(given) & (given > 0)) else np.zeros(3)
+        if min(shape) < 2 or np.prod(shape) > MOST_VOXELS:
+            made = " x ".join(f"{n:g}" for n in shape)
+            raise InputError(
+                f"-overwrite_target_spacing {' '.join(f'{mm:g}' for mm in given)} would make {made} voxels of a median "
+                f"volume of {_rounded(extent)} mm: give mm, in the order z y x."
+            )
 
     def _check_channels(self, file: str) -> None:
         self.contract.check_number(self.channels, file)

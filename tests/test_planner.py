@@ -1,6 +1,7 @@
 import json
 import re
 from dataclasses import replace
+from math import nan
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +15,7 @@ from fsefs_nnunet.backbones.store import EMBEDDED, load_weights, save_backbone
 from fsefs_nnunet.cases.images import list_images
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cli.main import main
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.methods.settings import Settings
 from fsefs_nnunet.nnunet import drawing, planning
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
@@ -158,6 +160,21 @@ def test_other_backbone_has_plans_of_its_own(workspace, tiny, tmp_path, monkeypa
     edit(workspace.raw / "dataset.json", lambda content: content.update(channel_names={"0": "MRI"}))
     with pytest.raises(ValueError, match=r"Channel 0 of .*dataset\.json is 'MRI', .*'other' was trained with 'CT'"):
         plan(workspace, backbone="other")
+
+
+@pytest.mark.parametrize(
+    "given, voxels",
+    [
+        ((1e-9, 1.0, 1.0), "e+11 x "),
+        ((1e3, 9.0, 9.0), "0 x "),
+        ((0.0, 1.0, 1.0), "0 x 0 x 0"),
+        ((nan, 1.0, 1.0), "0 x 0"),
+    ],
+)
+def test_a_spacing_that_nothing_could_be_resampled_to(workspace, given, voxels):
+    with pytest.raises(InputError, match="would make .* give mm, in the order z y x") as error:
+        FSEFTPlanner(workspace.dataset, overwrite_target_spacing=given)
+    assert voxels in str(error.value) and "voxels of a median volume of [" in str(error.value)
 
 
 def test_overwritten_names_and_spacing(workspace):
