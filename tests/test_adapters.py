@@ -72,7 +72,7 @@ def test_number_of_weights():
 
 
 def test_unknown_kind_lists_the_kinds():
-    with pytest.raises(ValueError, match=r"'lora'.*\['context', 'linear_probe', 'spatial', 'spatial_in'\]"):
+    with pytest.raises(ValueError, match=r"'lora'.*\['context', 'linear_probe', 'spatial', 'spatial_in', 'unet'\]"):
         build_adapter("lora", 48)
 
 

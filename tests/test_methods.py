@@ -55,8 +55,13 @@ PARAMETERS = {
     "lora": sum(4 * (out + rest) for out, rest in LAYERS) + HEAD,
     "norms": NORMS + HEAD,
     "biases": NORMS + 48 + HEAD,  # a bias for each shift of a norm, and one for each scale: that of the convolution
+    "ft_last_long": BLOCK + HEAD,
+    "decoder_long": BLOCK + HEAD,
+    "ft_long": ENCODER + BLOCK + HEAD,
+    # convolutions 49 -> 16 and 16 -> 16 of 3^3 with bias and norm, head
+    "unet": ((48 + 1) * 16 * 27 + 3 * 16) + (16 * 16 * 27 + 3 * 16) + 16 + 1,
 }
-NO_IDENTITY = ["adapter_in"]  # its first step is not the universal head's prediction
+NO_IDENTITY = ["adapter_in", "unet"]  # their first step is not the universal head's prediction
 # the published rates, but for those of spatial and context adapter
 RECIPES = {
     "probe": (1e-2, 0.0, 100),
@@ -70,6 +75,7 @@ RECIPES = {
     "lora": (1e-3, 0.0, 200),
     "norms": (1e-2, 0.0, 200),
     "biases": (1e-2, 0.0, 200),
+    **dict.fromkeys(("ft_last_long", "decoder_long", "ft_long", "unet"), (1e-3, 1e-5, 400)),
 }
 ADAPTED = [row for row in METHODS.values() if row.trains_on_backbone and not row.transductive]
 LAST_BLOCK, SCRATCH = METHODS["ft_last"], METHODS["scratch"]
@@ -192,7 +198,7 @@ def test_step_0(method, wide, image, device):
     features = FrozenBackbone("wide", "last").to(device)
     labels = {"background": 0, "liver": [1, 2]}
     name = wide.classes.index("liver")
-    network.fit(torch.full((48,), 0.5), torch.full((48,), 2.0), labels, True)
+    network.fit(torch.full_like(network.feature_mean, 0.5), torch.full_like(network.feature_std, 2.0), labels, True)
     with torch.no_grad():
         universal = features.head(features(image)[0])[:, name]
         same = torch.allclose(network(image)[:, 0], universal, rtol=0, atol=1e-4)
@@ -202,9 +208,9 @@ def test_step_0(method, wide, image, device):
 def tuned_in(method, backbone) -> set[str]:
     """Names of what `method` trains in the backbone, which has been prepared for it."""
     names = {name for name, _ in backbone.named_parameters() if "seg_layers" not in name}
-    if method.name in ("ft_last", "decoder", "ft"):
-        parts = {"ft_last": "last_block", "decoder": "decoder", "ft": "all"}
-        return set(backbone.tuned_parameters(parts[method.name]))
+    part = {"ft_last": "last_block", "decoder": "decoder", "ft": "all"}.get(method.name.removesuffix("_long"))
+    if part:
+        return set(backbone.tuned_parameters(part))
     endings = {"lora": ("weight.0.a", "weight.0.b"), "norms": ("norm.weight", "norm.bias"), "biases": ("bias",)}
     return {name for name in names if name.endswith(endings.get(method.name, "-"))}
 
@@ -371,11 +377,25 @@ def test_recipes(method, work):
     plans["continue_training"] = False
     trainer = trainer_of(method)(plans, configuration_of(method), 0, work.dataset_json(), torch.device("cpu"))
     trainer.initialize()
-    group = trainer.optimizer.param_groups[0]
+    *groups, last = trainer.optimizer.param_groups
+    rate, weight_decay, epochs = RECIPES[method.name]
     assert isinstance(trainer.optimizer, torch.optim.AdamW)
-    assert (group["lr"], group["weight_decay"], trainer.num_epochs) == RECIPES[method.name]
-    trainer.lr_scheduler.step(trainer.num_epochs // 2 + 0.5)
-    assert group["lr"] == pytest.approx(RECIPES[method.name][0] / 2)
+    assert (last["weight_decay"], trainer.num_epochs) == (weight_decay, epochs)
+    if not method.warmup:
+        assert not groups and last["lr"] == rate
+        trainer.lr_scheduler.step(epochs // 2 + 0.5)
+        assert last["lr"] == pytest.approx(rate / 2)
+        return
+    # a tenth of the run to warm up, another tenth for the encoder's parameters, which come last
+    assert bool(groups) == (method.name == "ft_long")
+    encoder = {id(p) for p in last["params"]} if groups else set()
+    named = {name: id(p) for name, p in trainer.network.named_parameters()}
+    assert encoder == {i for name, i in named.items() if ".encoder." in name}
+    for epoch, first, late in ((0, 0, 0), (20, 0.5, 0), (40, 1, 0), (60, None, 0.5), (80, None, 1), (400, 0, 0)):
+        trainer.lr_scheduler.step(epoch)
+        for group in groups or [last]:
+            assert first is None or group["lr"] == pytest.approx(rate * first)
+        assert not groups or last["lr"] == pytest.approx(rate * late)
 
 
 @pytest.mark.slow

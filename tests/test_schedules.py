@@ -2,7 +2,13 @@ import pytest
 import torch
 from published_numbers import published
 
-from fsefs_nnunet.methods.schedules import WarmupCosineScheduler, at_plateau, warmup_cosine
+from fsefs_nnunet.methods.schedules import (
+    DecoderFirstScheduler,
+    WarmupCosineScheduler,
+    at_plateau,
+    long_training,
+    warmup_cosine,
+)
 
 
 def test_values():
@@ -26,6 +32,25 @@ def test_scheduler_sets_the_rate_of_the_epoch():
     for epoch in (70, 3):  # any order, as after --c
         scheduler.step(epoch)
         assert optimizer.param_groups[0]["lr"] == 1e-2 * warmup_cosine(epoch, 100)
+
+
+def test_long_training():
+    """A linear rise over the warm-up, then half a cosine period to the end; nothing before the start."""
+    assert [long_training(p, 0.2) for p in (0, 0.1, 0.2, 0.6, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-12)
+    late = [long_training(p, 0.2, 0.2) for p in (0, 0.19, 0.3, 0.4, 0.7, 1)]
+    assert late == pytest.approx([0, 0, 0.5, 1, 0.5, 0], abs=1e-12)
+
+
+def test_the_decoder_comes_first():
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "late": late} for late in (False, True)]
+    scheduler = DecoderFirstScheduler(torch.optim.AdamW(groups, 1.0), 0.01, 100, 0.1)
+    rates = []
+    for epoch in (0, 5, 10, 15, 20.5):  # a share of a budget is no whole epoch
+        scheduler.step(epoch)
+        rates.append([group["lr"] for group in scheduler.optimizer.param_groups])
+    first, late = zip(*rates)
+    assert first == tuple(0.01 * long_training(p, 0.1) for p in (0, 0.05, 0.1, 0.15, 0.205))
+    assert late[:3] == (0, 0, 0) and late[3] == pytest.approx(0.005) and 0.0099 < late[4] < 0.01
 
 
 @pytest.mark.parametrize(

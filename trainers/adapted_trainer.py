@@ -22,10 +22,12 @@ from fsefs_nnunet.losses.segmentation import segmentation_loss
 from fsefs_nnunet.methods.network import build_network, trains_decoder
 from fsefs_nnunet.methods.registry import Method
 from fsefs_nnunet.methods.run_file import VALIDATION, RunFile
-from fsefs_nnunet.methods.schedules import WarmupCosineScheduler, at_plateau
+from fsefs_nnunet.methods.schedules import DecoderFirstScheduler, WarmupCosineScheduler, at_plateau
 from fsefs_nnunet.methods.settings import Settings, is_k_shot
 from fsefs_nnunet.trainers.kshot_trainer import KShotTrainer
 from fsefs_nnunet.trainers.time_budget import StoppableTrainer, StopTraining
+
+TUNED = "backbone.tuned."  # begins the names of the parameters that are trained in a backbone
 
 
 class AdaptedTrainer(KShotTrainer, StoppableTrainer):
@@ -93,9 +95,19 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
     def configure_optimizers(self):
         # the fused optimiser skips a step with overflowing gradients without waiting for the GPU
         fused = self.device.type == "cuda" or None
-        parameters = self.network.parameters()
-        optimizer = torch.optim.AdamW(parameters, self.initial_lr, weight_decay=self.weight_decay, fused=fused)
+        groups = self.parameter_groups() if self.method.warmup else self.network.parameters()
+        optimizer = torch.optim.AdamW(groups, self.initial_lr, weight_decay=self.weight_decay, fused=fused)
+        if self.method.warmup:
+            return optimizer, DecoderFirstScheduler(optimizer, self.initial_lr, self.num_epochs, self.method.warmup)
         return optimizer, WarmupCosineScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    def parameter_groups(self) -> list[dict]:
+        """Of the optimiser: `late` are parameters of the backbone that lie before its decoder."""
+        decoder = {f"{TUNED}{name}" for name in self.network.backbone.module.tuned_parameters("decoder")}
+        groups = {True: [], False: []}
+        for name, parameter in self.network.named_parameters():
+            groups[name.startswith(TUNED) and name not in decoder].append(parameter)
+        return [{"params": groups[late], "late": late} for late in (False, True) if groups[late]]
 
     def fit_network(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """A fresh network takes the features' statistics (C,) and the universal head's rows."""

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from torch import nn
 
@@ -16,6 +18,9 @@ from fsefs_nnunet.device import reduced_precision
 from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.trainers.kshot_trainer import KShotTrainer
 from fsefs_nnunet.trainers.time_budget import TimeBudgetTrainer
+
+PSEUDO_LABELLED = "pseudo_labelled"  # key of a student's dataset.json: the cases that a model has labelled
+TRUE_SHARE, TRUE_CASES_ALONE = 0.3, 0.8  # see PatchTrainer.drawn_cases
 
 
 class Float32Loss(nn.Module):
@@ -39,8 +44,30 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
     """
 
     def get_tr_and_val_datasets(self):
-        support = self.do_split()[0]
-        return tuple(self.dataset_class(self.preprocessed_dataset_folder, list(support)) for _ in range(2))
+        cases = self.drawn_cases()
+        return tuple(self.dataset_class(self.preprocessed_dataset_folder, list(cases)) for _ in range(2))
+
+    def true_and_pile(self) -> tuple[list[str], list[str]]:
+        """Support cases with true labels, and those of a student's pile, which a model has labelled."""
+        support, labelled_by_model = self.do_split()[0], set(self.dataset_json.get(PSEUDO_LABELLED, ()))
+        true = [case for case in support if case not in labelled_by_model]
+        return true, [case for case in support if case in labelled_by_model]
+
+    @property
+    def sees_pile(self) -> bool:
+        true, pile = self.true_and_pile()
+        return bool(pile) and not (true and self.progress() >= TRUE_CASES_ALONE)
+
+    def drawn_cases(self) -> list[str]:
+        """Support cases that patches are drawn from, as often as they are listed.
+
+        True cases are repeated until they are TRUE_SHARE of a student's cases, and the last part of its training is
+        theirs alone: a student shall not learn the teacher's mistakes.
+        """
+        true, pile = self.true_and_pile()
+        if not self.sees_pile or not true:
+            return true or pile
+        return true * max(1, round(len(pile) * TRUE_SHARE / (1 - TRUE_SHARE) / len(true))) + pile
 
     @property
     def seed(self) -> int:
@@ -61,14 +88,16 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
 
     def prepare_training(self) -> None:
         super().prepare_training()
-        support = self.run.support
-        self.refuse_broken_cases(support)
+        support, pile = self.run.support, self.run.pile
+        self.refuse_broken_cases([*support, *pile])
         self.print_to_log_file(
             f"{len(support)} labelled support cases (all the labels that this training uses): {support}."
+            + (f" {len(pile)} more were labelled by a model." if pile else "")
         )
 
     def describe_run(self) -> RunFile:
         run = super().describe_run()
+        run.support, run.pile = self.true_and_pile()
         run.budget_seconds, run.budget_clock = self.budget_seconds(), self.budget_clock()
         return run
 
@@ -85,8 +114,19 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
 
         require_labels(label_maps(), self.label_manager.ignore_label)
 
+    def on_train_start(self):
+        super().on_train_start()
+        self.draws_from_pile = self.sees_pile
+
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
+        if self.draws_from_pile != self.sees_pile:
+            self.draws_from_pile = self.sees_pile
+            self.print_to_log_file("From here on, patches are drawn from the true cases alone.")
+            for loader in (self.dataloader_train, self.dataloader_val):
+                if isinstance(loader, (MultiThreadedAugmenter, NonDetMultiThreadedAugmenter)):
+                    loader._finish()
+            self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         # nnU-Net's loaders draw from the global generators
         draws = np.random.default_rng((self.seed, fold_seed(self.fold), self.current_epoch))
         np.random.seed(draws.integers(2**32))

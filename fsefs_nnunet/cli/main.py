@@ -18,6 +18,7 @@ from fsefs_nnunet.cli import (
     planning,
     predict,
     rewrite_header,
+    student,
     train,
     zero_shot,
 )
@@ -30,6 +31,7 @@ VERBS = (
     planning,
     train,
     predict,
+    student,
     zero_shot,
     benchmark,
     backbones,

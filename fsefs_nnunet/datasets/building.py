@@ -54,14 +54,14 @@ class UnfinishedDataset:
         except OSError as error:
             raise InputError(f"{target.parent} cannot be written to: {error}.") from error
 
-    def finish(self, summary: dict, **dataset_json) -> None:
+    def finish(self, summary: dict, reader: str = READER, **dataset_json) -> None:
         """Write dataset.json with nnU-Net's function and the summary, and take the final name."""
         with full_disk_reported():
             generate_dataset_json(
                 str(self.folder),
                 dataset_name=self.target.name,
                 converted_by="fseft",
-                overwrite_image_reader_writer=READER,
+                overwrite_image_reader_writer=reader,
                 **dataset_json,
             )
             (self.folder / "conversion.json").write_text(json.dumps(summary, indent=1))

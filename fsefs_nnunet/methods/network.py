@@ -15,7 +15,8 @@ from fsefs_nnunet.device import unless_thin
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.map_crops import MapCrops, upsampled
 from fsefs_nnunet.labels import foreground_names, match_labels
-from fsefs_nnunet.methods.adapters import build_adapter
+from fsefs_nnunet.methods.adapters import UNET, build_adapter
+from fsefs_nnunet.methods.adapters.unet import FeatureUNet
 from fsefs_nnunet.methods.inside.protocol import Inside
 from fsefs_nnunet.methods.inside.tuned_backbone import TunedBackbone
 from fsefs_nnunet.methods.registry import METHODS, Method
@@ -72,14 +73,20 @@ class AdaptedNetwork(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.reduction = nn.Identity() if features == channels else nn.Conv3d(features, channels, 1, bias=False)
-            self.adapter = build_adapter(adapter, channels)
-            self.head = nn.Conv3d(channels, num_classes, 1)
+            self.adapter = build_adapter(adapter, channels, self.backbone.maps)
+            self.head = nn.Conv3d(self.adapter.out_channels if self.own_strides else channels, num_classes, 1)
         self._pass_leading_channels()
+
+    @property
+    def own_strides(self) -> bool:
+        """Whether the adapter takes the maps as they are, not together at full resolution."""
+        return isinstance(self.adapter, FeatureUNet)
 
     @property
     def head_channels(self) -> int:
         """Width of the universal head's input, 0 if the backbone has none that could start another."""
-        return self.backbone.head.weight.shape[1] if self.backbone.contract.linear_head else 0
+        starts = self.backbone.contract.linear_head and not self.own_strides
+        return self.backbone.head.weight.shape[1] if starts else 0
 
     @torch.no_grad()
     def _pass_leading_channels(self) -> None:
@@ -207,13 +214,15 @@ class AdaptedNetwork(nn.Module):
             full = None
             for m, w in zip(reduced.maps, reduced.weights):
                 full = upsampled(m, w) if full is None else full + upsampled(m, w)
-        else:
+        elif not self.own_strides:
             full = reduced.at_full_resolution()
-        with unless_thin(full):
-            if not torch.is_autocast_enabled(full.device.type):
-                full = full.to(self.head.weight)
-            adapted = self.adapter(full)
-        with torch.autocast(full.device.type, enabled=False):  # rounded logits would tie
+        with unless_thin(reduced):
+            if self.own_strides:
+                adapted = self.adapter(reduced.maps)
+            else:
+                full = full if torch.is_autocast_enabled(full.device.type) else full.to(self.head.weight)
+                adapted = self.adapter(full)
+        with torch.autocast(adapted.device.type, enabled=False):  # rounded logits would tie
             return _pointwise(adapted.to(self.head.weight), self.head.weight.flatten(1), self.head.bias)
 
 
@@ -249,7 +258,9 @@ def build_network(
     image = WITH_IMAGE if kwargs["stages"].endswith(WITH_IMAGE) else ""
     maps = method.maps and method.maps + image
     kwargs |= {key: value for key, value in (("adapter", method.adapter), ("stages", maps)) if value}
-    if kwargs["adapter"] == "linear_probe":
+    if kwargs["adapter"] == UNET and not image:
+        kwargs["stages"] += WITH_IMAGE
+    if kwargs["adapter"] in ("linear_probe", UNET):
         kwargs["channels"] = None
     return AdaptedNetwork(
         input_channels, output_channels, **kwargs, inside=inside_of(method, options.get(method.name, {}))

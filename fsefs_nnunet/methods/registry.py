@@ -30,6 +30,7 @@ class Method:
     prior: key of priors.PRIORS, that of `fseft predict`; trains_with_prior: whether trainings heed it, too.
     channel_dropout: probability that a step on the support does not see a channel of a crop.
     rate, weight_decay, epochs: of AdamW.
+    warmup: share of a training over which the rate rises, for head and decoder first; 0: the published schedule.
     transductive: the trained adapter adapts to every volume before it segments it (`fseft predict`).
     shares_features: predicts from the features of whole volumes, which all such methods get from one pass.
     suffix: of the configurations trained from scratch, for the time that the longest of the other methods took.
@@ -52,6 +53,7 @@ class Method:
     rate: float = 2e-3
     weight_decay: float = 0.0
     epochs: int = 100
+    warmup: float = 0.0
     transductive: bool = False
     shares_features: bool = False
     suffix: str = ""
@@ -85,6 +87,52 @@ _FSEFT = Method(
     trains_with_prior=True,
     shares_features=True,
 )
+
+# of trainings for which published few-shot recipes are too short
+_LONG = {"rate": 1e-3, "weight_decay": 1e-5, "epochs": 400, "warmup": 0.1}
+
+_FINE_TUNING = [
+    Method(
+        "ft_last",
+        "fine-tuning, last block",
+        "last block of the decoder, head",
+        "The workshop's recipe.",
+        "FSEFTTrainer_FTLast",
+        PATCHES,
+        adapter="linear_probe",
+        maps="last",
+        inside=f"{_INSIDE}.decoder_parts.LastBlock",
+        rate=1e-2,
+        weight_decay=1e-5,
+    ),
+    Method(
+        "decoder",
+        "fine-tuning, decoder",
+        "decoder, head",
+        "The journal's recipe.",
+        "FSEFTTrainer_Decoder",
+        PATCHES,
+        adapter="linear_probe",
+        maps="last",
+        inside=f"{_INSIDE}.decoder_parts.Decoder",
+        rate=1e-4,
+        epochs=200,
+    ),
+    Method(
+        "ft",
+        "fine-tuning, everything",
+        "all of the backbone, head",
+        "The workshop's recipe.",
+        "FSEFTTrainer_FT",
+        PATCHES,
+        adapter="linear_probe",
+        maps="last",
+        inside=f"{_INSIDE}.decoder_parts.Everything",
+        rate=1e-4,
+        weight_decay=1e-5,
+        epochs=150,
+    ),
+]
 
 _ROWS = [
     Method(
@@ -145,46 +193,7 @@ _ROWS = [
         channel_dropout=0.1,
         shares_features=True,
     ),
-    Method(
-        "ft_last",
-        "fine-tuning, last block",
-        "last block of the decoder, head",
-        "The workshop's recipe.",
-        "FSEFTTrainer_FTLast",
-        PATCHES,
-        adapter="linear_probe",
-        maps="last",
-        inside=f"{_INSIDE}.decoder_parts.LastBlock",
-        rate=1e-2,
-        weight_decay=1e-5,
-    ),
-    Method(
-        "decoder",
-        "fine-tuning, decoder",
-        "decoder, head",
-        "The journal's recipe.",
-        "FSEFTTrainer_Decoder",
-        PATCHES,
-        adapter="linear_probe",
-        maps="last",
-        inside=f"{_INSIDE}.decoder_parts.Decoder",
-        rate=1e-4,
-        epochs=200,
-    ),
-    Method(
-        "ft",
-        "fine-tuning, everything",
-        "all of the backbone, head",
-        "The workshop's recipe.",
-        "FSEFTTrainer_FT",
-        PATCHES,
-        adapter="linear_probe",
-        maps="last",
-        inside=f"{_INSIDE}.decoder_parts.Everything",
-        rate=1e-4,
-        weight_decay=1e-5,
-        epochs=150,
-    ),
+    *_FINE_TUNING,
     Method(
         "lora",
         "LoRA",
@@ -223,6 +232,28 @@ _ROWS = [
         inside=f"{_INSIDE}.few_parameters.Biases",
         rate=1e-2,
         epochs=200,
+    ),
+    *(
+        replace(
+            row,
+            name=f"{row.name}_long",
+            title=f"{row.title}, long",
+            sentence="With a warm-up over a tenth of the training, the encoder's over the next.",
+            trainer=f"{row.trainer}Long",
+            **_LONG,
+        )
+        for row in _FINE_TUNING
+    ),
+    Method(
+        "unet",
+        "U-Net on frozen features",
+        "decoder of a small U-Net, head",
+        "Image and features, each at its own stride; whole channels of the features are left out in training.",
+        "FSEFTTrainer_UNet",
+        PATCHES,
+        "fsefs_nnunet.trainers.feature_unet.FSEFTTrainer_UNet",
+        adapter="unet",
+        **_LONG,
     ),
     Method(
         "scratch",

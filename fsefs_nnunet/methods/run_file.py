@@ -18,6 +18,7 @@ class RunFile:
     """What happened in a training, all runs of a continued one together.
 
     support: the labelled cases, all the labels that the training uses.
+    pile: cases that a model has labelled.
     queries, labelled_queries: cases whose images alone are used; the latter are a part of them.
     backbone: id, sha256 and the number of its frozen parameters; {} without one.
     trained_parameters: their number.
@@ -37,6 +38,7 @@ class RunFile:
     configuration: str = ""
     fold: int | str = 0
     support: list[str] = field(default_factory=list)
+    pile: list[str] = field(default_factory=list)
     queries: list[str] = field(default_factory=list)
     labelled_queries: list[str] = field(default_factory=list)
     backbone: dict = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The published learning rate schedule and stopping rule."""
+"""Learning rate schedules, the published one and that of long trainings, and the published stopping rule."""
 
 from __future__ import annotations
 
@@ -26,6 +26,37 @@ class WarmupCosineScheduler:
     def step(self, current_epoch: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.initial_lr * warmup_cosine(current_epoch, self.num_epochs)
+
+
+def long_training(progress: float, warmup: float, start: float = 0.0) -> float:
+    """Factor of the base rate of parameters that are trained from `start` on: a linear rise, then half a cosine period.
+
+    Args:
+        progress: share of the training that is done, in [0, 1].
+        warmup, start: shares of the training.
+    """
+    if progress < start:
+        return 0.0
+    if progress < start + warmup:
+        return (progress - start) / warmup
+    return 0.5 * (1 + cos(pi * (progress - start - warmup) / (1 - start - warmup)))
+
+
+class DecoderFirstScheduler:
+    """Schedule of long trainings: groups of the optimiser that are marked `late` start when the others have warmed up.
+
+    A decoder that still follows a head at random would send the encoder the wrong way.
+    """
+
+    def __init__(self, optimizer: Optimizer, initial_lr: float, num_epochs: int, warmup: float):
+        self.optimizer, self.initial_lr, self.num_epochs, self.warmup = optimizer, initial_lr, num_epochs, warmup
+        self.step(0)
+
+    def step(self, current_epoch: float) -> None:
+        progress = current_epoch / self.num_epochs
+        for group in self.optimizer.param_groups:
+            start = self.warmup if group["late"] else 0.0
+            group["lr"] = self.initial_lr * long_training(progress, self.warmup, start)
 
 
 def at_plateau(losses: Sequence[float], window: int = 10, patience: int = 20, improvement: float = 1e-3) -> bool:

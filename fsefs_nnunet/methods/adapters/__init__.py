@@ -7,13 +7,17 @@ key in ADAPTERS that rows of the registry name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
+from fsefs_nnunet.backbones.maps import FeatureMap
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.methods.adapters.context import ContextAdapter
 from fsefs_nnunet.methods.adapters.linear_probe import LinearProbe
 from fsefs_nnunet.methods.adapters.spatial import SpatialAdapter
 from fsefs_nnunet.methods.adapters.spatial_in import SpatialINAdapter
+from fsefs_nnunet.methods.adapters.unet import FeatureUNet
 
 ADAPTERS = {
     "linear_probe": LinearProbe,
@@ -23,12 +27,17 @@ ADAPTERS = {
 }
 
 
-def build_adapter(kind: str, channels: int) -> nn.Module:
-    """The adapter `kind` for features of `channels` channels.
+UNET = "unet"  # the one adapter that is none of these: it takes maps at their own strides
+
+
+def build_adapter(kind: str, channels: int, maps: Sequence[FeatureMap] = ()) -> nn.Module:
+    """The adapter `kind` for features of `channels` channels at full resolution, or for `maps`.
 
     Raises:
         ValueError: if there is no such kind.
     """
+    if kind == UNET:
+        return FeatureUNet(maps)
     if kind not in ADAPTERS:
-        raise InputError(f"There is no adapter {kind!r}: choose one of {sorted(ADAPTERS)}.")
+        raise InputError(f"There is no adapter {kind!r}: choose one of {sorted([*ADAPTERS, UNET])}.")
     return ADAPTERS[kind](channels)

@@ -1,0 +1,110 @@
+"""Dice of labelled queries that methods reach in the same CPU time, from the same labels.
+
+    FSEFT_SHARED=FOLDER python benchmarks/equal_time.py --work /data/equal_time --data hippocampus --cells 1:10 5:30
+
+FOLDER/data holds Task04_Hippocampus, CHAOS_T2SPIR and OpenKBP; no label of a test case is read. A cell K:MINUTES is K
+shots and the CPU time of one core from the command to the final checkpoint: start, feature bank and training. Methods
+that train on stored features end by themselves, earlier. What is done is not done again. `--figure` draws Dice against
+time from the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+from fsefs_nnunet.evaluation.tables import markdown_table
+from fsefs_nnunet.files import read_json, write_atomically
+from fsefs_nnunet.methods.registry import METHODS, configuration_of
+from fsefs_nnunet.nnunet.experiment import Experiment
+
+START_SECONDS = 15  # of a command of nnU-Net's before the first epoch
+DATA = {  # folder, dataset, labelled queries
+    "hippocampus": ("Task04_Hippocampus", "Dataset004_Hippocampus", 40),
+    "chaos": ("CHAOS_T2SPIR", "Dataset020_CHAOS", 4),
+    "openkbp": ("OpenKBP", "Dataset021_OpenKBP", 15),
+}
+
+
+def prepare(work: Path, data: str, spacing: list[float]) -> Experiment:
+    folder, dataset, queries = DATA[data]
+    experiment = Experiment(work / data, dataset)
+    if not (experiment.raw / "dataset.json").exists():
+        source = Path(os.environ["FSEFT_SHARED"]) / "data" / folder
+        decathlon = folder.startswith("Task")
+        copy = experiment.work / folder if decathlon else experiment.raw
+        unseen = shutil.ignore_patterns("labelsTs", *([] if decathlon else ["imagesTs"]))
+        shutil.copytree(source, copy, ignore=unseen, copy_function=shutil.copyfile)
+        for made in (copy, *filter(Path.is_dir, copy.rglob("*"))):
+            made.chmod(0o755)
+        if decathlon:
+            experiment.run("nnUNetv2_convert_MSD_dataset", "-i", copy, "-np", "2")
+    if not (experiment.preprocessed / f"{experiment.plans}_3d_fullres").exists():
+        target = ("-overwrite_target_spacing", *map(str, spacing)) if spacing else ()
+        drawn = ("--num_queries", str(queries), "--shots", "1", "5", "10")
+        experiment.run("fseft", "plan_and_preprocess", "-d", dataset, "-b", "phantom", "-np", "2", *drawn, *target)
+    return experiment
+
+
+def cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run_cell(experiment: Experiment, name: str, shots: int, minutes: float, fold: int) -> dict[str, float]:
+    """Train and validate; CPU seconds of the training's command and Dice of the queries."""
+    method = METHODS[name]
+    plans = method.plans or experiment.plans
+    own = Experiment(experiment.work, experiment.dataset, plans, experiment.device, f"nnUNet_results_{minutes:g}min")
+    if method.plans and not list(own.preprocessed.glob(f"{plans}_3d_fullres")):
+        own.preprocess("3d_fullres")
+    configuration = configuration_of(shots, method.suffix)
+    budget = {"fseft_train_minutes": str(minutes - START_SECONDS / 60), "fseft_train_clock": "cpu"}
+    experiment.run("fseft", "bank", "-d", own.dataset, "--clear")
+    before = cpu_of_children()
+    folder = own.train(method.trainer, configuration, fold, fseft_final_validation="0", **budget)
+    seconds = cpu_of_children() - before
+    training = (own.dataset, configuration, str(fold), "-tr", method.trainer, "-p", plans, "-device", own.device)
+    own.run("nnUNetv2_train", *training, "--val")
+    summary = read_json(folder / "validation" / "summary.json")
+    labels = read_json(own.raw / "dataset.json")["labels"]
+    dice = {name: summary["mean"][str(value)]["Dice"] for name, value in labels.items() if name != "background"}
+    return {"mean": summary["foreground_mean"]["Dice"], **dice, "cpu_seconds": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--data", choices=DATA, required=True)
+    parser.add_argument("--cells", nargs="+", default=["1:10", "5:30"], metavar="K:MINUTES")
+    parser.add_argument("--folds", type=int, nargs="+", default=[0], help="draws of the support")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["scratch", "nnunet"])
+    parser.add_argument("--spacing", type=float, nargs=3, default=[], metavar="MM", help="-overwrite_target_spacing")
+    parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
+    args = parser.parse_args()
+    if "FSEFT_SHARED" not in os.environ:
+        sys.exit("Set FSEFT_SHARED to the folder that holds data/Task04_Hippocampus.")
+    os.sched_setaffinity(0, {args.core})
+    work = args.work.resolve()
+    experiment = prepare(work, args.data, args.spacing)
+    file = work / "results.json"
+    for cell in args.cells:
+        shots, minutes = int(cell.partition(":")[0]), float(cell.partition(":")[2])
+        for fold in args.folds:
+            for name in args.methods:
+                key = f"{args.data}, K = {shots}, {minutes:g} minutes, draw {fold}, {name}"
+                results = read_json(file) if file.exists() else {}
+                if key not in results:
+                    results[key] = run_cell(experiment, name, shots, minutes, fold)
+                    write_atomically(file, json.dumps(results, indent=1))
+                print(key, {k: round(v, 3) for k, v in results[key].items()}, flush=True)
+    print(markdown_table([{"cell": key, **of} for key, of in read_json(file).items()]))
+
+
+if __name__ == "__main__":
+    main()

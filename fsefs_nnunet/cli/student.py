@@ -1,0 +1,80 @@
+"""`fseft student`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fsefs_nnunet.cli.arguments import add_dataset, add_device, add_processes, positive_float
+from fsefs_nnunet.errors import InputError
+
+NONE = "none"
+
+
+def register(verb) -> None:
+    parser = verb(
+        "student",
+        student,
+        "Let a trained model label a pile of unlabelled cases, write them and the true cases as a raw dataset, and "
+        "train on it. The same call continues after an interruption.",
+    )
+    add_dataset(parser)
+    parser.add_argument(
+        "-c", required=True, metavar="CONFIGURATION", help="of the teacher, 3d_fullres_5shot for example"
+    )
+    parser.add_argument(
+        "-tr", default="FSEFTTrainer_Context", metavar="TRAINER", help="of the teacher; default: FSEFTTrainer_Context"
+    )
+    parser.add_argument("-p", default="FSEFTPlans", metavar="PLANS", help="default: FSEFTPlans")
+    parser.add_argument("-f", type=int, default=0, metavar="FOLD", help="of the teacher; default: 0")
+    parser.add_argument("-o", required=True, type=int, metavar="ID", help="id of the student's dataset, not yet taken")
+    parser.add_argument(
+        "--pile",
+        type=Path,
+        metavar="FOLDER",
+        help="unlabelled images in nnU-Net's naming; default: the labelled cases that are neither support nor query, "
+        "without their labels",
+    )
+    parser.add_argument(
+        "--sure",
+        type=positive_float,
+        default=0.8,
+        metavar="P",
+        help="voxels with a lower probability become nnU-Net's ignore label; default: 0.8",
+    )
+    parser.add_argument(
+        "--transductive", action="store_true", help="allow queries and test cases in the pile; dataset.json says so"
+    )
+    parser.add_argument(
+        "--student",
+        default="FSEFTTrainer_FTLong",
+        metavar="TRAINER",
+        help=f"FSEFTTrainer_UNet for example, {NONE}: do not train; default: FSEFTTrainer_FTLong",
+    )
+    parser.add_argument("--minutes", type=positive_float, metavar="N", help="of the training; default: its epochs")
+    add_processes(parser)
+    add_device(parser)
+
+
+def student(args: argparse.Namespace) -> None:
+    from fsefs_nnunet.cases.folders import folder_of
+    from fsefs_nnunet.datasets.pseudo_labels import Teacher
+    from fsefs_nnunet.datasets.student import make_student
+    from fsefs_nnunet.device import device_named
+    from fsefs_nnunet.methods.registry import require_trainer
+    from fsefs_nnunet.nnunet.experiment import OwnExperiment
+
+    if args.sure > 1:
+        raise InputError(f"--sure {args.sure:g}: give a probability, at most 1.")
+    if args.student != NONE:
+        require_trainer(args.student)
+    device = device_named(args.device)
+    teacher = Teacher(args.d, args.tr, args.p, args.c, args.f)
+    name = make_student(teacher, args.o, args.pile, args.transductive, args.sure, device, args.np)
+    if args.student != NONE:
+        experiment = OwnExperiment(folder_of("nnUNet_results") / name, name, args.p, device.type)
+        budget = {} if args.minutes is None else {"fseft_train_minutes": str(args.minutes)}
+        experiment.work.mkdir(parents=True, exist_ok=True)
+        folder = experiment.train(args.student, "3d_fullres_allshot", 0, fseft_final_validation="0", **budget)
+        model = f"-d {name} -c 3d_fullres_allshot -f 0 -tr {args.student} -p {args.p}"
+        print(f"{folder} holds the student: nnUNetv2_predict -i IMAGES -o OUTPUT {model}")
