@@ -13,6 +13,7 @@ setup(
         "fsefs_nnunet.trainers": "trainers",
     },
     package_data={
+        "fsefs_nnunet.adaptation": ["*.json"],
         "fsefs_nnunet.nnunet": ["shims/*.py"],
         "fsefs_nnunet.backbones": ["weights/*"],
         "fsefs_nnunet.datasets": ["*.json"],

@@ -61,8 +61,8 @@ def run_cell(experiment: Experiment, name: str, shots: int, minutes: float, fold
     method = METHODS[name]
     plans = method.plans or experiment.plans
     own = Experiment(experiment.work, experiment.dataset, plans, experiment.device, f"nnUNet_results_{minutes:g}min")
-    if method.plans and not list(own.preprocessed.glob(f"{plans}_3d_fullres")):
-        own.preprocess("3d_fullres")
+    if method.plans:
+        own.preprocess_missing("3d_fullres")
     configuration = configuration_of(shots, method.suffix)
     budget = {"fseft_train_minutes": str(minutes - START_SECONDS / 60), "fseft_train_clock": "cpu"}
     experiment.run("fseft", "bank", "-d", own.dataset, "--clear")

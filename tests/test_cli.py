@@ -25,6 +25,8 @@ VERBS = [
     ["predict", "--help"],
     ["remember", "--help"],
     ["train", "--help"],
+    ["adapt", "--help"],
+    ["student", "--help"],
     ["zero_shot", "--help"],
     ["bank", "--help"],
     ["convert", "--help"],

@@ -20,6 +20,7 @@ ORDER = [
     ["planners", "trainers"],
     ["nnunet"],
     ["evaluation", "datasets"],
+    ["adaptation"],
     ["benchmark", "synthetic"],
     ["cli"],
 ]

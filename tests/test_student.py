@@ -9,8 +9,8 @@ import pytest
 from nnunetv2.inference.predict_from_raw_data import predict_entry_point
 from trainings import make_trainer, splits_of, text_of
 
+from fsefs_nnunet.adaptation.pseudo_labels import sure_labels
 from fsefs_nnunet.cli.main import main
-from fsefs_nnunet.datasets.pseudo_labels import sure_labels
 from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.trainers.by_name import FSEFTTrainer_FTLong
 
@@ -100,7 +100,7 @@ def predict(images: Path, output: Path) -> None:
 
 
 def test_an_interrupted_student_goes_on(taught, monkeypatch):
-    from fsefs_nnunet.datasets import pseudo_labels
+    from fsefs_nnunet.adaptation import pseudo_labels
 
     labelled, original = [], pseudo_labels.sure_labels
 

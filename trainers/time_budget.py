@@ -46,7 +46,8 @@ class OverTheBudget:
 class TimeBudgetTrainer(StoppableTrainer):
     """Ends training, and its schedule of learning rates with it, after `fseft_train_minutes` (environment variable).
 
-    Without the variable it is the trainer that it derives from. What counts is the time from the first epoch on, with
+    Without the variable, `fseft_minutes` of the configuration counts; without both, it is the trainer that it derives
+    from. What counts is the time from the first epoch on, with
     drawing and saving: wall time or, where `fseft_train_clock` is "cpu", CPU time of this process and its workers. The
     checkpoints keep it, so a continued training goes on where it was.
     """
@@ -56,7 +57,7 @@ class TimeBudgetTrainer(StoppableTrainer):
         self.seconds_before, self.started = dict.fromkeys(CLOCKS, 0.0), None
 
     def budget_seconds(self) -> float | None:
-        minutes = os.environ.get("fseft_train_minutes")
+        minutes = os.environ.get("fseft_train_minutes", self.configuration_manager.configuration.get("fseft_minutes"))
         if minutes is None:
             return None
         try:
@@ -65,7 +66,8 @@ class TimeBudgetTrainer(StoppableTrainer):
             seconds = 0.0
         if not 0 < seconds < math.inf:
             raise InputError(
-                f"The environment variable fseft_train_minutes must be a positive number, it is {minutes!r}."
+                "fseft_train_minutes (environment variable) or fseft_minutes (plans) must be a positive number, it is "
+                f"{minutes!r}."
             )
         return seconds
 

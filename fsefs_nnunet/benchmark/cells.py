@@ -11,7 +11,6 @@ from time import time
 from fsefs_nnunet.benchmark.evaluation import METRICS, evaluate, write_summary
 from fsefs_nnunet.benchmark.result import Result
 from fsefs_nnunet.benchmark.study import Study
-from fsefs_nnunet.cases.preprocessed import require_cases
 from fsefs_nnunet.cases.splits import support_cases
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json
@@ -235,18 +234,8 @@ class Cell:
                 )
             environment["fseft_train_minutes"] = f"{self.budget() / 60:.4f}"
         if self.method.plans:
-            self.preprocess()
+            self.experiment.preprocess_missing("3d_fullres")
         self.experiment.train(self.method.trainer, self.configuration, self.fold, **environment)
-
-    def preprocess(self) -> None:
-        """Preprocess the labelled cases by the method's own plans, unless that is done; `fseft plan` does not do it."""
-        splits, parent = self.study.splits, self.configurations()["3d_fullres"]
-        try:
-            require_cases(
-                [*splits["folds"][0], *splits["queries"]], self.experiment.preprocessed / parent["data_identifier"]
-            )
-        except InputError:
-            self.experiment.preprocess("3d_fullres")
 
     def predict(self) -> None:
         """Segment the target's images into `predictions`, and let nnU-Net count their Dice."""

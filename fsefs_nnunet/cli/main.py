@@ -7,6 +7,7 @@ import sys
 
 from fsefs_nnunet import __version__
 from fsefs_nnunet.cli import (
+    adapt,
     assemble,
     backbones,
     bank,
@@ -29,6 +30,7 @@ VERBS = (
     convert,
     assemble,
     planning,
+    adapt,
     train,
     predict,
     student,

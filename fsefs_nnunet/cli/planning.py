@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 from fsefs_nnunet.cases.splits import NUM_FOLDS, NUM_QUERIES, SEED
 from fsefs_nnunet.cli.arguments import (
@@ -97,21 +96,24 @@ def _add_splits(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def plan(args: argparse.Namespace, support: Sequence[str] = ()) -> str:
+def plan(args: argparse.Namespace) -> str:
     from fsefs_nnunet.nnunet import planning
 
-    return planning.plan(
-        args.d,
-        args.b,
-        args.shots,
-        args.np,
-        args.gpu_memory_target,
-        args.overwrite_plans_name,
-        args.overwrite_target_spacing,
-        args.accept_positive_ct,
-        support,
-        args.other_modality,
-    )
+    return planning.plan(**_plan(args))
+
+
+def _plan(args: argparse.Namespace) -> dict:
+    return {
+        "dataset_id": args.d,
+        "backbone": args.b,
+        "shots": args.shots,
+        "num_processes": args.np,
+        "gpu_memory_target_in_gb": args.gpu_memory_target,
+        "plans_name": args.overwrite_plans_name,
+        "overwrite_target_spacing": args.overwrite_target_spacing,
+        "accept_positive_ct": args.accept_positive_ct,
+        "other_modality": args.other_modality,
+    }
 
 
 def splits(args: argparse.Namespace) -> None:
@@ -125,12 +127,9 @@ def _draw(args: argparse.Namespace) -> tuple:
 
 
 def plan_and_preprocess(args: argparse.Namespace) -> None:
-    from fsefs_nnunet.nnunet import drawing, planning
+    from fsefs_nnunet.nnunet.planning import plan_and_preprocess
 
-    drawn, queries = drawing.draw_splits(*_draw(args))
-    name = plan(args, drawn["folds"][0])
-    planning.preprocess(args.d, name, args.np, queries, drawn["unlabelled_queries"])
-    drawing.keep_splits(args.d, drawn, queries)  # last: until then the folds of before belong to the data
+    name = plan_and_preprocess(_draw(args), _plan(args))
     configuration = f"3d_fullres_{(args.shots or ['all'])[0]}shot"
     print(
         '\nNext:\n  eval "$(fseft env)"\n'

@@ -57,9 +57,9 @@ def register(verb) -> None:
 
 
 def student(args: argparse.Namespace) -> None:
+    from fsefs_nnunet.adaptation.pseudo_labels import Teacher
+    from fsefs_nnunet.adaptation.student import make_student
     from fsefs_nnunet.cases.folders import folder_of
-    from fsefs_nnunet.datasets.pseudo_labels import Teacher
-    from fsefs_nnunet.datasets.student import make_student
     from fsefs_nnunet.device import device_named
     from fsefs_nnunet.methods.registry import require_trainer
     from fsefs_nnunet.nnunet.experiment import OwnExperiment

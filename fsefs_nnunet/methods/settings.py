@@ -39,6 +39,7 @@ _WEIGHT: _Rule = (lambda value: _number(value) and value >= 0, "a number from 0 
 _RATE: _Rule = (lambda value: _number(value) and value > 0, "a number above 0")
 _DEVIATION: _Rule = (lambda value: _number(value) and 0 <= value < 1, "a number from 0 on, below 1")
 _GIGABYTES: _Rule = (lambda value: value is None or (_number(value) and value >= 0), "null or a number from 0 on")
+_MINUTES: _Rule = (lambda value: value is None or (_number(value) and value > 0), "null or a number above 0")
 _SWITCH: _Rule = (lambda value: isinstance(value, bool), "true or false")
 _LOSS: _Rule = (lambda value: value in ("nnunet", "soft_dice"), '"nnunet" or "soft_dice"')
 
@@ -114,6 +115,11 @@ class Settings:
         "larger ones are read ahead; `null`: no limit",
         4.0,
         shown="from the memory target",
+    )
+    minutes: float | None = _key(
+        _MINUTES,
+        "limit of a training on patches and of its schedule; the environment variable `fseft_train_minutes` wins",
+        None,
     )
     stop_at_plateau: bool = _key(
         _SWITCH, "end when the loss's 10-epoch mean falls by less than 0.001 in 20 epochs", False

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json
 
@@ -114,6 +115,20 @@ class Experiment:
         number = self.dataset.removeprefix("Dataset")[:3]  # nnUNetv2_preprocess -d takes no name
         what = ("-d", number, "-plans_name", self.plans, "-c", configuration)
         self.run("nnUNetv2_preprocess", *what, "-np", processes)
+
+    def preprocess_missing(self, configuration: str) -> None:
+        """As `preprocess`, unless every case of the K-shot folds lies there."""
+        from fsefs_nnunet.cases.preprocessed import require_cases  # imports nnU-Net, which `fseft env` need not
+
+        splits = load_splits(self.preprocessed / SPLITS_FILE)
+        plans = read_json(self.preprocessed / f"{self.plans}.json")["configurations"]
+        try:
+            require_cases(
+                [*splits["folds"][0], *splits["queries"]],
+                self.preprocessed / plans[configuration]["data_identifier"],
+            )
+        except InputError:
+            self.preprocess(configuration)
 
     def model(self, trainer: str, configuration: str) -> Path:
         return self.folders["nnUNet_results"] / self.dataset / f"{trainer}__{self.plans}__{configuration}"

@@ -12,8 +12,22 @@ from fsefs_nnunet.cases.dataset_json import read_dataset_json
 from fsefs_nnunet.cases.folders import dataset_folders, made_folder, training_files
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.files import refused_if_unwritable, replacing
+from fsefs_nnunet.nnunet import drawing
 from fsefs_nnunet.nnunet.stock_plans import add_stock_configurations
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
+
+
+def plan_and_preprocess(draw: tuple, options: dict) -> str:
+    """Draw folds, plan and preprocess; returns the plans' name.
+
+    draw, options: arguments of drawing.draw_splits and of `plan`.
+    """
+    dataset_id = options["dataset_id"]
+    splits, queries = drawing.draw_splits(*draw)
+    name = plan(**options, support=splits["folds"][0])
+    preprocess(dataset_id, name, options["num_processes"], queries, splits["unlabelled_queries"])
+    drawing.keep_splits(dataset_id, splits, queries)  # last: until then the folds of before belong to the data
+    return name
 
 
 def plan(

@@ -61,13 +61,18 @@ class Teacher:
     def checkpoint(self) -> Path:
         return self.folder / f"fold_{self.fold}" / "checkpoint_final.pth"
 
+    @cached_property
+    def plans_manager(self) -> PlansManager:
+        return PlansManager(self.content)
+
     @property
-    def shots(self) -> int | str:
-        return self.content["configurations"][self.configuration]["fseft_shots"]
+    def keys(self) -> dict:
+        """Of the configuration, with what it inherits."""
+        return self.plans_manager.get_configuration(self.configuration).configuration
 
     @cached_property
     def reader(self) -> BaseReaderWriter:
-        return PlansManager(self.content).image_reader_writer_class()
+        return self.plans_manager.image_reader_writer_class()
 
     def predictor(self, device: torch.device) -> nnUNetPredictor:
         os.environ["nnUNet_extTrainer"] = external_trainers()
@@ -100,7 +105,7 @@ def choose_pile(teacher: Teacher, folder: Path | None, transductive: bool) -> Pi
     dataset_json = read_dataset_json(raw / "dataset.json")
     splits = load_splits(preprocessed / SPLITS_FILE)
     labelled = training_files(raw, dataset_json)
-    support = support_cases(splits, teacher.shots, teacher.fold)
+    support = support_cases(splits, teacher.keys["fseft_shots"], teacher.fold)
     if folder is None:
         pool = [] if teacher.fold == "all" else splits["folds"][teacher.fold]
         unlabelled = {case: labelled[case]["images"] for case in pool if case not in support}

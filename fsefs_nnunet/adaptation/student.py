@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from fsefs_nnunet.adaptation.pseudo_labels import Teacher, choose_pile, write_student_dataset
 from fsefs_nnunet.cases.folders import dataset_folders
 from fsefs_nnunet.cases.preprocessed import require_cases
 from fsefs_nnunet.cases.splits import SEED, SPLITS_FILE, load_splits
-from fsefs_nnunet.datasets.pseudo_labels import Teacher, choose_pile, write_student_dataset
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.nnunet import planning
 from fsefs_nnunet.nnunet.drawing import keep_splits
@@ -35,7 +35,7 @@ def make_student(
     Raises:
         InputError: as choose_pile and write_student_dataset do, and for a teacher that is no adapted model.
     """
-    keys = teacher.content["configurations"][teacher.configuration]
+    keys = teacher.keys
     if "fseft_backbone" not in keys:
         raise InputError(f"{teacher.folder} has no backbone: the teacher must be an adapted model.")
     chosen = choose_pile(teacher, pile, transductive)

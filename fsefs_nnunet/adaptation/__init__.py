@@ -1,0 +1,1 @@
+"""Choosing a way to adapt, and students of what was adapted."""

@@ -1,0 +1,228 @@
+"""`fseft adapt`: what it chooses, why, and that one command leads to a model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import in_process
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from trainings import FIVE, TINY, splits_of
+
+from fsefs_nnunet.adaptation import adapting, leave_one_out
+from fsefs_nnunet.adaptation.choice import STUDENT, Measured, Situation, measured, nearest, ranking
+from fsefs_nnunet.cli.main import main
+from fsefs_nnunet.methods.registry import METHODS
+from fsefs_nnunet.methods.run_file import RunFile
+from fsefs_nnunet.nnunet import experiment
+
+MINUTES_LEFT = adapting.minutes_left
+HERE = Situation(shots=5, minutes=30, device="cpu", voxels=64_000, pile=65)
+CELL = Measured("somewhere", HERE, {"context": 0.7, "ft_long": 0.8, STUDENT: 0.9})
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Commands run in this process, and trainings are not validated."""
+    monkeypatch.setattr(experiment, "subprocess", in_process)
+    monkeypatch.setattr(adapting, "minutes_left", lambda task, started: 0.02)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+
+
+def choose(monkeypatch, **dice: float) -> None:
+    """Let the table say that these methods reach this Dice."""
+    monkeypatch.setattr(adapting, "nearest", lambda situation: Measured("somewhere", HERE, dice))
+
+
+# ---- the table ----
+
+
+def test_distances_are_doublings():
+    def other(**changes) -> float:
+        return HERE.distance(Situation(**{**vars(HERE), **changes}))
+
+    assert other() == 0
+    assert other(shots=10) == other(minutes=15) == 1
+    assert other(voxels=256_000) == 1  # four times the voxels
+    assert other(device="cuda", minutes=1.5) == 0  # a minute of a GPU stands for 20 of a core
+
+
+def test_the_nearest_cell_counts():
+    cells = tuple(Measured(str(k), Situation(k, 10, "cpu", 64_000, 0), {}) for k in (1, 5, 10))
+    found = [nearest(Situation(k, 10, "cpu", 1_000_000, 0), cells).data for k in (1, 2, 3, 6, 20)]
+    assert found == ["1", "1", "5", "5", "10"]
+
+
+def test_a_student_needs_a_pile():
+    assert [name for name, _ in ranking(HERE, CELL)] == [STUDENT, "ft_long", "context"]
+    alone = Situation(**{**vars(HERE), "pile": 0})
+    assert [name for name, _ in ranking(alone, CELL)] == ["ft_long", "context"]
+
+
+def test_the_table_names_methods():
+    names = {name for cell in measured() for name in cell.dice}
+    assert measured() and names <= {STUDENT, *METHODS} and "nnunet" in names
+    assert all(0 < dice < 1 for cell in measured() for dice in cell.dice.values())
+
+
+# ---- leaving one out ----
+
+
+def leave_out(work, case: str, **settings) -> tuple[float, float]:
+    plans = work.plans(**TINY, **settings)
+    plans["continue_training"] = False
+    with leave_one_out.results_elsewhere():
+        return leave_one_out.left_out_dice("context", plans, FIVE, 0, work.dataset_json(), torch.device("cpu"), case)
+
+
+def test_a_case_is_segmented_by_the_others(work, monkeypatch):
+    """Neither its label map nor a query changes the training; the Dice is that of its own label map."""
+    monkeypatch.setattr(leave_one_out, "EPOCHS", 2)
+    case, query = splits_of(work)["folds"][0][1], splits_of(work)["queries"][0]
+    before = {file for file in work.results.rglob("*")}
+    dice, seconds = leave_out(work, case)
+    assert 0 < dice < 1 and seconds > 0
+    assert {file for file in work.results.rglob("*")} == before
+    for file in work.preprocessed.glob(f"FSEFTPlans_3d_fullres/{query}*"):
+        file.unlink()  # a query is not looked at
+    monkeypatch.setattr(leave_one_out.by_name.FSEFTTrainer_Context, "do_split", lambda self: (support(self, work), []))
+    assert leave_out(work, case)[0] == dice
+
+
+def support(trainer, work) -> list[str]:
+    return splits_of(work)["folds"][0]
+
+
+def test_comparing_stops_where_it_would_take_too_long(work, monkeypatch, capsys):
+    monkeypatch.setattr(
+        leave_one_out, "left_out_dice", lambda method, *others: (0.5 if method == "fseft" else 0.6, 7.0)
+    )
+    cases = ["a", "b", "c", "d", "e"]
+    assert leave_one_out.compare(["fseft", "context"], cases, 70, {}, FIVE, 0, {}, None) == {
+        "fseft": 0.5,
+        "context": 0.6,
+    }
+    assert leave_one_out.compare(["fseft", "context"], cases, 69, {}, FIVE, 0, {}, None) == {}
+    assert "10 short trainings of 7 s would take more than 69 s" in capsys.readouterr().out
+
+
+# ---- the command ----
+
+
+def adapt(*options: object) -> int:
+    return main(["adapt", *map(str, ("-d", 77, "-np", 1, "-device", "cpu", *options))])
+
+
+@pytest.mark.slow
+def test_from_a_raw_dataset_to_segmentations(workspace, monkeypatch, tmp_path, capsys):
+    shutil.rmtree(workspace.preprocessed)  # it plans
+    choose(monkeypatch, ft_long=0.8, context=0.7)
+    options = ("--shots", 1, "--minutes", 7.5, "-i", workspace.queries, "-o", tmp_path / "out")
+    assert adapt(*options) == 0
+    printed = capsys.readouterr().out
+    assert "Dice there: ft_long 0.800, context 0.700." in printed
+    assert "Chosen: fine-tuning, everything, long, for " in printed
+    configuration = "3d_fullres_1shot_auto7.5"
+    plans = json.loads((workspace.preprocessed / "FSEFTPlans.json").read_text())["configurations"]
+    added = plans[configuration]
+    assert added["inherits_from"] == "3d_fullres_1shot" and added["fseft_minutes"] == 0.02
+    assert plans["3d_fullres_1shot"]["fseft_minutes"] is None
+    fold = workspace.results / f"FSEFTTrainer_FTLong__FSEFTPlans__{configuration}" / "fold_0"
+    run = RunFile.load(fold)
+    assert run.budget_seconds == pytest.approx(1.2) and len(run.support) == 1
+    segmentations = sorted(file.name for file in (tmp_path / "out").glob("*.nii.gz"))
+    assert segmentations == ["scan_0.nii.gz", "scan_1.nii.gz"]
+    assert np.asarray(nib.load(tmp_path / "out" / "scan_0.nii.gz").dataobj).any()
+    # the same call trains nothing again
+    trained = (fold / "checkpoint_final.pth").stat().st_mtime_ns
+    assert adapt(*options) == 0
+    assert (fold / "checkpoint_final.pth").stat().st_mtime_ns == trained
+    assert "Chosen before" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_trains_on_stored_features_is_compared(work, monkeypatch, capsys):
+    """The better one of the support is taken, whatever the table says of the two."""
+    choose(monkeypatch, context=0.8, fseft=0.7)
+    dice = {"fseft": 0.66, "context": 0.55}
+    monkeypatch.setattr(leave_one_out, "left_out_dice", lambda method, *others: (dice[method], 0.01))
+    file = work.preprocessed / "FSEFTPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"][FIVE] |= {**TINY, "fseft_epochs": 1}
+    file.write_text(json.dumps(plans))
+    assert adapt("--shots", 5, "--minutes", 1) == 0
+    printed = capsys.readouterr().out
+    assert "Leaving one of the support out: fseft 0.660, context 0.550." in printed
+    assert "Chosen: spatial adapter + size prior, which ends by itself." in printed
+    assert (
+        work.results / "FSEFTTrainer__FSEFTPlans__3d_fullres_5shot_auto1" / "fold_0" / "checkpoint_final.pth"
+    ).exists()
+
+
+@pytest.mark.slow
+def test_a_student_is_made_and_trained(work, monkeypatch, capsys):
+    choose(monkeypatch, **{STUDENT: 0.9, "context": 0.8})
+    file = work.preprocessed / "FSEFTPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres_1shot"] |= {**TINY, "fseft_epochs": 1}
+    file.write_text(json.dumps(plans))
+    assert adapt("--shots", 1, "--minutes", 10) == 0
+    printed = capsys.readouterr().out
+    assert "Chosen: a student of the context adapter" in printed and "The student is trained for" in printed
+    student = work.root / "nnUNet_results" / "Dataset999_TinyStudent"
+    fold = student / "FSEFTTrainer_FTLong__FSEFTPlans__3d_fullres_allshot_auto10" / "fold_0"
+    assert len(RunFile.load(fold).pile) == 4
+    assert "-d Dataset999_TinyStudent -c 3d_fullres_allshot_auto10 -f 0 -tr FSEFTTrainer_FTLong" in printed
+
+
+@pytest.mark.slow
+def test_nnunet_is_a_candidate(work, monkeypatch):
+    choose(monkeypatch, nnunet=0.9, context=0.8)
+    assert adapt("--shots", 1, "--minutes", 10) == 0
+    fold = work.results / "FSEFTTrainer_Scratch__nnUNetPlans__3d_fullres_1shot_auto10" / "fold_0"
+    assert (fold / "checkpoint_final.pth").exists()
+
+
+# ---- bad input ----
+
+
+def test_a_budget_shorter_than_the_start(work, monkeypatch, capsys):
+    monkeypatch.setattr(adapting, "minutes_left", MINUTES_LEFT)
+    assert adapt("--shots", 1, "--minutes", 0.1) == 2
+    error = capsys.readouterr().err
+    assert "--minutes 0.1: the training could not begin" in error
+    assert "takes 0.3 minutes here. Give at least 1." in error
+    configurations = json.loads((work.preprocessed / "FSEFTPlans.json").read_text())["configurations"]
+    assert not [name for name in configurations if "auto" in name]
+
+
+def test_images_without_an_output(work, capsys):
+    assert adapt("--shots", 1, "--minutes", 1, "-i", work.queries) == 2
+    assert "-i and -o belong together" in capsys.readouterr().err
+
+
+def test_more_shots_than_cases(work, capsys):
+    assert adapt("--shots", 9, "--minutes", 1) == 2
+    assert "9 shots need as many labelled cases, the dataset has 8" in capsys.readouterr().err
+
+
+def test_a_fold_that_is_not_there(work, capsys):
+    assert adapt("--shots", 1, "--minutes", 1, "-f", 7) == 2
+    assert "Fold 7 does not exist" in capsys.readouterr().err
+
+
+def test_no_such_dataset(work, capsys):
+    assert main("adapt -d 78 --shots 1 --minutes 1 -device cpu".split()) == 2
+    assert "No dataset 78" in capsys.readouterr().err
+
+
+def test_results_return_to_their_folder(monkeypatch):
+    import os
+
+    monkeypatch.setenv("nnUNet_results", "/somewhere")
+    with pytest.raises(RuntimeError), leave_one_out.results_elsewhere():
+        assert Path(os.environ["nnUNet_results"]).is_dir()
+        raise RuntimeError
+    assert os.environ["nnUNet_results"] == "/somewhere"
