@@ -416,6 +416,18 @@ def test_other_labels_of_a_support_case_make_other_views_of_it(work):
     assert trainer.run.windows == 1  # the view alone
 
 
+def test_a_view_with_a_box_of_a_changed_case_is_made_anew(work):
+    trainer = make_trainer(work, fseft_cutmix=1.0)
+    trainer.on_train_start()
+    assert trainer.run.windows == 5  # every view shows a box now
+    changed = trainer.run.support[0]
+    showing = [view for view in trainer.views.names if trainer.views.other_case(view) == changed]
+    edit_images(work, changed, lambda image: image + 0.1)
+    again = make_trainer(work, fseft_cutmix=1.0)
+    again.on_train_start()
+    assert showing and again.run.windows == 2 + len(showing)  # the case, its view, and those that show it
+
+
 def test_a_thin_support_case_is_said_to_make_thin_crops(work):
     trainer = make_trainer(work, epochs=1, fseft_lambda=0.0)
     trainer.initialize()

@@ -112,3 +112,57 @@ def test_the_seed_decides():
     segmentation = labelled((1, slice(0, 20), slice(0, 30), slice(0, 40)))
     patches = [patch_of(segmentation, WINDOW, INITIAL, (1, view)) for view in (0, 0, 1)]
     assert patches[0] == patches[1] != patches[2]
+
+
+# ---- boxes of other cases ----
+
+
+def two_cases(cutmix: float, cases=("a", "b"), views: int = 80) -> SupportViews:
+    """Cases whose images and label maps hold their number, 1 for "a", 2 for "b"."""
+    values = {case: number for number, case in enumerate("abc", 1)}
+    return SupportViews(
+        cases,
+        views,
+        load_case=lambda case: (
+            np.full((1, 9, 9, 9), values[case], np.float32),
+            np.full((1, 9, 9, 9), values[case], np.int16),
+        ),
+        transforms_of=lambda window: lambda **patch: patch,
+        labels=[1, 2, 3],
+        ignore_label=None,
+        window=WINDOW,
+        initial_patch=WINDOW,
+        seed=0,
+        cutmix=cutmix,
+    )
+
+
+def test_views_show_boxes_of_other_cases_with_their_labels():
+    views = two_cases(0.5)
+    shares = []
+    for name, (case, _) in views.names.items():
+        image, labels = views.make(name)
+        assert np.array_equal(image, labels)
+        own, other = (1, 2) if case == "a" else (2, 1)
+        of_other = np.argwhere(labels[0] == other)
+        assert set(np.unique(labels)) <= {own, other}
+        assert bool(len(of_other)) == (views.other_case(name) is not None)
+        if len(of_other):
+            first, last = of_other.min(0), of_other.max(0)
+            assert np.prod(last - first + 1) == len(of_other)  # one box
+            shares.append(len(of_other) / labels.size)
+    assert 0.35 < len(shares) / len(views.names) < 0.65
+    assert min(shares) < 0.1 and max(shares) > 0.8 and 0.3 < np.mean(shares) < 0.7
+
+
+def test_a_single_case_has_no_boxes_of_others():
+    views = two_cases(1.0, cases=["a"])
+    assert all(views.other_case(name) is None and (views.make(name)[1] == 1).all() for name in views.names)
+
+
+def test_boxes_are_described():
+    """What a view shows is part of what it was made of; without boxes, descriptions are those of before."""
+    mixed, plain = two_cases(1.0), two_cases(0.0)
+    for name, (case, _) in mixed.names.items():
+        assert mixed.describe(name) == {"box_of": "b" if case == "a" else "a", **plain.describe(name)}
+    assert two_cases(1.0).make("a__view3")[0].tolist() == mixed.make("a__view3")[0].tolist()

@@ -151,18 +151,23 @@ class BankTrainer(AdaptedTrainer):
         return Request(name or case, image_files, content, image, layout, statistics=statistics)
 
     def request_of_view(self, view: str) -> Request:
-        case, made = self.views.names[view][0], {}
+        made: dict[str, np.ndarray] = {}
+        cases = list(filter(None, (self.views.names[view][0], self.views.other_case(view))))
 
         def image() -> np.ndarray:
             made["image"], made["labels"] = self.made_views.take(view)
             return made["image"]
 
+        def content() -> str:
+            return " ".join(self.content_of(case, with_labels=True) for case in cases)
+
+        folder = self.preprocessed_dataset_folder
         return Request(
             view,
-            [file for files in files_of(self.preprocessed_dataset_folder, case) for file in files],
-            partial(self.content_of, case, with_labels=True),
+            [file for case in cases for files in files_of(folder, case) for file in files],
+            content,
             image,
-            whole_layout(self.views.window_in(self.segmentations[case].shape[1:])),
+            whole_layout(self.views.window_in(self.segmentations[cases[0]].shape[1:])),
             self.views.describe(view),
             lambda: made["labels"],
         )
@@ -207,6 +212,7 @@ class BankTrainer(AdaptedTrainer):
             window=window,
             initial_patch=initial_patch,
             seed=self.settings.seed,
+            cutmix=self.settings.cutmix,
         )
 
     def start_network(self) -> None:

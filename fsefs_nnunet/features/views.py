@@ -26,8 +26,8 @@ ANYWHERE = 0.25  # share of the views that lie anywhere, so that crops show the 
 class SupportViews:
     """Augmented views of support cases.
 
-    names: of all views, with their case and number; a view is the same whatever other cases are there, and whatever
-    process makes it.
+    names: of all views, with their case and number; a view is the same whatever process makes it and, unless it shows a
+    box of another case (CutMix, Yun et al., ICCV 2019), whatever other cases are there.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class SupportViews:
         window: Sequence[int],
         initial_patch: Sequence[int],
         seed: int,
+        cutmix: float = 0.0,
     ):
         """
         Args:
@@ -51,12 +52,14 @@ class SupportViews:
             labels: foreground labels of the dataset.
             window: the backbone's.
             initial_patch: nnU-Net's size of a patch before its spatial transform.
+            cutmix: probability that a view shows a box of another case's view, where there are two cases or more.
         """
         of_each = max(views // len(cases), min(views, 1))
         self.names = {view_name(case, view): (case, view) for case in cases for view in range(of_each)}
         self.load_case, self.transforms_of = load_case, transforms_of
         self.labels, self.ignore_label = labels, ignore_label
-        self.window, self.initial_patch, self.seed = window, initial_patch, seed
+        self.window, self.initial_patch, self.seed, self.cutmix = window, initial_patch, seed, cutmix
+        self.cases = list(cases)
         self._voxels: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
 
     def window_in(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -65,7 +68,9 @@ class SupportViews:
 
     def describe(self, name: str) -> dict:
         """What a view depends on besides the image and the label map of its case."""
+        other = self.other_case(name)
         return {
+            **({"box_of": other} if other else {}),
             "view": self.names[name][1],
             "seed": self.seed,
             "window": [int(n) for n in self.window],
@@ -78,13 +83,31 @@ class SupportViews:
     def make(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Image (channels, X, Y, Z) and label map (1, X, Y, Z) of a view, a function of the seed."""
         case, view = self.names[name]
+        image, labels = self._augmented(case, view)
+        if other := self.other_case(name):
+            rng = np.random.default_rng([*self._seed(case, view), 2])
+            other_image, other_labels = self._augmented(other, view)
+            box = random_box(np.minimum(labels.shape[1:], other_labels.shape[1:]), rng)
+            image[box], labels[box] = other_image[box], other_labels[box]
+        return image, labels
+
+    def other_case(self, name: str) -> str | None:
+        """The case of which a view shows a box, if it does."""
+        case, view = self.names[name]
+        rng, others = np.random.default_rng([*self._seed(case, view), 1]), [c for c in self.cases if c != case]
+        return others[rng.integers(len(others))] if others and rng.random() < self.cutmix else None
+
+    def _seed(self, case: str, view: int) -> tuple[int, ...]:
+        return (self.seed, view, *case.encode())
+
+    def _augmented(self, case: str, view: int) -> tuple[np.ndarray, np.ndarray]:
         image, segmentation = self.load_case(case)[:2]
         shape = segmentation.shape[1:]
         window = np.array(self.window_in(shape))
         if case not in self._voxels:
             self._voxels[case] = self._voxels_of(segmentation[:])
         around_labels, anywhere = self._voxels[case]
-        seed = (self.seed, view, *case.encode())
+        seed = self._seed(case, view)
         lies_anywhere = np.random.default_rng([*seed, 0]).random() < ANYWHERE
         patch = view_patch(anywhere if lies_anywhere else around_labels, shape, window, self.initial_patch, seed)
         image, turned = augmented_view(
@@ -103,6 +126,13 @@ class SupportViews:
             return around_labels, []
         annotated = ShownVoxels(segmentation[0], partial(annotated_in, ignore_label=self.ignore_label))
         return around_labels, [annotated.at_most(MOST_VOXELS)] if len(annotated) else []
+
+
+def random_box(shape: np.ndarray, rng: np.random.Generator) -> tuple[slice, ...]:
+    """A box of a random share of a volume (X, Y, Z), with an axis for channels in front."""
+    size = np.maximum(np.rint(shape * rng.random() ** (1 / 3)), 1).astype(int)
+    start = rng.integers(0, shape - size + 1)
+    return (slice(None), *(slice(a, a + n) for a, n in zip(start, size)))
 
 
 def view_name(case: str, view: int) -> str:

@@ -38,9 +38,9 @@ class RunFile:
     configuration: str = ""
     fold: int | str = 0
     support: list[str] = field(default_factory=list)
-    pile: list[str] = field(default_factory=list)
     queries: list[str] = field(default_factory=list)
     labelled_queries: list[str] = field(default_factory=list)
+    pile: list[str] = field(default_factory=list)
     backbone: dict = field(default_factory=dict)
     trained_parameters: int = 0
     head_rows: dict[str, str] = field(default_factory=dict)

@@ -38,6 +38,7 @@ _EPOCHS: _Rule = (lambda value: value is None or _whole(value, 1), "null or a wh
 _WEIGHT: _Rule = (lambda value: _number(value) and value >= 0, "a number from 0 on")
 _RATE: _Rule = (lambda value: _number(value) and value > 0, "a number above 0")
 _DEVIATION: _Rule = (lambda value: _number(value) and 0 <= value < 1, "a number from 0 on, below 1")
+_PROBABILITY: _Rule = (lambda value: _number(value) and 0 <= value <= 1, "a probability, from 0 to 1")
 _GIGABYTES: _Rule = (lambda value: value is None or (_number(value) and value >= 0), "null or a number from 0 on")
 _MINUTES: _Rule = (lambda value: value is None or (_number(value) and value > 0), "null or a number above 0")
 _SWITCH: _Rule = (lambda value: isinstance(value, bool), "true or false")
@@ -76,6 +77,9 @@ class Settings:
         "0: none. A window each, three of four around a labelled voxel, by nnU-Net's training transforms without "
         "mirroring",
         64,
+    )
+    cutmix: float = _key(
+        _PROBABILITY, "probability that a view shows a box of another support case's view, labels included", 0.0
     )
     steps_per_epoch: int = _key(_FROM_ONE, "steps an epoch", 8)
     epochs: int | None = _key(_EPOCHS, "epochs of a training; `null`: those of the [method](methods.md)", None)
