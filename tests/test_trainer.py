@@ -420,7 +420,7 @@ def test_a_view_with_a_box_of_a_changed_case_is_made_anew(work):
     trainer = make_trainer(work, fseft_cutmix=1.0)
     trainer.on_train_start()
     assert trainer.run.windows == 5  # every view shows a box now
-    changed = trainer.run.support[0]
+    changed = trainer.views.other_case(next(iter(trainer.views.names)))
     showing = [view for view in trainer.views.names if trainer.views.other_case(view) == changed]
     edit_images(work, changed, lambda image: image + 0.1)
     again = make_trainer(work, fseft_cutmix=1.0)
