@@ -26,7 +26,11 @@ def register(verb) -> None:
     )
     parser.add_argument("--folds", type=int, default=3, metavar="N", help="the first N of the splits; default: 3")
     parser.add_argument(
-        "--methods", nargs="+", default=[], metavar="METHOD", help=f"default: all; of {', '.join(METHODS)}"
+        "--methods",
+        nargs="+",
+        default=[],
+        metavar="METHOD",
+        help=f"of {', '.join(METHODS)}; default: {', '.join(name for name, row in METHODS.items() if row.by_default)}",
     )
     parser.add_argument("-p", default="FSEFTPlans", metavar="PLANS", help="default: FSEFTPlans")
     parser.add_argument("-i", metavar="IMAGES", help="test set, in nnU-Net's naming; default: the labelled queries")

@@ -33,6 +33,7 @@ class Method:
     warmup: share of a training over which the rate rises, for head and decoder first; 0: the published schedule.
     transductive: the trained adapter adapts to every volume before it segments it (`fseft predict`).
     shares_features: predicts from the features of whole volumes, which all such methods get from one pass.
+    by_default: whether `fseft benchmark` runs it without being asked.
     suffix: of the configurations trained from scratch, for the time that the longest of the other methods took.
     plans: name of the plans with its configurations; "": those for the backbone.
     """
@@ -56,6 +57,7 @@ class Method:
     warmup: float = 0.0
     transductive: bool = False
     shares_features: bool = False
+    by_default: bool = True
     suffix: str = ""
     plans: str = ""
 
@@ -89,7 +91,7 @@ _FSEFT = Method(
 )
 
 # of trainings for which published few-shot recipes are too short
-_LONG = {"rate": 1e-3, "weight_decay": 1e-5, "epochs": 400, "warmup": 0.1}
+_LONG = {"rate": 1e-3, "weight_decay": 1e-5, "epochs": 400, "warmup": 0.1, "by_default": False}
 
 _FINE_TUNING = [
     Method(
@@ -206,6 +208,7 @@ _ROWS = [
         inside=f"{_INSIDE}.lora.LoRA",
         rate=1e-3,
         epochs=200,
+        by_default=False,
     ),
     Method(
         "norms",
@@ -219,6 +222,7 @@ _ROWS = [
         inside=f"{_INSIDE}.few_parameters.Norms",
         rate=1e-2,
         epochs=200,
+        by_default=False,
     ),
     Method(
         "biases",
@@ -232,6 +236,7 @@ _ROWS = [
         inside=f"{_INSIDE}.few_parameters.Biases",
         rate=1e-2,
         epochs=200,
+        by_default=False,
     ),
     *(
         replace(
@@ -301,14 +306,14 @@ def require_trainer(name: str) -> None:
 
 
 def choose(names: list[str]) -> list[str]:
-    """The `names` of METHODS, each once and in its order; all of them if none is given.
+    """The `names` of METHODS, each once and in its order; those that run by default if none is given.
 
     Raises:
         InputError: for a name that is none, with the nearest that is one.
     """
     for name in names:
         _require("method", name, [*METHODS])
-    return [name for name in METHODS if name in names or not names]
+    return [name for name, row in METHODS.items() if name in names or (not names and row.by_default)]
 
 
 def _require(kind: str, name: str, known: list[str]) -> None:
