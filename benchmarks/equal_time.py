@@ -17,6 +17,7 @@ import resource
 import shutil
 import sys
 from pathlib import Path
+from statistics import mean
 
 from fsefs_nnunet.evaluation.tables import markdown_table
 from fsefs_nnunet.files import read_json, write_atomically
@@ -77,6 +78,27 @@ def run_cell(experiment: Experiment, name: str, shots: int, minutes: float, fold
     return {"mean": summary["foreground_mean"]["Dice"], **dice, "cpu_seconds": seconds}
 
 
+def draw(results: dict[str, dict[str, float]], file: Path) -> None:
+    """Dice against CPU minutes, a panel for each dataset and number of shots, a line for each method over its draws."""
+    from matplotlib.figure import Figure
+
+    panels: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = {}
+    for key, of in results.items():
+        data, shots, minutes, _, method = key.split(", ")
+        lines = panels.setdefault(f"{data}, {shots}", {}).setdefault(method, {})
+        lines.setdefault(minutes, []).append((of["cpu_seconds"] / 60, of["mean"]))
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    methods = list(dict.fromkeys(method for lines in panels.values() for method in lines))
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for method, of_minutes in lines.items():
+            points = sorted(tuple(map(mean, zip(*found))) for found in of_minutes.values())
+            axes.plot(*zip(*points), "o-", color=f"C{methods.index(method)}", label=method)
+        axes.set(title=title, xlabel="CPU minutes", ylabel="mean Dice of the queries", xscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(file, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
@@ -85,12 +107,16 @@ def main() -> None:
     parser.add_argument("--folds", type=int, nargs="+", default=[0], help="draws of the support")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["scratch", "nnunet"])
     parser.add_argument("--spacing", type=float, nargs=3, default=[], metavar="MM", help="-overwrite_target_spacing")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the results, run nothing")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
     args = parser.parse_args()
     if "FSEFT_SHARED" not in os.environ:
         sys.exit("Set FSEFT_SHARED to the folder that holds data/Task04_Hippocampus.")
-    os.sched_setaffinity(0, {args.core})
     work = args.work.resolve()
+    if args.figure:
+        draw(read_json(work / "results.json"), args.figure)
+        return
+    os.sched_setaffinity(0, {args.core})
     experiment = prepare(work, args.data, args.spacing)
     file = work / "results.json"
     for cell in args.cells:
