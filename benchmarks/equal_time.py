@@ -110,12 +110,12 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the results, run nothing")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
     args = parser.parse_args()
-    if "FSEFT_SHARED" not in os.environ:
-        sys.exit("Set FSEFT_SHARED to the folder that holds data/Task04_Hippocampus.")
     work = args.work.resolve()
     if args.figure:
         draw(read_json(work / "results.json"), args.figure)
         return
+    if "FSEFT_SHARED" not in os.environ:
+        sys.exit("Set FSEFT_SHARED to the folder that holds data/Task04_Hippocampus.")
     os.sched_setaffinity(0, {args.core})
     experiment = prepare(work, args.data, args.spacing)
     file = work / "results.json"
