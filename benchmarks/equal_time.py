@@ -16,11 +16,19 @@ import os
 import resource
 import shutil
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder_simple
+
+from fsefs_nnunet.adaptation.choice import STUDENT
+from fsefs_nnunet.cases.folders import training_files
+from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits
 from fsefs_nnunet.evaluation.tables import markdown_table
 from fsefs_nnunet.files import read_json, write_atomically
+from fsefs_nnunet.labels import foreground
 from fsefs_nnunet.methods.registry import METHODS, configuration_of
 from fsefs_nnunet.nnunet.experiment import Experiment
 
@@ -78,6 +86,51 @@ def run_cell(experiment: Experiment, name: str, shots: int, minutes: float, fold
     return {"mean": summary["foreground_mean"]["Dice"], **dice, "cpu_seconds": seconds}
 
 
+def query_images(experiment: Experiment) -> Path:
+    """A folder with the images of the labelled queries."""
+    folder, dataset_json = experiment.work / "query_images", read_json(experiment.raw / "dataset.json")
+    files = training_files(experiment.raw, dataset_json)
+    for case in load_splits(experiment.preprocessed / SPLITS_FILE)["queries"]:
+        for channel, file in enumerate(files[case]["images"]):
+            copy = folder / f"{case}_{channel:04d}{dataset_json['file_ending']}"
+            if not copy.exists():
+                folder.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
+    return folder
+
+
+def dice_of(predictions: Path, experiment: Experiment) -> dict[str, float]:
+    """Of segmentations of the queries: the mean, and by class."""
+    classes = foreground(read_json(experiment.raw / "dataset.json")["labels"])
+    labels = experiment.preprocessed / "gt_segmentations"
+    found = compute_metrics_on_folder_simple(
+        str(labels), str(predictions), [*classes.values()], num_processes=2, chill=True
+    )
+    dice = {name: found["mean"][value]["Dice"] for name, value in classes.items()}
+    return {"mean": found["foreground_mean"]["Dice"], **dice}
+
+
+def run_student(experiment: Experiment, shots: int, minutes: float, fold: int) -> dict[str, float]:
+    """A student of the context adapter: teacher, pile and student in the same CPU time."""
+    own = replace(experiment, results=f"nnUNet_results_{minutes:g}min")
+    teacher, configuration, number = METHODS["context"].trainer, configuration_of(shots), 200 + 10 * shots + fold
+    images = query_images(own)
+    experiment.run("fseft", "bank", "-d", own.dataset, "--clear")
+    before = cpu_of_children()
+    own.train(teacher, configuration, fold, fseft_final_validation="0")
+    taught = ("-d", own.dataset, "-c", configuration, "-tr", teacher, "-p", own.plans, "-f", str(fold))
+    own.run("fseft", "student", *taught, "-o", str(number), "--student", "none", "-np", "2", "-device", own.device)
+    used = (cpu_of_children() - before + START_SECONDS) / 60
+    student = replace(own, dataset=f"Dataset{number}_{own.dataset.split('_')[1]}Student")
+    trainer, configuration = METHODS["ft_long"].trainer, configuration_of("all")
+    budget = {"fseft_train_minutes": str(minutes - used), "fseft_train_clock": "cpu"}
+    student.train(trainer, configuration, 0, fseft_final_validation="0", **budget)
+    seconds = cpu_of_children() - before
+    output = student.model(trainer, configuration) / "fold_0" / "queries"
+    student.predict(trainer, configuration, images, output)
+    return {**dice_of(output, own), "cpu_seconds": seconds}
+
+
 def draw(results: dict[str, dict[str, float]], file: Path) -> None:
     """Dice against CPU minutes, a panel for each dataset and number of shots, a line for each method over its draws."""
     from matplotlib.figure import Figure
@@ -105,7 +158,7 @@ def main() -> None:
     parser.add_argument("--data", choices=DATA, required=True)
     parser.add_argument("--cells", nargs="+", default=["1:10", "5:30"], metavar="K:MINUTES")
     parser.add_argument("--folds", type=int, nargs="+", default=[0], help="draws of the support")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["scratch", "nnunet"])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, STUDENT], default=["scratch", "nnunet"])
     parser.add_argument("--spacing", type=float, nargs=3, default=[], metavar="MM", help="-overwrite_target_spacing")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the results, run nothing")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
@@ -126,7 +179,8 @@ def main() -> None:
                 key = f"{args.data}, K = {shots}, {minutes:g} minutes, draw {fold}, {name}"
                 results = read_json(file) if file.exists() else {}
                 if key not in results:
-                    results[key] = run_cell(experiment, name, shots, minutes, fold)
+                    run = run_student if name == STUDENT else partial(run_cell, name=name)
+                    results[key] = run(experiment, shots=shots, minutes=minutes, fold=fold)
                     write_atomically(file, json.dumps(results, indent=1))
                 print(key, {k: round(v, 3) for k, v in results[key].items()}, flush=True)
     print(markdown_table([{"cell": key, **of} for key, of in read_json(file).items()]))

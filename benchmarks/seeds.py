@@ -11,18 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from statistics import mean
 
-from equal_time import DATA, prepare
-from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder_simple
+from equal_time import DATA, dice_of, prepare, query_images
 
-from fsefs_nnunet.cases.folders import training_files
-from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits
 from fsefs_nnunet.files import read_json, write_atomically
-from fsefs_nnunet.labels import foreground
 from fsefs_nnunet.methods.registry import METHODS, configuration_of
 from fsefs_nnunet.nnunet.experiment import Experiment
 
@@ -40,12 +35,6 @@ def add_seeds(experiment: Experiment, shots: int, seeds: int) -> list[str]:
     return names
 
 
-def dice_of(predictions: Path, labels: Path, values: list) -> float:
-    return compute_metrics_on_folder_simple(str(labels), str(predictions), values, num_processes=2, chill=True)[
-        "foreground_mean"
-    ]["Dice"]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
@@ -60,15 +49,7 @@ def main() -> None:
         sys.exit("Set FSEFT_SHARED to the folder that holds data/Task04_Hippocampus.")
     os.sched_setaffinity(0, {args.core})
     experiment, trainer = prepare(args.work.resolve(), args.data, []), METHODS[args.method].trainer
-    dataset_json = read_json(experiment.raw / "dataset.json")
-    images, ending = experiment.work / "query_images", dataset_json["file_ending"]
-    if not images.exists():
-        images.mkdir()
-        files = training_files(experiment.raw, dataset_json)
-        for case in load_splits(experiment.preprocessed / SPLITS_FILE)["queries"]:
-            for channel, file in enumerate(files[case]["images"]):
-                shutil.copyfile(file, images / f"{case}_{channel:04d}{ending}")
-    values, labels = list(foreground(dataset_json["labels"]).values()), experiment.preprocessed / "gt_segmentations"
+    images = query_images(experiment)
     folders = []
     for name in add_seeds(experiment, args.shots, args.seeds):
         folder = experiment.train(trainer, name, args.fold, fseft_final_validation="0") / "probabilities"
@@ -78,9 +59,9 @@ def main() -> None:
         folders.append(folder)
     together = experiment.work / f"ensemble_{args.method}_{args.shots}shot_fold{args.fold}"
     experiment.run("nnUNetv2_ensemble", "-i", *folders, "-o", together, "-np", "2")
-    single = [dice_of(folder, labels, values) for folder in folders]
+    single = [dice_of(folder, experiment)["mean"] for folder in folders]
     print(f"single models {', '.join(f'{dice:.4f}' for dice in single)}, mean {mean(single):.4f}")
-    print(f"ensemble of {args.seeds} {dice_of(together, labels, values):.4f}")
+    print(f"ensemble of {args.seeds} {dice_of(together, experiment)['mean']:.4f}")
 
 
 if __name__ == "__main__":
