@@ -152,6 +152,10 @@ def draw(results: dict[str, dict[str, float]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+def found(file: Path) -> dict[str, dict[str, float]]:
+    return read_json(file) if file.exists() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
@@ -177,12 +181,12 @@ def main() -> None:
         for fold in args.folds:
             for name in args.methods:
                 key = f"{args.data}, K = {shots}, {minutes:g} minutes, draw {fold}, {name}"
-                results = read_json(file) if file.exists() else {}
-                if key not in results:
+                if key not in found(file):
                     run = run_student if name == STUDENT else partial(run_cell, name=name)
-                    results[key] = run(experiment, shots=shots, minutes=minutes, fold=fold)
-                    write_atomically(file, json.dumps(results, indent=1))
-                print(key, {k: round(v, 3) for k, v in results[key].items()}, flush=True)
+                    made = run(experiment, shots=shots, minutes=minutes, fold=fold)
+                    # other cells may have been measured meanwhile, on another core
+                    write_atomically(file, json.dumps({**found(file), key: made}, indent=1))
+                print(key, {k: round(v, 3) for k, v in found(file)[key].items()}, flush=True)
     print(markdown_table([{"cell": key, **of} for key, of in read_json(file).items()]))
 
 
