@@ -3,9 +3,9 @@
     FSEFT_SHARED=FOLDER python benchmarks/equal_time.py --work /data/equal_time --data hippocampus --cells 1:10 5:30
 
 FOLDER/data holds Task04_Hippocampus, CHAOS_T2SPIR and OpenKBP; no label of a test case is read. A cell K:MINUTES is K
-shots and the CPU time of one core from the command to the final checkpoint: start, feature bank and training. Methods
-that train on stored features end by themselves, earlier. What is done is not done again. `--figure` draws Dice against
-time from the results.
+shots and the time from the command to the final checkpoint, start, feature bank and training: CPU time of one core or,
+with `-device cuda --cells 1:1 5:5`, wall time. Methods that train on stored features end by themselves, earlier. What is
+done is not done again. `--figure` draws Dice against time from the results.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from time import monotonic
 
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder_simple
 
@@ -40,9 +41,9 @@ DATA = {  # folder, dataset, labelled queries
 }
 
 
-def prepare(work: Path, data: str, spacing: list[float]) -> Experiment:
+def prepare(work: Path, data: str, spacing: list[float], device: str = "cpu") -> Experiment:
     folder, dataset, queries = DATA[data]
-    experiment = Experiment(work / data, dataset)
+    experiment = Experiment(work / data, dataset, device=device)
     if not (experiment.raw / "dataset.json").exists():
         source = Path(os.environ["FSEFT_SHARED"]) / "data" / folder
         decathlon = folder.startswith("Task")
@@ -60,30 +61,36 @@ def prepare(work: Path, data: str, spacing: list[float]) -> Experiment:
     return experiment
 
 
-def cpu_of_children() -> float:
+def seconds_of(device: str) -> float:
+    """Wall time for a GPU; for a CPU, CPU time of the commands so far."""
+    if device != "cpu":
+        return monotonic()
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def run_cell(experiment: Experiment, name: str, shots: int, minutes: float, fold: int) -> dict[str, float]:
-    """Train and validate; CPU seconds of the training's command and Dice of the queries."""
+    """Train and validate; seconds of the training's command and Dice of the queries."""
     method = METHODS[name]
     plans = method.plans or experiment.plans
     own = Experiment(experiment.work, experiment.dataset, plans, experiment.device, f"nnUNet_results_{minutes:g}min")
     if method.plans:
         own.preprocess_missing("3d_fullres")
     configuration = configuration_of(shots, method.suffix)
-    budget = {"fseft_train_minutes": str(minutes - START_SECONDS / 60), "fseft_train_clock": "cpu"}
+    budget = {
+        "fseft_train_minutes": str(minutes - START_SECONDS / 60),
+        "fseft_train_clock": "cpu" if experiment.device == "cpu" else "wall",
+    }
     experiment.run("fseft", "bank", "-d", own.dataset, "--clear")
-    before = cpu_of_children()
+    before = seconds_of(experiment.device)
     folder = own.train(method.trainer, configuration, fold, fseft_final_validation="0", **budget)
-    seconds = cpu_of_children() - before
+    seconds = seconds_of(experiment.device) - before
     training = (own.dataset, configuration, str(fold), "-tr", method.trainer, "-p", plans, "-device", own.device)
     own.run("nnUNetv2_train", *training, "--val")
     summary = read_json(folder / "validation" / "summary.json")
     labels = read_json(own.raw / "dataset.json")["labels"]
     dice = {name: summary["mean"][str(value)]["Dice"] for name, value in labels.items() if name != "background"}
-    return {"mean": summary["foreground_mean"]["Dice"], **dice, "cpu_seconds": seconds}
+    return {"mean": summary["foreground_mean"]["Dice"], **dice, "seconds": seconds}
 
 
 def query_images(experiment: Experiment) -> Path:
@@ -116,37 +123,40 @@ def run_student(experiment: Experiment, shots: int, minutes: float, fold: int) -
     teacher, configuration, number = METHODS["context"].trainer, configuration_of(shots), 200 + 10 * shots + fold
     images = query_images(own)
     experiment.run("fseft", "bank", "-d", own.dataset, "--clear")
-    before = cpu_of_children()
+    before = seconds_of(experiment.device)
     own.train(teacher, configuration, fold, fseft_final_validation="0")
     taught = ("-d", own.dataset, "-c", configuration, "-tr", teacher, "-p", own.plans, "-f", str(fold))
     own.run("fseft", "student", *taught, "-o", str(number), "--student", "none", "-np", "2", "-device", own.device)
-    used = (cpu_of_children() - before + START_SECONDS) / 60
+    used = (seconds_of(experiment.device) - before + START_SECONDS) / 60
     student = replace(own, dataset=f"Dataset{number}_{own.dataset.split('_')[1]}Student")
     trainer, configuration = METHODS["ft_long"].trainer, configuration_of("all")
-    budget = {"fseft_train_minutes": str(minutes - used), "fseft_train_clock": "cpu"}
+    budget = {
+        "fseft_train_minutes": str(minutes - used),
+        "fseft_train_clock": "cpu" if experiment.device == "cpu" else "wall",
+    }
     student.train(trainer, configuration, 0, fseft_final_validation="0", **budget)
-    seconds = cpu_of_children() - before
+    seconds = seconds_of(experiment.device) - before
     output = student.model(trainer, configuration) / "fold_0" / "queries"
     student.predict(trainer, configuration, images, output)
-    return {**dice_of(output, own), "cpu_seconds": seconds}
+    return {**dice_of(output, own), "seconds": seconds}
 
 
 def draw(results: dict[str, dict[str, float]], file: Path) -> None:
-    """Dice against CPU minutes, a panel for each dataset and number of shots, a line for each method over its draws."""
+    """Dice against minutes, a panel for each dataset and number of shots, a line for each method over its draws."""
     from matplotlib.figure import Figure
 
     panels: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = {}
     for key, of in results.items():
         data, shots, minutes, _, method = key.split(", ")
         lines = panels.setdefault(f"{data}, {shots}", {}).setdefault(method, {})
-        lines.setdefault(minutes, []).append((of["cpu_seconds"] / 60, of["mean"]))
+        lines.setdefault(minutes, []).append((of["seconds"] / 60, of["mean"]))
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
     methods = list(dict.fromkeys(method for lines in panels.values() for method in lines))
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for method, of_minutes in lines.items():
             points = sorted(tuple(map(mean, zip(*found))) for found in of_minutes.values())
             axes.plot(*zip(*points), "o-", color=f"C{methods.index(method)}", label=method)
-        axes.set(title=title, xlabel="CPU minutes", ylabel="mean Dice of the queries", xscale="log")
+        axes.set(title=title, xlabel="minutes", ylabel="mean Dice of the queries", xscale="log")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.savefig(file, dpi=120)
@@ -164,6 +174,7 @@ def main() -> None:
     parser.add_argument("--folds", type=int, nargs="+", default=[0], help="draws of the support")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, STUDENT], default=["scratch", "nnunet"])
     parser.add_argument("--spacing", type=float, nargs=3, default=[], metavar="MM", help="-overwrite_target_spacing")
+    parser.add_argument("-device", default="cpu", help="cuda: minutes are wall time; default: cpu")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the results, run nothing")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
     args = parser.parse_args()
@@ -174,7 +185,7 @@ def main() -> None:
     if "FSEFT_SHARED" not in os.environ:
         sys.exit("Set FSEFT_SHARED to the folder that holds data/Task04_Hippocampus.")
     os.sched_setaffinity(0, {args.core})
-    experiment = prepare(work, args.data, args.spacing)
+    experiment = prepare(work, args.data, args.spacing, args.device)
     file = work / "results.json"
     for cell in args.cells:
         shots, minutes = int(cell.partition(":")[0]), float(cell.partition(":")[2])
