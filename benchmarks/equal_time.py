@@ -4,8 +4,8 @@
 
 FOLDER/data holds Task04_Hippocampus, CHAOS_T2SPIR and OpenKBP; no label of a test case is read. A cell K:MINUTES is K
 shots and the time from the command to the final checkpoint, start, feature bank and training: CPU time of one core or,
-with `-device cuda --cells 1:1 5:5`, wall time. Methods that train on stored features end by themselves, earlier. What is
-done is not done again. `--figure` draws Dice against time from the results.
+with `-device cuda --cells 1:1 5:5`, wall time. Methods that train on stored features stop by themselves, earlier. What
+is done is not done again. `--figure` draws Dice against time from the results.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def run_cell(experiment: Experiment, name: str, shots: int, minutes: float, fold
     plans = method.plans or experiment.plans
     own = Experiment(experiment.work, experiment.dataset, plans, experiment.device, f"nnUNet_results_{minutes:g}min")
     if method.plans:
-        own.preprocess_missing("3d_fullres")
+        own.preprocess_missing()
     configuration = configuration_of(shots, method.suffix)
     budget = {
         "fseft_train_minutes": str(minutes - START_SECONDS / 60),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import in_process
@@ -9,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from trainings import FIVE, TINY, splits_of
+from trainings import FIVE, TINY, edit, edit_labels, splits_of
 
 from fsefs_nnunet.adaptation import adapting, leave_one_out
 from fsefs_nnunet.adaptation.choice import STUDENT, Measured, Situation, measured, nearest, ranking
@@ -17,6 +18,7 @@ from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.methods.registry import METHODS
 from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.nnunet import experiment
+from fsefs_nnunet.trainers.bank_trainer import BankTrainer
 
 MINUTES_LEFT = adapting.minutes_left
 HERE = Situation(shots=5, minutes=30, device="cpu", voxels=64_000, pile=65)
@@ -33,7 +35,7 @@ def short(monkeypatch):
 
 def choose(monkeypatch, **dice: float) -> None:
     """Let the table say that these methods reach this Dice."""
-    monkeypatch.setattr(adapting, "nearest", lambda situation: Measured("somewhere", HERE, dice))
+    monkeypatch.setattr(adapting, "measured", lambda: (Measured("somewhere", HERE, dice),))
 
 
 # ---- the table ----
@@ -55,10 +57,32 @@ def test_the_nearest_cell_counts():
     assert found == ["1", "1", "5", "5", "10"]
 
 
-def test_a_student_needs_a_pile():
-    assert [name for name, _ in ranking(HERE, CELL)] == [STUDENT, "ft_long", "context"]
-    alone = Situation(**{**vars(HERE), "pile": 0})
-    assert [name for name, _ in ranking(alone, CELL)] == ["ft_long", "context"]
+def test_what_is_not_possible_is_left_out():
+    assert [name for name, _ in ranking(CELL, {STUDENT, "ft_long", "context"})] == [STUDENT, "ft_long", "context"]
+    assert ranking(CELL, {"context", "unet"}) == [("context", 0.7)]
+
+
+def task(**changes) -> adapting.Task:
+    given = dict(dataset=77, shots=1, fold=0, minutes=9, backbone="phantom", device="cpu", num_processes=1)
+    return adapting.Task(**{**given, **changes})
+
+
+def test_possible_methods(contract):
+    planned = dict.fromkeys(["3d_fullres_1shot", "3d_fullres_1shot_scratch"], {})
+    stock = {"3d_fullres_1shot_nnunet": {}}
+    possible = adapting.possible_methods(task(), contract, planned, stock, pile=4)
+    assert {STUDENT, "context", "ft_long", "unet", "scratch", "nnunet"} <= possible and "zero_shot" not in possible
+    without = adapting.possible_methods(task(), contract, planned, {}, pile=0)
+    assert possible - without == {STUDENT, "nnunet"}
+    architecture = {**contract.architecture, "encoder_only": True}
+    encoder = adapting.possible_methods(task(), replace(contract, architecture=architecture), planned, stock, pile=4)
+    assert encoder == {"decoder", "ft", "decoder_long", "ft_long", "scratch", "nnunet"}
+
+
+def test_minutes_of_a_cpu_are_those_of_all_its_cores(monkeypatch):
+    monkeypatch.setattr(adapting.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    assert task(minutes=5).core_minutes == 20
+    assert task(minutes=5, device="cuda").core_minutes == 5
 
 
 def test_the_table_names_methods():
@@ -70,41 +94,63 @@ def test_the_table_names_methods():
 # ---- leaving one out ----
 
 
-def leave_out(work, case: str, **settings) -> tuple[float, float]:
-    plans = work.plans(**TINY, **settings)
-    plans["continue_training"] = False
+def support_of(work, **settings) -> leave_one_out.Support:
+    cases = splits_of(work)["folds"][0]
+    return leave_one_out.Support(
+        work.plans(**TINY, **settings), FIVE, 0, work.dataset_json(), torch.device("cpu"), cases
+    )
+
+
+def leave_out(work, case: str) -> tuple[float, float]:
     with leave_one_out.results_elsewhere():
-        return leave_one_out.left_out_dice("context", plans, FIVE, 0, work.dataset_json(), torch.device("cpu"), case)
+        return leave_one_out.left_out_dice("context", support_of(work), case)
 
 
-def test_a_case_is_segmented_by_the_others(work, monkeypatch):
-    """Neither its label map nor a query changes the training; the Dice is that of its own label map."""
+@pytest.fixture
+def trained_weights(monkeypatch) -> list[torch.Tensor]:
+    """Of each short training, the head's, at its end."""
     monkeypatch.setattr(leave_one_out, "EPOCHS", 2)
+    kept, end = [], BankTrainer.on_train_end
+
+    def keep(self):
+        kept.append(self.network.head.weight.detach().clone())
+        end(self)
+
+    monkeypatch.setattr(BankTrainer, "on_train_end", keep)
+    return kept
+
+
+def test_a_case_is_segmented_by_the_others(work, trained_weights):
+    """Neither its label map nor a query changes the training; the Dice is that of its own label map."""
     case, query = splits_of(work)["folds"][0][1], splits_of(work)["queries"][0]
-    before = {file for file in work.results.rglob("*")}
+    before = sorted(work.results.rglob("*"))
     dice, seconds = leave_out(work, case)
     assert 0 < dice < 1 and seconds > 0
-    assert {file for file in work.results.rglob("*")} == before
+    assert sorted(work.results.rglob("*")) == before
     for file in work.preprocessed.glob(f"FSEFTPlans_3d_fullres/{query}*"):
-        file.unlink()  # a query is not looked at
-    monkeypatch.setattr(leave_one_out.by_name.FSEFTTrainer_Context, "do_split", lambda self: (support(self, work), []))
+        file.unlink()
     assert leave_out(work, case)[0] == dice
+    edit_labels(work, [case], lambda labels: np.roll(labels, 9, 1))
+    assert leave_out(work, case)[0] != dice
+    first, *others = trained_weights
+    assert len(others) == 2 and all(torch.equal(first, other) for other in others)
+    rest = [other for other in splits_of(work)["folds"][0] if other != case]
+    edit_labels(work, rest, lambda labels: np.roll(labels, 9, 1))
+    leave_out(work, case)
+    assert not torch.equal(first, trained_weights[-1])
 
 
-def support(trainer, work) -> list[str]:
-    return splits_of(work)["folds"][0]
+def test_methods_are_compared_on_every_case(work, trained_weights):
+    found = leave_one_out.compare(["fseft", "context"], support_of(work), 1e6)
+    assert list(found) == ["fseft", "context"] and all(0 < dice < 1 for dice in found.values())
+    assert found["fseft"] != found["context"] and len(trained_weights) == 10
 
 
 def test_comparing_stops_where_it_would_take_too_long(work, monkeypatch, capsys):
-    monkeypatch.setattr(
-        leave_one_out, "left_out_dice", lambda method, *others: (0.5 if method == "fseft" else 0.6, 7.0)
-    )
-    cases = ["a", "b", "c", "d", "e"]
-    assert leave_one_out.compare(["fseft", "context"], cases, 70, {}, FIVE, 0, {}, None) == {
-        "fseft": 0.5,
-        "context": 0.6,
-    }
-    assert leave_one_out.compare(["fseft", "context"], cases, 69, {}, FIVE, 0, {}, None) == {}
+    dice, support = {"fseft": 0.5, "context": 0.6}, support_of(work)
+    monkeypatch.setattr(leave_one_out, "left_out_dice", lambda method, *others: (dice[method], 7.0))
+    assert leave_one_out.compare([*dice], support, 70) == dice
+    assert leave_one_out.compare([*dice], support, 69) == {}
     assert "10 short trainings of 7 s would take more than 69 s" in capsys.readouterr().out
 
 
@@ -154,8 +200,8 @@ def test_what_trains_on_stored_features_is_compared(work, monkeypatch, capsys):
     file.write_text(json.dumps(plans))
     assert adapt("--shots", 5, "--minutes", 1) == 0
     printed = capsys.readouterr().out
-    assert "Leaving one of the support out: fseft 0.660, context 0.550." in printed
-    assert "Chosen: spatial adapter + size prior, which ends by itself." in printed
+    assert "Leave-one-out Dice on the support: fseft 0.660, context 0.550." in printed
+    assert "Chosen: spatial adapter + size prior, which stops by itself." in printed
     assert (
         work.results / "FSEFTTrainer__FSEFTPlans__3d_fullres_5shot_auto1" / "fold_0" / "checkpoint_final.pth"
     ).exists()
@@ -189,11 +235,13 @@ def test_nnunet_is_a_candidate(work, monkeypatch):
 
 
 def test_a_budget_shorter_than_the_start(work, monkeypatch, capsys):
+    choose(monkeypatch, ft_long=0.8)
     monkeypatch.setattr(adapting, "minutes_left", MINUTES_LEFT)
+    monkeypatch.setattr(adapting, "monotonic", lambda: 0.0)
     assert adapt("--shots", 1, "--minutes", 0.1) == 2
     error = capsys.readouterr().err
-    assert "--minutes 0.1: the training could not begin" in error
-    assert "takes 0.3 minutes here. Give at least 1." in error
+    expected = "--minutes 0.1 leaves no time for the training: the steps before it take 0.3 minutes. Give at least 1."
+    assert expected in error
     configurations = json.loads((work.preprocessed / "FSEFTPlans.json").read_text())["configurations"]
     assert not [name for name in configurations if "auto" in name]
 
@@ -203,9 +251,32 @@ def test_images_without_an_output(work, capsys):
     assert "-i and -o belong together" in capsys.readouterr().err
 
 
-def test_more_shots_than_cases(work, capsys):
+def test_plans_without_these_shots(work, capsys):
+    """They are not planned anew, which could change what the user chose."""
+    assert adapt("--shots", 3, "--minutes", 1) == 2
+    assert "FSEFTPlans.json has no 3d_fullres_3shot: run `fseft plan_and_preprocess" in capsys.readouterr().err
+
+
+def test_more_shots_than_cases(workspace, capsys):
+    shutil.rmtree(workspace.preprocessed)
     assert adapt("--shots", 9, "--minutes", 1) == 2
     assert "9 shots need as many labelled cases, the dataset has 8" in capsys.readouterr().err
+
+
+def test_images_are_looked_at_first(work, capsys, tmp_path):
+    assert adapt("--shots", 1, "--minutes", 1, "-i", tmp_path / "none", "-o", tmp_path / "out") == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_splits_that_were_drawn_anew(work, monkeypatch, capsys):
+    choose(monkeypatch, ft_long=0.8)
+    assert adapt("--shots", 1, "--minutes", 10) == 0
+    edit(work.preprocessed / "splits_fseft.json", lambda splits: splits["folds"][0].reverse())
+    assert adapt("--shots", 1, "--minutes", 10) == 2
+    assert (
+        "was trained on other support cases than those of splits_fseft.json now: delete it" in capsys.readouterr().err
+    )
 
 
 def test_a_fold_that_is_not_there(work, capsys):

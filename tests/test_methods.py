@@ -391,7 +391,14 @@ def test_recipes(method, work):
     encoder = {id(p) for p in last["params"]} if groups else set()
     named = {name: id(p) for name, p in trainer.network.named_parameters()}
     assert encoder == {i for name, i in named.items() if ".encoder." in name}
-    for epoch, first, late in ((0, 0, 0), (20, 0.5, 0), (40, 1, 0), (60, None, 0.5), (80, None, 1), (400, 0, 0)):
+    for epoch, first, late in (
+        (-0.5, 0, 0),
+        (19.5, 0.5, 0),
+        (39.5, 1, 0),
+        (59.5, None, 0.5),
+        (79.5, None, 1),
+        (400, 0, 0),
+    ):
         trainer.lr_scheduler.step(epoch)
         for group in groups or [last]:
             assert first is None or group["lr"] == pytest.approx(rate * first)

@@ -49,8 +49,9 @@ def test_the_decoder_comes_first():
         scheduler.step(epoch)
         rates.append([group["lr"] for group in scheduler.optimizer.param_groups])
     first, late = zip(*rates)
-    assert first == tuple(0.01 * long_training(p, 0.1) for p in (0, 0.05, 0.1, 0.15, 0.205))
-    assert late[:3] == (0, 0, 0) and late[3] == pytest.approx(0.005) and 0.0099 < late[4] < 0.01
+    assert first == tuple(0.01 * long_training(p, 0.1) for p in (0.005, 0.055, 0.105, 0.155, 0.21))
+    assert late[:2] == (0, 0) and late[2] == pytest.approx(0.0005) and late[3] == pytest.approx(0.0055)
+    assert 0.0099 < late[4] < 0.01
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 from nnunetv2.inference.predict_from_raw_data import predict_entry_point
-from trainings import make_trainer, splits_of, text_of
+from trainings import edit, make_trainer, splits_of, text_of
 
 from fsefs_nnunet.adaptation.pseudo_labels import sure_labels
+from fsefs_nnunet.cases.pile import keep_pile, pile_cases
 from fsefs_nnunet.cli.main import main
+from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.trainers.by_name import FSEFTTrainer_FTLong
 
@@ -52,12 +54,13 @@ def test_regions_are_sure_of_what_is_there_and_of_what_is_not():
 
 @pytest.mark.slow
 def test_from_teacher_to_student(taught, capsys, tmp_path):
-    assert student("--minutes", 0.05, "--sure", 0.3) == 0
+    assert student("--minutes", 0.05, "--min_probability", 0.6) == 0
     splits, raw = splits_of(taught), taught.root / "nnUNet_raw" / "Dataset177_TinyStudent"
     true, *pile = splits["folds"][0]
     content = json.loads((raw / "dataset.json").read_text())
     assert content["labels"] == {"background": 0, "spleen": 1, "stomach": 2, "kidney_left": 3, "ignore": 4}
-    assert content["pseudo_labelled"] == sorted(pile) and not content["pseudo_labels"]["transductive"]
+    assert not content["transductive"] and not any(case in json.dumps(content) for case in pile)
+    assert json.loads((raw / "conversion.json").read_text())["pseudo_labels"]["pile"] == sorted(pile)
     assert {file.name for file in (raw / "labelsTr").iterdir()} == {f"{case}.nii.gz" for case in [true, *pile]}
 
     def label(folder: Path, case: str) -> np.ndarray:
@@ -73,6 +76,7 @@ def test_from_teacher_to_student(taught, capsys, tmp_path):
     for case in pile:
         predicted, kept = np.asarray(nib.load(tmp_path / "predicted" / f"{case}.nii.gz").dataobj), label(raw, case)
         assert np.array_equal(kept[kept != 4], predicted[kept != 4])
+        assert (kept == 4).any() and (kept != 4).any()
     model = taught.root / "nnUNet_results" / raw.name / "FSEFTTrainer_FTLong__FSEFTPlans__3d_fullres_allshot"
     run = RunFile.load(model / "fold_0")
     assert run.support == [true] and sorted(run.pile) == sorted(pile) and run.budget_seconds == 3
@@ -83,12 +87,12 @@ def test_from_teacher_to_student(taught, capsys, tmp_path):
     # nothing is done twice
     before = {file: file.stat().st_mtime_ns for file in taught.root.rglob("*") if file.is_file()}
     capsys.readouterr()
-    assert student("--minutes", 0.05, "--sure", 0.3) == 0
-    assert "is there, made of the same" in capsys.readouterr().out
+    assert student("--minutes", 0.05, "--min_probability", 0.6) == 0
+    assert "is complete and unchanged" in capsys.readouterr().out
     changed = [f.name for f in taught.root.rglob("*") if f.is_file() and before.get(f) != f.stat().st_mtime_ns]
     assert changed == []
-    assert student("--sure", 0.9) == 2
-    assert "Dataset id 177 is taken by Dataset177_TinyStudent" in capsys.readouterr().err
+    assert student("--min_probability", 0.7) == 2
+    assert "Dataset177_TinyStudent was made of another teacher, pile or probability" in capsys.readouterr().err
 
 
 def predict(images: Path, output: Path) -> None:
@@ -125,17 +129,28 @@ def test_true_cases_are_repeated_and_alone_in_the_end(work, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setenv("fseft_final_validation", "0")
     pool = splits_of(work)["folds"][0]
-    content = {**work.dataset_json(), "pseudo_labelled": pool[1:]}
-    trainer = make_trainer(work, FSEFTTrainer_FTLong, epochs=10, dataset_json=content)
+    keep_pile(work.preprocessed, pool[1:])
+    drawn = []
+
+    class Recorded(FSEFTTrainer_FTLong):
+        def get_tr_and_val_datasets(self):
+            datasets = super().get_tr_and_val_datasets()
+            drawn.append((self.current_epoch, list(datasets[0].identifiers)))
+            return datasets
+
+    trainer = make_trainer(work, Recorded, epochs=10)
     trainer.num_iterations_per_epoch = 1
     assert trainer.true_and_pile() == ([pool[0]], pool[1:])
     assert trainer.drawn_cases() == [pool[0]] * 2 + pool[1:]  # 2 of 6 are nearest to 0.3
     trainer.run_training()
-    assert trainer.drawn_cases() == [pool[0]]
-    lines = text_of(trainer).splitlines()
-    (switch,) = [i for i, line in enumerate(lines) if "drawn from the true cases alone" in line]
-    epochs = [line.split()[-1] for line in lines[:switch] if " Epoch " in line]
-    assert epochs[-1] == "8"  # of 10: the last fifth
+    assert drawn == [(0, sorted([pool[0], *pool])), (8, [pool[0]])]  # nnU-Net sorts them; the last fifth
+    assert "drawn from the true cases alone" in text_of(trainer)
+
+
+@pytest.mark.slow
+def test_nnunet_from_scratch_can_be_a_student(taught, capsys):
+    assert student("--student", "FSEFTTrainer_Scratch", "--minutes", 0.02) == 0
+    assert "-c 3d_fullres_allshot_scratch -f 0 -tr FSEFTTrainer_Scratch" in capsys.readouterr().out
 
 
 # ---- bad input ----
@@ -171,8 +186,8 @@ def test_queries_in_the_pile_are_asked_for(taught, capsys, tmp_path):
     assert f"is the query or test case {query}" in capsys.readouterr().err
     assert student("--pile", tmp_path / "pile", "--student", "none", "--transductive") == 0
     raw = taught.root / "nnUNet_raw" / "Dataset177_TinyStudent"
-    content = json.loads((raw / "dataset.json").read_text())
-    assert content["pseudo_labels"]["transductive"] and content["pseudo_labelled"] == ["pile_patient"]
+    assert json.loads((raw / "dataset.json").read_text())["transductive"]
+    assert pile_cases(taught.root / "nnUNet_preprocessed" / raw.name) == {"pile_patient"}
     assert "Transductive: the pile shows queries or test cases." in capsys.readouterr().out
 
 
@@ -182,5 +197,43 @@ def test_no_teacher(work, capsys):
 
 
 def test_no_probability(taught, capsys):
-    assert student("--sure", 80) == 2
-    assert "--sure 80: give a probability, at most 1." in capsys.readouterr().err
+    assert student("--min_probability", 80) == 2
+    assert "--min_probability 80: give a probability, at most 1." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trainer", ["FSEFTTrainer", "FSEFTTrainer_Context"])
+def test_stored_features_take_no_pseudo_labels(taught, capsys, trainer):
+    assert student("--student", trainer) == 2
+    assert f"--student {trainer} trains on stored features" in capsys.readouterr().err
+    keep_pile(taught.preprocessed, splits_of(taught)["folds"][0][:1])
+    with pytest.raises(InputError, match="would take what a model has labelled for true"):
+        make_trainer(taught, epochs=1, configuration=ONE).run_training()
+
+
+def test_a_student_does_not_teach(taught, capsys):
+    keep_pile(taught.preprocessed, ["case_0"])
+    assert student() == 2
+    assert "is a student's dataset: choose a teacher that was trained on true labels alone" in capsys.readouterr().err
+
+
+def test_a_teacher_of_other_splits(taught, capsys):
+    def swap(splits: dict) -> None:
+        splits["folds"][0] = splits["folds"][0][::-1]
+
+    edit(taught.preprocessed / "splits_fseft.json", swap)
+    assert student() == 2
+    assert "was trained on other support cases than those of splits_fseft.json now" in capsys.readouterr().err
+
+
+def test_test_cases_are_compared_whatever_their_names(taught, capsys, tmp_path):
+    """A case of imagesTs that has the name of a support case; an empty imagesTs is none."""
+    true, query = splits_of(taught)["folds"][0][0], splits_of(taught)["queries"][0]
+    (taught.raw / "imagesTs").mkdir()
+    write_copy(taught.raw / "imagesTr" / f"{query}_0000.nii.gz", tmp_path / "pile" / "patient_0000.nii.gz")
+    image = nib.load(tmp_path / "pile" / "patient_0000.nii.gz")
+    other = nib.Nifti1Image(np.asarray(image.dataobj) + 1, image.affine)
+    nib.save(other, tmp_path / "pile" / "patient_0000.nii.gz")
+    assert student("--pile", tmp_path / "pile", "--student", "none") == 0
+    write_copy(tmp_path / "pile" / "patient_0000.nii.gz", taught.raw / "imagesTs" / f"{true}_0000.nii.gz")
+    assert student("--pile", tmp_path / "pile", "--student", "none") == 2
+    assert f"is the query or test case {true}" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
+from fsefs_nnunet.cases.pile import pile_cases
 from fsefs_nnunet.cases.preprocessed import files_of, hash_of, load_case, require_labels
 from fsefs_nnunet.cases.splits import fold_seed
 from fsefs_nnunet.errors import InputError
@@ -104,6 +105,11 @@ class BankTrainer(AdaptedTrainer):
         if self.method.channel_dropout:
             self.print_to_log_file(
                 f"Each channel of a crop is left out with a probability of {self.method.channel_dropout}."
+            )
+        if pile_cases(self.preprocessed_dataset_folder_base) & set(self.run.support):
+            raise InputError(
+                f"{type(self).__name__} would take what a model has labelled for true: train a student's dataset on "
+                "patches, with FSEFTTrainer_FTLong for example, or its true cases alone."
             )
         self.segmentations = {case: self.load_case(case)[1][:] for case in self.run.support}
         require_labels(self.segmentations.items(), self.label_manager.ignore_label)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fsefs_nnunet.features.packing import mean_and_deviation
 from fsefs_nnunet.methods.registry import METHODS
 from fsefs_nnunet.trainers.fine_tuning import FineTuningTrainer
 from fsefs_nnunet.trainers.kshot_trainer import KShotTrainer
@@ -24,13 +25,13 @@ class FSEFTTrainer_UNet(FineTuningTrainer):
     def feature_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation (C,) of the features of a few patches of the support."""
         sums = torch.zeros(3, self.network.backbone.out_channels, dtype=torch.float64)
-        loader, _ = self.get_dataloaders()
+        self.seed_draws(0)
+        loaders = self.get_dataloaders()
         for _ in range(STATISTICS_BATCHES):
-            maps = self.network.backbone(next(loader)["data"].to(self.device))
+            maps = self.network.backbone(next(loaders[0])["data"].to(self.device))
             sums += torch.cat([_moments(m) for m in maps], 1).cpu()
-        number, total, squares = sums
-        mean = total / number
-        return mean.float(), (squares / number - mean**2).clamp_min(1e-10).sqrt().float()
+        self.close_loaders(*loaders)
+        return mean_and_deviation(*sums.numpy())
 
     def validate_queries(self, save_probabilities: bool) -> None:
         # windows of logits, as nnUNetv2_predict blends them: the network sees whole windows

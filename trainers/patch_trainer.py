@@ -12,6 +12,7 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from torch import nn
 
+from fsefs_nnunet.cases.pile import pile_cases
 from fsefs_nnunet.cases.preprocessed import require_finite, require_labels
 from fsefs_nnunet.cases.splits import fold_seed
 from fsefs_nnunet.device import reduced_precision
@@ -19,7 +20,6 @@ from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.trainers.kshot_trainer import KShotTrainer
 from fsefs_nnunet.trainers.time_budget import TimeBudgetTrainer
 
-PSEUDO_LABELLED = "pseudo_labelled"  # key of a student's dataset.json: the cases that a model has labelled
 TRUE_SHARE, TRUE_CASES_ALONE = 0.3, 0.8  # see PatchTrainer.drawn_cases
 
 
@@ -36,7 +36,7 @@ class Float32Loss(nn.Module):
 
 
 class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
-    """Trains for the method's epochs, or for `fseft_train_minutes` of `fseft_train_clock` (environment variables).
+    """Trains for the method's epochs or for a time, see TimeBudgetTrainer.
 
     The online validation, and with it checkpoint_best, looks at the support alone. Without worker processes
     (`nnUNet_n_proc_DA=0`) patches are a function of fold and epoch, so that `--c` continues as if nothing had happened;
@@ -49,7 +49,7 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
 
     def true_and_pile(self) -> tuple[list[str], list[str]]:
         """Support cases with true labels, and those of a student's pile, which a model has labelled."""
-        support, labelled_by_model = self.do_split()[0], set(self.dataset_json.get(PSEUDO_LABELLED, ()))
+        support, labelled_by_model = self.do_split()[0], pile_cases(self.preprocessed_dataset_folder_base)
         true = [case for case in support if case not in labelled_by_model]
         return true, [case for case in support if case in labelled_by_model]
 
@@ -62,7 +62,7 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
         """Support cases that patches are drawn from, as often as they are listed.
 
         True cases are repeated until they are TRUE_SHARE of a student's cases, and the last part of its training is
-        theirs alone: a student shall not learn the teacher's mistakes.
+        theirs alone: a student must not learn the teacher's mistakes.
         """
         true, pile = self.true_and_pile()
         if not self.sees_pile or not true:
@@ -120,15 +120,23 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
-        if self.draws_from_pile != self.sees_pile:
-            self.draws_from_pile = self.sees_pile
+        if self.draws_from_pile and not self.sees_pile:
+            self.draws_from_pile = False
             self.print_to_log_file("From here on, patches are drawn from the true cases alone.")
-            for loader in (self.dataloader_train, self.dataloader_val):
-                if isinstance(loader, (MultiThreadedAugmenter, NonDetMultiThreadedAugmenter)):
-                    loader._finish()
+            self.close_loaders(self.dataloader_train, self.dataloader_val)
             self.dataloader_train, self.dataloader_val = self.get_dataloaders()
-        # nnU-Net's loaders draw from the global generators
-        draws = np.random.default_rng((self.seed, fold_seed(self.fold), self.current_epoch))
+        self.seed_draws(self.current_epoch)
+
+    def seed_draws(self, epoch: int) -> None:
+        """nnU-Net's loaders draw from the global generators."""
+        draws = np.random.default_rng((self.seed, fold_seed(self.fold), epoch))
         np.random.seed(draws.integers(2**32))
         torch.manual_seed(draws.integers(2**32))
         random.seed(int(draws.integers(2**32)))
+
+    @staticmethod
+    def close_loaders(*loaders: object) -> None:
+        """End the workers of loaders that are not used any more, if they have any."""
+        for loader in loaders:
+            if isinstance(loader, (MultiThreadedAugmenter, NonDetMultiThreadedAugmenter)):
+                loader._finish()

@@ -62,7 +62,7 @@ class TimeBudgetTrainer(StoppableTrainer):
             return None
         try:
             seconds = 60 * float(minutes)
-        except ValueError:
+        except (TypeError, ValueError):
             seconds = 0.0
         if not 0 < seconds < math.inf:
             raise InputError(

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import asdict, dataclass
 from math import ceil, prod
 from pathlib import Path
 from time import monotonic
 
-from fsefs_nnunet.adaptation.choice import STUDENT, Situation, nearest, ranking
-from fsefs_nnunet.adaptation.leave_one_out import compare
-from fsefs_nnunet.adaptation.pseudo_labels import SURE, Teacher
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
+from fsefs_nnunet.adaptation.choice import STUDENT, Situation, measured, nearest, ranking
+from fsefs_nnunet.adaptation.leave_one_out import Support, compare
+from fsefs_nnunet.adaptation.pseudo_labels import LEAST_PROBABILITY, OPTIONS, SUMMARY, Teacher
 from fsefs_nnunet.adaptation.student import make_student
+from fsefs_nnunet.backbones.contract import BackboneContract
+from fsefs_nnunet.backbones.store import find_backbone
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
-from fsefs_nnunet.cases.folders import dataset_folders, folder_of
-from fsefs_nnunet.cases.preprocessed import require_cases
+from fsefs_nnunet.cases.folders import dataset_folders
+from fsefs_nnunet.cases.images import list_images
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, support_cases
 from fsefs_nnunet.device import device_named
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.files import read_json, write_atomically, write_json
-from fsefs_nnunet.methods.registry import BANK, METHODS, configuration_of, shots_in_words
-from fsefs_nnunet.nnunet.experiment import OwnExperiment
-from fsefs_nnunet.nnunet.planning import plan_and_preprocess
+from fsefs_nnunet.files import read_json, write_json
+from fsefs_nnunet.methods.network import trains_decoder
+from fsefs_nnunet.methods.registry import BANK, METHODS, Method, configuration_of, shots_in_words
+from fsefs_nnunet.methods.run_file import RUN_FILE, RunFile
+from fsefs_nnunet.nnunet.experiment import OwnExperiment, lacks_cases
+from fsefs_nnunet.nnunet.planning import add_configurations, plan_and_preprocess
 from fsefs_nnunet.planners.fseft_planner import default_plans_name
 
-TEACHER, PUPIL, FIRST_FREE_ID = "context", "ft_long", 999  # of students
-COMPARED = ("fseft", "context")  # what leaving one out tells apart
-SHARE = 0.2  # of the time, for that
+TEACHER, PUPIL = "context", "ft_long"  # of students
+HIGHEST_ID = 999  # of datasets
+COMPARED = ("fseft", "context")  # methods that leave-one-out compares
+SHARE = 0.2  # of the time that the comparison may take
 START_SECONDS = 20  # of a training's command before its first epoch, and of saving
 
 
@@ -41,6 +48,7 @@ class Task:
     backbone: str
     device: str
     num_processes: int
+    other_modality: bool = False
 
     @property
     def plans(self) -> str:
@@ -51,169 +59,176 @@ class Task:
         """The one that is added to the plans."""
         return configuration_of(self.shots, f"_auto{self.minutes:g}")
 
+    @property
+    def core_minutes(self) -> float:
+        """Minutes of one core, or of the GPU."""
+        if self.device != "cpu":
+            return self.minutes
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return self.minutes * (cores or 1)
+
 
 @dataclass(frozen=True)
 class Decision:
-    """What is trained and why; beside the splits, so that the same call continues.
+    """What is trained and why; beside the splits, so that the same call, and that of another fold, do the same.
 
     method: of the registry, or a student.
     why: sentences.
-    minutes: of the training, what the rest took away; None for methods that end by themselves.
-    student_id: id of the student's dataset.
+    minutes: left for the training; None for methods that stop by themselves, and for a student's teacher.
     """
 
     method: str
     why: list[str]
     minutes: float | None
-    student_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained in the end."""
+
+    experiment: OwnExperiment
+    trainer: str
+    configuration: str
+    fold: int
 
 
 def adapt(task: Task, images: Path | None = None, output: Path | None = None) -> Path:
     """Plan what is not planned, choose, train and, with `images`, predict; returns the trained fold's folder.
 
     Raises:
-        InputError: if the time does not suffice for the start, and as planning and training do.
+        InputError: if no time is left for the training, and whatever planning and training raise.
     """
     started = monotonic()
+    name, raw, preprocessed = dataset_folders(task.dataset)
+    if images is not None:
+        list_images(images, read_dataset_json(raw / "dataset.json")).require_sound()
     plan_if_needed(task)
-    name, _, preprocessed = dataset_folders(task.dataset)
-    support_cases(load_splits(preprocessed / SPLITS_FILE), task.shots, task.fold)
-    file = preprocessed / f"fseft_adapt_{task.plans}_{task.configuration}_fold{task.fold}.json"
+    support = support_cases(load_splits(preprocessed / SPLITS_FILE), task.shots, task.fold)
+    file = preprocessed / f"fseft_adapt_{task.plans}_{task.configuration}.json"
     if file.exists():
+        print(f"Chosen before; delete {file} to choose again:")
         decision = Decision(**read_json(file))
-        print(f"Chosen before ({file}):")
     else:
-        decision = decide(task, started)
-        add_configuration(task, decision)
+        decision = decide(task, support, started)
+        method = METHODS[TEACHER if decision.method == STUDENT else decision.method]
+        parent = {"inherits_from": configuration_of(task.shots, method.suffix), "fseft_minutes": decision.minutes}
+        add_configurations(preprocessed / f"{method.plans or task.plans}.json", {task.configuration: parent})
         write_json(file, asdict(decision))
     for line in decision.why:
         print(line)
-    experiment = OwnExperiment(made_work(name), name, task.plans, task.device)
     if decision.method == STUDENT:
-        experiment, trainer, configuration = prepare_student(task, decision, experiment, started)
+        training = prepare_student(task, support, started)
+        folder = train(training)
     else:
-        method = METHODS[decision.method]
-        if method.plans:
-            experiment = OwnExperiment(experiment.work, name, method.plans, task.device)
-            experiment.preprocess_missing("3d_fullres")
-        trainer, configuration = method.trainer, task.configuration
-    fold = 0 if decision.method == STUDENT else task.fold
-    folder = experiment.train(trainer, configuration, fold, fseft_final_validation="0")
-    print(f"The model: -d {experiment.dataset} -c {configuration} -f {fold} -tr {trainer} -p {experiment.plans}")
-    print(f"It lies in {folder}. nnUNetv2_train repeats the training with these flags, nnUNetv2_predict takes them.")
+        training = prepare(task, decision)
+        folder = train(training, support)
+    experiment, trainer, configuration = training.experiment, training.trainer, training.configuration
+    model = f"-d {experiment.dataset} -c {configuration} -f {training.fold} -tr {trainer} -p {experiment.plans}"
+    print(f"The model is in {folder}. nnUNetv2_predict takes it as {model}")
     if images is not None:
-        experiment.predict(trainer, configuration, images, output, fold)
+        experiment.predict(trainer, configuration, images, output, training.fold)
         print(f"Segmentations: {output}")
     return folder
 
 
-def made_work(name: str) -> Path:
-    folder = folder_of("nnUNet_results") / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def train(training: Training, support: list[str] = ()) -> Path:
+    """support: of the present splits, where there may be a model of others.
+
+    Raises:
+        InputError: for such a model.
+    """
+    experiment = training.experiment
+    folder = experiment.model(training.trainer, training.configuration) / f"fold_{training.fold}"
+    if support and (folder / RUN_FILE).exists() and sorted(RunFile.load(folder).support) != sorted(support):
+        raise InputError(
+            f"{folder} was trained on other support cases than those of {SPLITS_FILE} now: delete it, or restore the "
+            "splits with `fseft splits`."
+        )
+    return experiment.train(training.trainer, training.configuration, training.fold, fseft_final_validation="0")
 
 
 def plan_if_needed(task: Task) -> None:
-    """Draw folds, plan and preprocess by the defaults, unless the plans have the shots and all cases are there."""
+    """Draw folds, plan and preprocess by the defaults, unless there are plans.
+
+    Raises:
+        InputError: where the plans do not serve: planning anew could change what the user chose.
+    """
     _, _, preprocessed = dataset_folders(task.dataset)
-    try:
-        configurations = read_json(preprocessed / f"{task.plans}.json")["configurations"]
-        splits = load_splits(preprocessed / SPLITS_FILE)
-        data = preprocessed / configurations["3d_fullres"]["data_identifier"]
-        require_cases([*splits["folds"][0], *splits["queries"]], data)
-        if configuration_of(task.shots) in configurations:
-            return
-    except (FileNotFoundError, InputError):
-        pass
-    print("The dataset is planned and preprocessed first.")
+    file = preprocessed / f"{task.plans}.json"
     options = {
         "dataset_id": task.dataset,
         "backbone": task.backbone,
         "shots": [task.shots],
         "num_processes": task.num_processes,
+        "other_modality": task.other_modality,
     }
-    plan_and_preprocess((task.dataset, [task.shots], None), options)
+    if not file.exists():
+        print("Planning and preprocessing the dataset.")
+        plan_and_preprocess((task.dataset, [task.shots], None), options)
+        return
+    missing = configuration_of(task.shots) not in read_json(file)["configurations"]
+    if missing or lacks_cases(preprocessed, task.plans):
+        what = f"{file} has no {configuration_of(task.shots)}" if missing else f"Cases of {file} are not preprocessed"
+        raise InputError(
+            f"{what}: run `fseft plan_and_preprocess -d {task.dataset} -b {task.backbone} --shots {task.shots}`, with "
+            "the options that the plans were made with."
+        )
 
 
-def decide(task: Task, started: float) -> Decision:
+def possible_methods(task: Task, contract: BackboneContract, configurations: dict, stock: dict, pile: int) -> set[str]:
+    """Names of methods that can be trained here, and the student.
+
+    configurations, stock: of our plans and of nnU-Net's own.
+    """
+
+    def is_planned(method: Method) -> bool:
+        return configuration_of(task.shots, method.suffix) in (stock if method.plans else configurations)
+
+    def suits_backbone(method: Method) -> bool:
+        return bool(method.suffix) or not contract.encoder_only or trains_decoder(method)
+
+    names = {n for n, m in METHODS.items() if m.trainer and is_planned(m) and suits_backbone(m)}
+    return names | ({STUDENT} if pile and TEACHER in names else set())
+
+
+def decide(task: Task, support: list[str], started: float) -> Decision:
     """Choose by the table and, of what trains on stored features, by leaving one out."""
     name, raw, preprocessed = dataset_folders(task.dataset)
     plans = read_json(preprocessed / f"{task.plans}.json")
-    splits = load_splits(preprocessed / SPLITS_FILE)
-    pile = len(splits["folds"][task.fold]) - task.shots
+    stock_file = preprocessed / "nnUNetPlans.json"
+    stock = read_json(stock_file)["configurations"] if stock_file.exists() else {}
+    pile = len(load_splits(preprocessed / SPLITS_FILE)["folds"][task.fold]) - task.shots
     voxels = int(prod(plans["configurations"]["3d_fullres"]["median_image_size_in_voxels"]))
-    situation = Situation(task.shots, task.minutes, task.device, voxels, pile)
-    cell = nearest(situation)
-    ranked = ranking(situation, cell)
+    situation = Situation(task.shots, task.core_minutes, task.device, voxels, pile)
+    cell = nearest(situation, measured())
+    possible = possible_methods(task, find_backbone(task.backbone), plans["configurations"], stock, pile)
+    ranked = ranking(cell, possible)
+    if not ranked:
+        raise InputError(
+            f"None of the measured methods suits backbone {task.backbone!r}: train it with FSEFTTrainer_Decoder, or "
+            "choose another backbone with -b."
+        )
     why = [
-        f"{shots_in_words(task.shots)}, {task.minutes:g} minutes of a {task.device}, {voxels:,} voxels, {pile} cases "
-        f"without labels: nearest to what was measured on {cell.describe()}.",
+        f"{shots_in_words(task.shots)}, {situation.minutes:g} {task.device.upper()} minutes, {voxels:,} voxels, {pile} "
+        f"cases without labels. The most similar situation that was measured: {cell.describe()}.",
         f"Dice there: {', '.join(f'{method} {dice:.3f}' for method, dice in ranked)}.",
     ]
     method = ranked[0][0]
-    if method != STUDENT and METHODS[method].learns_from == BANK and task.shots > 1:
-        dataset_json = read_dataset_json(raw / "dataset.json")
-        support = support_cases(splits, task.shots, task.fold)
-        plans["continue_training"] = False
-        found = compare(
-            COMPARED,
-            support,
-            SHARE * 60 * task.minutes,
-            plans,
-            configuration_of(task.shots),
-            task.fold,
-            dataset_json,
-            device_named(task.device),
-        )
-        if found:
+    if method in COMPARED and task.shots > 1:
+        dataset_json, device = read_dataset_json(raw / "dataset.json"), device_named(task.device)
+        of_fold = Support(plans, configuration_of(task.shots), task.fold, dataset_json, device, support)
+        if found := compare(COMPARED, of_fold, SHARE * 60 * task.minutes):
             method = max(found, key=found.get)
-            why.append(f"Leaving one of the support out: {', '.join(f'{m} {d:.3f}' for m, d in found.items())}.")
-    limited = method == STUDENT or METHODS[method].learns_from != BANK
+            why.append(f"Leave-one-out Dice on the support: {', '.join(f'{m} {d:.3f}' for m, d in found.items())}.")
+    if method == STUDENT:
+        return Decision(method, [*why, "Chosen: a student of the context adapter."], None)
+    row = METHODS[method]
+    if row.learns_from == BANK:
+        return Decision(method, [*why, f"Chosen: {row.title}, which stops by itself."], None)
+    if row.plans:
+        OwnExperiment.of(name, row.plans, task.device).preprocess_missing()
     left = minutes_left(task, started)
-    title = "a student of the context adapter" if method == STUDENT else METHODS[method].title
-    limit = f", for {left:.1f} minutes" if limited else ", which ends by itself"
-    why.append(f"Chosen: {title}{limit}.")
-    is_student = method == STUDENT
-    return Decision(method, why, left if limited and not is_student else None, free_id() if is_student else None)
-
-
-def add_configuration(task: Task, decision: Decision) -> None:
-    """Add the decision's configuration to the plans; all others stay as they are."""
-    method = METHODS[TEACHER if decision.method == STUDENT else decision.method]
-    file = dataset_folders(task.dataset)[2] / f"{method.plans or task.plans}.json"
-    plans = read_json(file)
-    content = {"inherits_from": configuration_of(task.shots, method.suffix), "fseft_minutes": decision.minutes}
-    plans["configurations"] |= {task.configuration: content}
-    write_atomically(file, json.dumps(plans, indent=4))
-
-
-def free_id() -> int:
-    """The highest id that no dataset has."""
-    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
-
-    return next(number for number in range(FIRST_FREE_ID, 0, -1) if not len(find_candidate_datasets(number)))
-
-
-def prepare_student(
-    task: Task, decision: Decision, experiment: OwnExperiment, started: float
-) -> tuple[OwnExperiment, str, str]:
-    """Train the teacher and prepare the student; returns its experiment, trainer and configuration."""
-    teacher, student = METHODS[TEACHER], METHODS[PUPIL]
-    experiment.train(teacher.trainer, task.configuration, task.fold, fseft_final_validation="0")
-    taught = Teacher(task.dataset, teacher.trainer, task.plans, task.configuration, task.fold)
-    device = device_named(task.device)
-    name = make_student(taught, decision.student_id, None, False, SURE, device, task.num_processes)
-    configuration = configuration_of("all", f"_auto{task.minutes:g}")
-    file = dataset_folders(name)[2] / f"{task.plans}.json"
-    plans = read_json(file)
-    if configuration not in plans["configurations"]:
-        left = minutes_left(task, started)
-        content = {"inherits_from": configuration_of("all"), "fseft_minutes": left}
-        plans["configurations"] |= {configuration: content}
-        write_atomically(file, json.dumps(plans, indent=4))
-        print(f"The student is trained for {left:.1f} minutes.")
-    made = OwnExperiment(made_work(name), name, task.plans, task.device)
-    return made, student.trainer, configuration
+    return Decision(method, [*why, f"Chosen: {row.title}, for {left:.1f} minutes."], left)
 
 
 def minutes_left(task: Task, started: float) -> float:
@@ -221,7 +236,52 @@ def minutes_left(task: Task, started: float) -> float:
     used = (monotonic() - started + START_SECONDS) / 60
     if used >= task.minutes:
         raise InputError(
-            f"--minutes {task.minutes:g}: the training could not begin, what comes before it takes {used:.1f} minutes "
-            f"here. Give at least {ceil(2 * used)}."
+            f"--minutes {task.minutes:g} leaves no time for the training: the steps before it take {used:.1f} minutes. "
+            f"Give at least {ceil(2 * used)}."
         )
     return round(task.minutes - used, 2)
+
+
+def prepare(task: Task, decision: Decision) -> Training:
+    method, name = METHODS[decision.method], dataset_folders(task.dataset)[0]
+    experiment = OwnExperiment.of(name, method.plans or task.plans, task.device)
+    if method.plans:
+        experiment.preprocess_missing()
+    return Training(experiment, method.trainer, task.configuration, task.fold)
+
+
+def prepare_student(task: Task, support: list[str], started: float) -> Training:
+    """Train the teacher, make the student's dataset and its configuration.
+
+    Where that takes all of the time, the teacher is what is left.
+    """
+    teacher, student = METHODS[TEACHER], METHODS[PUPIL]
+    experiment = OwnExperiment.of(dataset_folders(task.dataset)[0], task.plans, task.device)
+    first = Training(experiment, teacher.trainer, task.configuration, task.fold)
+    train(first, support)
+    taught = Teacher(task.dataset, teacher.trainer, task.plans, task.configuration, task.fold)
+    device, number = device_named(task.device), student_id(taught)
+    name = make_student(taught, number, None, False, LEAST_PROBABILITY, device, task.num_processes)
+    configuration = configuration_of("all", f"_auto{task.minutes:g}")
+    file = dataset_folders(name)[2] / f"{task.plans}.json"
+    if configuration not in read_json(file)["configurations"]:
+        try:
+            left = minutes_left(task, started)
+        except InputError as error:
+            print(f"{error} The teacher is the result.")
+            return first
+        parent = {"inherits_from": configuration_of("all"), "fseft_minutes": left}
+        add_configurations(file, {configuration: parent})
+        print(f"The student is trained for {left:.1f} minutes.")
+    return Training(OwnExperiment.of(name, task.plans, task.device), student.trainer, configuration, 0)
+
+
+def student_id(teacher: Teacher) -> int:
+    """Of the teacher's student, begun or finished; else the highest id that is free."""
+    raw = dataset_folders(teacher.dataset)[1].parent
+    for file in (*raw.glob(f"Dataset*Student/{SUMMARY}"), *raw.glob(".Dataset*Student.part/options.json")):
+        content = read_json(file)
+        if content.get(OPTIONS, content).get("teacher") == teacher.name:
+            return int(file.parent.name.lstrip(".").removeprefix("Dataset")[:3])
+    taken = {int(folder.name[8:11]) for folder in raw.glob(".Dataset*.part")}
+    return next(n for n in range(HIGHEST_ID, 0, -1) if n not in taken and not len(find_candidate_datasets(n)))

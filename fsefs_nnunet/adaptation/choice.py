@@ -1,10 +1,10 @@
-"""Which method `fseft adapt` takes: the best one of the nearest situation that was measured."""
+"""Which method `fseft adapt` takes: the best one of the most similar situation that was measured."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from math import log2
 
@@ -17,7 +17,7 @@ class Situation:
     """
     shots: labelled cases.
     minutes: for everything, of one core or one GPU.
-    device: "cpu" or "cuda".
+    device: "cpu", or what the GPU is called.
     voxels: of the median volume, after preprocessing.
     pile: cases without labels that a student could learn from.
     """
@@ -47,25 +47,21 @@ class Measured:
 
     def describe(self) -> str:
         s = self.situation
-        return f"{self.data}, {s.shots} labelled case(s), {s.minutes:g} minutes of a {s.device}, {s.voxels:,} voxels"
+        cases = "1 labelled case" if s.shots == 1 else f"{s.shots} labelled cases"
+        return f"{self.data} ({cases}, {s.minutes:g} {s.device.upper()} minutes, {s.voxels:,} voxels)"
 
 
-@lru_cache(maxsize=1)
+@cache
 def measured() -> tuple[Measured, ...]:
     """The cells that came with this version."""
     content = json.loads(files(__package__).joinpath("measured.json").read_text("utf-8"))
     return tuple(Measured(c["data"], Situation(**c["situation"]), c["dice"]) for c in content)
 
 
-def nearest(situation: Situation, cells: tuple[Measured, ...] | None = None) -> Measured:
-    return min(measured() if cells is None else cells, key=lambda cell: situation.distance(cell.situation))
+def nearest(situation: Situation, cells: tuple[Measured, ...]) -> Measured:
+    return min(cells, key=lambda cell: situation.distance(cell.situation))
 
 
-def ranking(situation: Situation, cell: Measured) -> list[tuple[str, float]]:
-    """Methods that are possible in a situation, the best of the measured cell first, with their Dice there."""
-    possible = {name: dice for name, dice in cell.dice.items() if name != STUDENT or situation.pile}
-    return sorted(possible.items(), key=lambda item: -item[1])
-
-
-def as_json(situation: Situation) -> dict:
-    return asdict(situation)
+def ranking(cell: Measured, possible: set[str]) -> list[tuple[str, float]]:
+    """The methods of a cell that are `possible`, the best first, with their Dice there."""
+    return sorted(((name, dice) for name, dice in cell.dice.items() if name in possible), key=lambda item: -item[1])

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from itertools import product
 from tempfile import TemporaryDirectory
+from time import monotonic
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from fsefs_nnunet.backbones.frozen import backbones_stay_loaded
 from fsefs_nnunet.features.crops import CropLoader, region_transform
+from fsefs_nnunet.features.disk import cap_in_gb
 from fsefs_nnunet.methods.registry import METHODS
 from fsefs_nnunet.trainers import by_name
 from fsefs_nnunet.trainers.bank_trainer import BankTrainer
@@ -20,33 +27,46 @@ from fsefs_nnunet.trainers.bank_trainer import BankTrainer
 EPOCHS, BATCHES = 25, 16  # of a short training; of crops of the case that is left out
 
 
-def left_out_dice(
-    method: str, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device, case: str
-) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Support:
+    """What nnU-Net's trainers are made of, and the support cases of the fold."""
+
+    plans: dict
+    configuration: str
+    fold: int | str
+    dataset_json: dict
+    device: torch.device
+    cases: Sequence[str]
+
+
+def left_out_dice(method: str, support: Support, case: str) -> tuple[float, float]:
     """Mean Dice over the classes, of crops of `case`, after a short training on the other support cases.
 
     Nothing but stored features is used: those of the support and its views, which the full training needs as well, and
     no prior, which would look at queries.
 
     Returns:
-        The Dice, and the seconds of the training without those of the bank.
+        The Dice, and the seconds that it took without those of the bank.
     """
+    started = monotonic()
 
     class LeftOut(getattr(by_name, METHODS[method].trainer)):
         def do_split(self):
-            support, _ = super().do_split()
-            return [other for other in support if other != case], []
+            return [other for other in support.cases if other != case], []
 
-    trainer: BankTrainer = LeftOut(plans, configuration, fold, dataset_json, device)
-    shots = len(trainer.do_split()[0]) + 1
-    views = trainer.settings.views // shots * (shots - 1)  # the same views of each case as in the full training
-    trainer.settings = replace(trainer.settings, lambda_=0.0, views=views)
+    plans = {**deepcopy(support.plans), "continue_training": False}
+    trainer: BankTrainer = LeftOut(plans, support.configuration, support.fold, support.dataset_json, support.device)
+    shots, views = len(support.cases), trainer.settings.views
+    views = max(views // shots, min(views, 1)) * (shots - 1)  # those of each case in the full training
+    trainer.settings = replace(trainer.settings, lambda_=0.0, views=views, cutmix=0.0)
     trainer.num_epochs, trainer.disable_checkpointing = EPOCHS, True
     trainer.run_training()
     trainer.network.eval()
     trainer.segmentations[case] = trainer.load_case(case)[1][:]
+    filled = monotonic()
     request = trainer.request(case, trainer.kept_of(case), statistics=True)
-    trainer.bank.fill([request], None, trainer.print_to_log_file)
+    trainer.bank.fill([request], cap_in_gb(trainer.settings.bank_gb), trainer.print_to_log_file)
+    bank_seconds = trainer.run.seconds["feature bank"] + monotonic() - filled
     crops = CropLoader(
         trainer.bank,
         {case: trainer.segmentations[case]},
@@ -61,7 +81,7 @@ def left_out_dice(
     tp, fp, fn = (np.sum([count[key] for count in counts], 0) for key in ("tp_hard", "fp_hard", "fn_hard"))
     shown = (tp + fp + fn) > 0
     dice = (2 * tp / np.maximum(2 * tp + fp + fn, 1))[shown].mean() if shown.any() else 1.0
-    return float(dice), trainer.run.seconds["training"]
+    return float(dice), monotonic() - started - bank_seconds
 
 
 @contextmanager
@@ -79,27 +99,22 @@ def results_elsewhere() -> Iterator[None]:
                 os.environ["nnUNet_results"] = before
 
 
-def compare(
-    methods: Sequence[str],
-    support: Sequence[str],
-    seconds: float,
-    plans: dict,
-    configuration: str,
-    fold: int | str,
-    dataset_json: dict,
-    device: torch.device,
-) -> dict[str, float]:
-    """Mean Dice of the cases that were left out, by method; {} where it would take more than `seconds`."""
+def compare(methods: Sequence[str], support: Support, seconds: float) -> dict[str, float]:
+    """Mean Dice of the cases that are left out, by method; {} where it would take more than `seconds`."""
     found: dict[str, list[float]] = {method: [] for method in methods}
-    number, used = len(methods) * len(support), 0.0
-    with results_elsewhere():
-        for done, (case, method) in enumerate(product(support, methods), 1):
-            dice, took = left_out_dice(method, plans, configuration, fold, dataset_json, device, case)
+    trainings, used = list(product(support.cases, methods)), 0.0
+    with results_elsewhere(), backbones_stay_loaded():
+        for done, (case, method) in enumerate(tqdm(trainings, desc="leaving one out"), 1):
+            with redirect_stdout(io.StringIO()):  # nnU-Net describes each training on a screen or two
+                dice, took = left_out_dice(method, support, case)
             found[method].append(dice)
             used += took
-            if used / done * number > seconds:
+            gc.collect()
+            if support.device.type == "cuda":
+                torch.cuda.empty_cache()  # the training that follows runs in another process
+            if used / done * len(trainings) > seconds:
                 print(
-                    f"Methods are not compared by leaving one out: {number} short trainings of {used / done:.0f} s "
+                    f"The leave-one-out comparison is skipped: {len(trainings)} short trainings of {used / done:.0f} s "
                     f"would take more than {seconds:.0f} s."
                 )
                 return {}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,21 +19,24 @@ from tqdm import tqdm
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
 from fsefs_nnunet.cases.folders import dataset_folders, model_folder, training_files
 from fsefs_nnunet.cases.headers import read_header
-from fsefs_nnunet.cases.images import list_images, read_image
+from fsefs_nnunet.cases.images import is_leftover, list_images, read_image
+from fsefs_nnunet.cases.pile import pile_cases
 from fsefs_nnunet.cases.preprocessed import hash_of
+from fsefs_nnunet.cases.readers import REORIENTING, find_reader
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, query_cases, support_cases
 from fsefs_nnunet.datasets.building import RECORDS, UnfinishedDataset, new_dataset
 from fsefs_nnunet.datasets.jobs import full_disk_reported
 from fsefs_nnunet.datasets.volumes import link_or_copy
-from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.errors import InputError, several
 from fsefs_nnunet.files import read_json, replacing, write_json
+from fsefs_nnunet.inference.weights import sha256_of_weights
 from fsefs_nnunet.labels import label_values
+from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.nnunet.drawing import QUERY_FILES
 from fsefs_nnunet.nnunet.experiment import external_trainers
-from fsefs_nnunet.trainers.patch_trainer import PSEUDO_LABELLED
 
-SURE = 0.8
-OPTIONS = "pseudo_labels"  # key of dataset.json: what the dataset was made of
+LEAST_PROBABILITY = 0.9
+SUMMARY, OPTIONS = "conversion.json", "pseudo_labels"  # what a student's dataset was made of, and the key of it
 
 
 @dataclass(frozen=True)
@@ -43,27 +47,28 @@ class Teacher:
     trainer: str
     plans: str
     configuration: str
-    fold: int
+    fold: int | str
 
     @property
     def folder(self) -> Path:
         return model_folder(self.dataset, self.trainer, self.plans, self.configuration)
 
-    @cached_property
-    def content(self) -> dict:
-        """Of the plans. Raises InputError for a model that is not there."""
-        for file in (self.folder / "plans.json", self.checkpoint):
-            if not file.exists():
-                raise InputError(f"{file} is missing: train the teacher, or check -d, -tr, -p, -c and -f.")
-        return read_json(self.folder / "plans.json")
-
     @property
     def checkpoint(self) -> Path:
         return self.folder / f"fold_{self.fold}" / "checkpoint_final.pth"
 
+    @property
+    def name(self) -> str:
+        """From nnUNet_results on."""
+        return str(self.checkpoint.parent.relative_to(self.folder.parent.parent))
+
     @cached_property
     def plans_manager(self) -> PlansManager:
-        return PlansManager(self.content)
+        """Raises InputError for a model that is not there."""
+        for file in (self.folder / "plans.json", self.checkpoint):
+            if not file.exists():
+                raise InputError(f"{file} is missing: train the teacher, or check -d, -tr, -p, -c and -f.")
+        return PlansManager(read_json(self.folder / "plans.json"))
 
     @property
     def keys(self) -> dict:
@@ -94,18 +99,32 @@ class Pile:
     transductive: bool = False
 
 
+class Known(NamedTuple):
+    """A case that a pile may not show; role: "support", or "query or test"."""
+
+    role: str
+    case: str
+    files: list[str]
+
+
 def choose_pile(teacher: Teacher, folder: Path | None, transductive: bool) -> Pile:
     """The pile: images of `folder` in nnU-Net's naming, or the labelled cases that are neither support nor queries.
 
     Raises:
         InputError: for an empty pile, and one that shows a support case, whatever its name; for one that shows a query
-            or test case unless `transductive` says that this is meant.
+            or test case unless `transductive` says that this is meant; for a teacher of other splits, or of a student.
     """
     name, raw, preprocessed = dataset_folders(teacher.dataset)
     dataset_json = read_dataset_json(raw / "dataset.json")
-    splits = load_splits(preprocessed / SPLITS_FILE)
-    labelled = training_files(raw, dataset_json)
+    if pile_cases(preprocessed):
+        raise InputError(f"{name} is a student's dataset: choose a teacher that was trained on true labels alone.")
+    splits, labelled = load_splits(preprocessed / SPLITS_FILE), training_files(raw, dataset_json)
     support = support_cases(splits, teacher.keys["fseft_shots"], teacher.fold)
+    if sorted(RunFile.load(teacher.checkpoint.parent).support) != sorted(support):
+        raise InputError(
+            f"{teacher.checkpoint.parent} was trained on other support cases than those of {SPLITS_FILE} now: train it "
+            "again, or restore the splits with `fseft splits`."
+        )
     if folder is None:
         pool = [] if teacher.fold == "all" else splits["folds"][teacher.fold]
         unlabelled = {case: labelled[case]["images"] for case in pool if case not in support}
@@ -117,95 +136,118 @@ def choose_pile(teacher: Teacher, folder: Path | None, transductive: bool) -> Pi
     else:
         found = list_images(folder, dataset_json).require_sound()
         unlabelled = {f"pile_{case}": files for case, files in found.items()}
-    queries = {case: labelled[case]["images"] for case in query_cases(splits, teacher.fold)[0]}
-    if (preprocessed / QUERY_FILES).exists():
-        queries |= read_json(preprocessed / QUERY_FILES)
-    if (raw / "imagesTs").is_dir():
-        queries |= list_images(raw / "imagesTs", dataset_json).cases
-    seen = same_images({case: labelled[case]["images"] for case in support} | queries, unlabelled, teacher.reader)
-    shown_support = {of_pile: case for of_pile, case in seen.items() if case in support}
-    if shown_support:
-        of_pile, case = next(iter(shown_support.items()))
-        raise InputError(
-            f"{unlabelled[of_pile][0]} is the support case {case}, whose label is known: take it out of the pile."
-        )
-    if seen and not transductive:
-        of_pile, case = next(iter(seen.items()))
-        raise InputError(
-            f"{unlabelled[of_pile][0]} is the query or test case {case}: take it out of the pile, or add "
-            "--transductive if the student may see what it is to segment."
-        )
+        if twice := sorted(unlabelled.keys() & set(support)):
+            raise InputError(f"{name} has a support case {twice[0]}, the name of one of the pile's: rename its files.")
+    known = [Known("support", case, labelled[case]["images"]) for case in support]
+    known += known_queries(raw, preprocessed, dataset_json, splits, labelled, teacher.fold)
+    seen = same_images(known, unlabelled, dataset_json["file_ending"])
+    for case, other in seen.items():
+        if other.role == "support":
+            raise InputError(
+                f"{unlabelled[case][0]} is the support case {other.case}, whose label is known: take it out of the "
+                "pile."
+            )
+        if not transductive:
+            raise InputError(
+                f"{unlabelled[case][0]} is the query or test case {other.case}: take it out of the pile, or add "
+                "--transductive if the student may see what it is to segment."
+            )
     return Pile({case: labelled[case] for case in support}, unlabelled, bool(seen))
 
 
-def same_images(known: dict[str, list[str]], others: dict[str, list[str]], reader: BaseReaderWriter) -> dict[str, str]:
-    """Cases of `others` that show the same voxels as one of `known`, with that case; names and headers may differ.
+def known_queries(
+    raw: Path, preprocessed: Path, dataset_json: dict, splits: dict, labelled: dict[str, dict], fold: int | str
+) -> list[Known]:
+    """Labelled and unlabelled queries, and imagesTs."""
+    found = {case: labelled[case]["images"] for case in query_cases(splits, fold)[0]}
+    known = [Known("query or test", case, files) for case, files in found.items()]
+    listed = preprocessed / QUERY_FILES
+    for case, files in (read_json(listed) if listed.exists() else {}).items():
+        if all(Path(file).exists() for file in files):
+            known.append(Known("query or test", case, files))
+        else:
+            print(f"The unlabelled query {case} is no longer at {files[0]}: it is not compared with the pile.")
+    if any(not is_leftover(file.name) for file in (raw / "imagesTs").glob("*")):
+        tests = list_images(raw / "imagesTs", dataset_json).cases
+        known += [Known("query or test", case, files) for case, files in tests.items()]
+    return known
+
+
+def same_images(known: Sequence[Known], others: dict[str, list[str]], ending: str) -> dict[str, Known]:
+    """Cases of `others` that show the same voxels as one of `known`, whatever names, orientations and number formats.
 
     Only images of the same shape are read.
     """
+    try:
+        reader = find_reader(REORIENTING[0], ending)()
+    except InputError:  # no reader turns files of this ending: such copies are compared as they are stored
+        from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
+
+        reader = determine_reader_writer_from_file_ending(ending, verbose=False)()
 
     def shape(files: list[str]) -> tuple[int, ...]:
         return tuple(sorted(read_header(files[0]).shape))
 
-    of_shape: dict[tuple, list[str]] = {}
-    for case, files in known.items():
-        of_shape.setdefault(shape(files), []).append(case)
-    hashes: dict[str, str] = {}
-
     def content(files: list[str]) -> str:
         return hash_of(np.asarray(read_image(reader, files)[0], np.float32))
 
+    of_shape: dict[tuple, list[Known]] = {}
+    for one in known:
+        of_shape.setdefault(shape(one.files), []).append(one)
+    by_content: dict[tuple, dict[str, Known]] = {}
     found = {}
     for case, files in tqdm(others.items(), desc="comparing images"):
-        alike = of_shape.get(shape(files), [])
-        if not alike:
-            continue
-        own = content(files)
-        for other in alike:
-            if other not in hashes:
-                hashes[other] = content(known[other])
-            if hashes[other] == own:
-                found[case] = other
+        key = shape(files)
+        if key in of_shape:
+            if key not in by_content:
+                by_content[key] = {content(one.files): one for one in reversed(of_shape[key])}
+            if one := by_content[key].get(content(files)):
+                found[case] = one
     return found
 
 
-def sure_labels(segmentation: np.ndarray, probabilities: np.ndarray, regions: bool, sure: float, ignore: int):
+def sure_labels(
+    segmentation: np.ndarray, probabilities: np.ndarray, regions: bool, least: float, ignore: int
+) -> np.ndarray:
     """The segmentation (X, Y, Z) with `ignore` where the model is unsure.
 
     Args:
-        probabilities: (outputs, X, Y, Z); softmax: the largest is below `sure`; regions: one lies within `sure` and
-            1 - `sure`.
+        probabilities: (outputs, X, Y, Z). Softmax: the largest is below `least`; regions: one lies between `least` and
+            1 - `least`.
     """
     if regions:
-        unsure = (np.maximum(probabilities, 1 - probabilities) < sure).any(0)
+        unsure = (np.maximum(probabilities, 1 - probabilities) < least).any(0)
     else:
-        unsure = probabilities.max(0) < sure
+        unsure = probabilities.max(0) < least
     return np.where(unsure, ignore, segmentation).astype(np.uint8 if ignore < 256 else np.uint16)
 
 
-def write_student_dataset(
-    teacher: Teacher, pile: Pile, dataset_id: int, sure: float, device: torch.device
-) -> tuple[Path, bool]:
-    """Write DatasetXXX_<Name>Student, and return its folder; an interrupted call goes on where it stopped.
+def write_student_dataset(teacher: Teacher, pile: Pile, dataset_id: int, least: float, device: torch.device) -> Path:
+    """Write DatasetXXX_<Name>Student, and return its folder; an interrupted call resumes where it stopped.
 
-    Images are links. What dataset.json holds under "pseudo_labels" says what it was made of.
+    Images are links. conversion.json says what the dataset was made of.
 
     Raises:
-        InputError: for an id that another dataset has, and one begun with other options.
+        InputError: for an id that another dataset has, and a dataset that was begun with other options.
     """
     name, raw, _ = dataset_folders(teacher.dataset)
     dataset_json = read_dataset_json(raw / "dataset.json")
     options = {
-        "teacher": str(teacher.folder / f"fold_{teacher.fold}"),
-        "trained": os.stat(teacher.checkpoint).st_mtime,
-        "sure": sure,
+        "teacher": teacher.name,
+        "weights": sha256_of_weights(teacher.checkpoint),
+        "least_probability": least,
         "support": sorted(pile.support),
-        "pile": {case: files for case, files in sorted(pile.unlabelled.items())},
+        "pile": sorted(pile.unlabelled),
         "transductive": pile.transductive,
     }
     target = raw.parent / f"Dataset{dataset_id:03d}_{name.split('_', 1)[1]}Student"
-    if (target / "dataset.json").exists() and read_json(target / "dataset.json").get(OPTIONS) == options:
-        print(f"{target} is there, made of the same.")
+    if (target / SUMMARY).exists():
+        if read_json(target / SUMMARY).get(OPTIONS) != options:
+            raise InputError(
+                f"{target} was made of another teacher, pile or probability: delete it in all folders of nnU-Net's, or "
+                "choose another id."
+            )
+        print(f"{target} is complete and unchanged: it is used again.")
         return target
     target = new_dataset(dataset_id, target.name.split("_", 1)[1])
     building, ending = UnfinishedDataset(target, options), dataset_json["file_ending"]
@@ -216,35 +258,36 @@ def write_student_dataset(
         for case, files in pile.support.items():
             link_images(files["images"], building.folder, case, ending)
             link_or_copy(Path(files["label"]), building.folder / "labelsTr" / f"{case}{ending}")
-        for case in tqdm(pile.unlabelled, desc="labelling the pile"):
+        for case, files in tqdm(pile.unlabelled.items(), desc="labelling the pile"):
             if (made / f"{case}.json").exists():
                 continue
-            files = pile.unlabelled[case]
             predictor = predictor or teacher.predictor(device)
             image, properties = read_image(reader, files)
             segmentation, probabilities = predictor.predict_single_npy_array(image, properties, None, None, True)
-            has_regions = predictor.label_manager.has_regions
-            kept = sure_labels(segmentation, probabilities, has_regions, sure, ignore)
+            kept = sure_labels(segmentation, probabilities, predictor.label_manager.has_regions, least, ignore)
             link_images(files, building.folder, case, ending)
             with replacing(building.folder / "labelsTr" / f"{case}{ending}") as part:
                 named = part.with_name(part.name + ending)  # the reader goes by the ending
                 reader.write_seg(kept, str(named), properties)
                 os.replace(named, part)
             write_json(made / f"{case}.json", {"ignored": float((kept == ignore).mean())})
-    ignored = {file.stem: read_json(file)["ignored"] for file in made.glob("*.json")}
+    ignored = {case: read_json(made / f"{case}.json")["ignored"] for case in pile.unlabelled}
     building.finish(
-        {"ignored": ignored},
-        type(teacher.reader).__name__,
+        {OPTIONS: options, "ignored": ignored},
+        type(reader).__name__,
         channel_names=dataset_json["channel_names"],
         labels=labels,
         regions_class_order=dataset_json.get("regions_class_order"),
         num_training_cases=len(pile.support) + len(pile.unlabelled),
         file_ending=ending,
         license=f"that of {name}",
-        **{PSEUDO_LABELLED: sorted(pile.unlabelled), OPTIONS: options},
+        transductive=pile.transductive,
     )
-    share, numbers = np.mean(list(ignored.values())), f"{len(pile.support)} true cases and {len(ignored)} of the pile"
+    share, most = np.mean(list(ignored.values())), [case for case, share in ignored.items() if share > 0.5]
+    numbers = f"{len(pile.support)} true cases and {len(ignored)} of the pile"
     print(f"{target}: {numbers}, {share:.1%} of whose voxels are ignored.")
+    if most:
+        print(f"More than half of {several(most)} is ignored: the teacher hardly knows such images.")
     return target
 
 

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import torch
 
 from fsefs_nnunet.adaptation.pseudo_labels import Teacher, choose_pile, write_student_dataset
-from fsefs_nnunet.cases.folders import dataset_folders
-from fsefs_nnunet.cases.preprocessed import require_cases
+from fsefs_nnunet.cases.folders import dataset_folders, made_folder
+from fsefs_nnunet.cases.pile import keep_pile, pile_cases
 from fsefs_nnunet.cases.splits import SEED, SPLITS_FILE, load_splits
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.methods.registry import BANK, method_of_trainer, require_trainer
 from fsefs_nnunet.nnunet import planning
 from fsefs_nnunet.nnunet.drawing import keep_splits
+from fsefs_nnunet.nnunet.experiment import lacks_cases
+
+
+def require_student(trainer: str) -> None:
+    """Raises InputError for a trainer that is none of ours, or takes what a model has labelled for true."""
+    require_trainer(trainer)
+    if method_of_trainer(trainer).learns_from == BANK:
+        raise InputError(
+            f"--student {trainer} trains on stored features: choose a trainer that learns from patches, "
+            "FSEFTTrainer_FTLong for example."
+        )
 
 
 def make_student(
@@ -20,7 +33,7 @@ def make_student(
     dataset_id: int,
     pile: Path | None,
     transductive: bool,
-    sure: float,
+    least_probability: float,
     device: torch.device,
     num_processes: int,
 ) -> str:
@@ -37,35 +50,40 @@ def make_student(
     """
     keys = teacher.keys
     if "fseft_backbone" not in keys:
-        raise InputError(f"{teacher.folder} has no backbone: the teacher must be an adapted model.")
+        raise InputError(f"{teacher.folder} was not trained on a backbone: the teacher must be an adapted model.")
     chosen = choose_pile(teacher, pile, transductive)
     if chosen.transductive:
         print("Transductive: the pile shows queries or test cases.")
-    name = write_student_dataset(teacher, chosen, dataset_id, sure, device).name
+    name = write_student_dataset(teacher, chosen, dataset_id, least_probability, device).name
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the student trains in another process
     cases = [*chosen.support, *chosen.unlabelled]
-    splits = {"seed": SEED, "num_folds": 1, "queries": [], "unlabelled_queries": [], "folds": [cases]}
-    if not _is_preprocessed(name, teacher.plans, splits):
-        spacing = teacher.content["configurations"]["3d_fullres"]["spacing"]
+    if not _is_prepared(name, teacher.plans, cases):
+        plans = teacher.plans_manager
+        spacing = plans.get_configuration("3d_fullres").spacing
         planning.plan(
             name,
             keys["fseft_backbone"],
             [len(chosen.support), "all"],
             num_processes,
             plans_name=teacher.plans,
-            overwrite_target_spacing=[spacing[axis] for axis in teacher.content["transpose_backward"]],
+            overwrite_target_spacing=[spacing[axis] for axis in plans.transpose_backward],
             accept_positive_ct=True,  # the teacher's were accepted
             support=list(chosen.support),
             other_modality="z_scores_as_hu" in keys["architecture"]["arch_kwargs"],
         )
         planning.preprocess(name, teacher.plans, num_processes, {})
+        keep_pile(made_folder(dataset_folders(name)[2]), list(chosen.unlabelled))
+        splits = {"seed": SEED, "num_folds": 1, "queries": [], "unlabelled_queries": [], "folds": [cases]}
         keep_splits(name, splits, {})
     return name
 
 
-def _is_preprocessed(name: str, plans: str, splits: dict) -> bool:
+def _is_prepared(name: str, plans: str, cases: list[str]) -> bool:
     preprocessed = dataset_folders(name)[2]
     try:
-        require_cases(splits["folds"][0], preprocessed / f"{plans}_3d_fullres")
-        return load_splits(preprocessed / SPLITS_FILE) == splits and (preprocessed / f"{plans}.json").exists()
+        prepared = load_splits(preprocessed / SPLITS_FILE)["folds"][0] == cases and pile_cases(preprocessed)
     except InputError:
         return False
+    return bool(prepared) and not lacks_cases(preprocessed, plans)

@@ -234,7 +234,7 @@ class Cell:
                 )
             environment["fseft_train_minutes"] = f"{self.budget() / 60:.4f}"
         if self.method.plans:
-            self.experiment.preprocess_missing("3d_fullres")
+            self.experiment.preprocess_missing()
         self.experiment.train(self.method.trainer, self.configuration, self.fold, **environment)
 
     def predict(self) -> None:

@@ -21,10 +21,17 @@ def register(verb) -> None:
     parser.add_argument("--shots", type=positive_int, required=True, metavar="K", help="labelled cases to adapt to")
     parser.add_argument("-f", type=int, default=0, metavar="FOLD", help="draw of the support; default: 0")
     parser.add_argument(
-        "--minutes", type=positive_float, required=True, metavar="N", help="wall time, planning and start included"
+        "--minutes",
+        type=positive_float,
+        required=True,
+        metavar="N",
+        help="wall time until the model is trained, planning included",
     )
     parser.add_argument(
         "-b", default="phantom", metavar="BACKBONE", help="see `fseft backbones list`; default: phantom"
+    )
+    parser.add_argument(
+        "--other_modality", action="store_true", help="as in fseft plan_and_preprocess: MR to a CT backbone for example"
     )
     parser.add_argument("-i", type=Path, metavar="FOLDER", help="images to segment, in nnU-Net's naming")
     parser.add_argument("-o", type=Path, metavar="FOLDER", help="where their segmentations go")
@@ -42,4 +49,4 @@ def adapt(args: argparse.Namespace) -> None:
     if args.i is not None:
         refuse_output(args.o, args.i)
     device = device_named(args.device).type
-    adapt(Task(args.d, args.shots, args.f, args.minutes, args.b, device, args.np), args.i, args.o)
+    adapt(Task(args.d, args.shots, args.f, args.minutes, args.b, device, args.np, args.other_modality), args.i, args.o)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fsefs_nnunet.cli.arguments import add_dataset, add_device, add_processes, positive_float
+from fsefs_nnunet.cli.arguments import add_dataset, add_device, add_processes, fold_argument, positive_float
 from fsefs_nnunet.errors import InputError
 
 NONE = "none"
@@ -26,8 +26,10 @@ def register(verb) -> None:
         "-tr", default="FSEFTTrainer_Context", metavar="TRAINER", help="of the teacher; default: FSEFTTrainer_Context"
     )
     parser.add_argument("-p", default="FSEFTPlans", metavar="PLANS", help="default: FSEFTPlans")
-    parser.add_argument("-f", type=int, default=0, metavar="FOLD", help="of the teacher; default: 0")
-    parser.add_argument("-o", required=True, type=int, metavar="ID", help="id of the student's dataset, not yet taken")
+    parser.add_argument("-f", type=fold_argument, default=0, metavar="FOLD", help="of the teacher; default: 0")
+    parser.add_argument(
+        "-o", required=True, type=int, metavar="ID", help="id of the student's dataset, free or begun by the same call"
+    )
     parser.add_argument(
         "--pile",
         type=Path,
@@ -36,11 +38,11 @@ def register(verb) -> None:
         "without their labels",
     )
     parser.add_argument(
-        "--sure",
+        "--min_probability",
         type=positive_float,
-        default=0.8,
+        default=0.9,
         metavar="P",
-        help="voxels with a lower probability become nnU-Net's ignore label; default: 0.8",
+        help="voxels of which the teacher is less sure become nnU-Net's ignore label; default: 0.9",
     )
     parser.add_argument(
         "--transductive", action="store_true", help="allow queries and test cases in the pile; dataset.json says so"
@@ -51,30 +53,31 @@ def register(verb) -> None:
         metavar="TRAINER",
         help=f"FSEFTTrainer_UNet for example, {NONE}: do not train; default: FSEFTTrainer_FTLong",
     )
-    parser.add_argument("--minutes", type=positive_float, metavar="N", help="of the training; default: its epochs")
+    parser.add_argument(
+        "--minutes", type=positive_float, metavar="N", help="train for N minutes instead of the method's epochs"
+    )
     add_processes(parser)
     add_device(parser)
 
 
 def student(args: argparse.Namespace) -> None:
     from fsefs_nnunet.adaptation.pseudo_labels import Teacher
-    from fsefs_nnunet.adaptation.student import make_student
-    from fsefs_nnunet.cases.folders import folder_of
+    from fsefs_nnunet.adaptation.student import make_student, require_student
     from fsefs_nnunet.device import device_named
-    from fsefs_nnunet.methods.registry import require_trainer
     from fsefs_nnunet.nnunet.experiment import OwnExperiment
+    from fsefs_nnunet.nnunet.training import Training
 
-    if args.sure > 1:
-        raise InputError(f"--sure {args.sure:g}: give a probability, at most 1.")
+    if args.min_probability > 1:
+        raise InputError(f"--min_probability {args.min_probability:g}: give a probability, at most 1.")
     if args.student != NONE:
-        require_trainer(args.student)
+        require_student(args.student)
     device = device_named(args.device)
     teacher = Teacher(args.d, args.tr, args.p, args.c, args.f)
-    name = make_student(teacher, args.o, args.pile, args.transductive, args.sure, device, args.np)
+    name = make_student(teacher, args.o, args.pile, args.transductive, args.min_probability, device, args.np)
     if args.student != NONE:
-        experiment = OwnExperiment(folder_of("nnUNet_results") / name, name, args.p, device.type)
+        configuration = Training(name, args.p, args.student, "all", 0).configuration
         budget = {} if args.minutes is None else {"fseft_train_minutes": str(args.minutes)}
-        experiment.work.mkdir(parents=True, exist_ok=True)
-        folder = experiment.train(args.student, "3d_fullres_allshot", 0, fseft_final_validation="0", **budget)
-        model = f"-d {name} -c 3d_fullres_allshot -f 0 -tr {args.student} -p {args.p}"
-        print(f"{folder} holds the student: nnUNetv2_predict -i IMAGES -o OUTPUT {model}")
+        experiment = OwnExperiment.of(name, args.p, device.type)
+        folder = experiment.train(args.student, configuration, 0, fseft_final_validation="0", **budget)
+        model = f"-d {name} -c {configuration} -f 0 -tr {args.student} -p {args.p}"
+        print(f"The student is in {folder}. nnUNetv2_predict takes it as {model}")

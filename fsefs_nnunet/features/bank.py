@@ -27,7 +27,7 @@ from fsefs_nnunet.features.disk import BANK_FOLDER, require_space, used_bytes
 from fsefs_nnunet.features.entry import LABELS, Entry, EntryKey, short_hash, stamp_of
 from fsefs_nnunet.features.layout import Layout
 from fsefs_nnunet.features.memory import memory_warnings
-from fsefs_nnunet.features.packing import Blocks, Boxes, Overflow, Packing, Sums, as_half
+from fsefs_nnunet.features.packing import Blocks, Boxes, Overflow, Packing, Sums, as_half, mean_and_deviation
 from fsefs_nnunet.features.tiling import TILE_STEP_SIZE, Tiling
 from fsefs_nnunet.features.windows import run_windows
 from fsefs_nnunet.files import PART, gigabytes, refused_if_unwritable, replacing, sha256_of, write_atomically
@@ -351,9 +351,5 @@ class FeatureBank:
         """Mean and standard deviation of each channel (C,) over all voxels of `cases`."""
         entries = [self[case] for case in cases]
         voxels = sum(np.prod(entry.layout.shape) for entry in entries)
-        mean = np.sum([entry.sums for entry in entries], 0) / voxels
-        variance = np.sum([entry.square_sums for entry in entries], 0) / voxels - mean**2
-        std = np.sqrt(np.maximum(variance, 0))
-        # a channel that is constant on these images is not scaled
-        std = np.where(std > 1e-3 * max(std.max(), 1e-6), std, 1.0)
-        return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+        sums, squares = (np.sum([getattr(entry, of) for entry in entries], 0) for of in ("sums", "square_sums"))
+        return mean_and_deviation(voxels, sums, squares)

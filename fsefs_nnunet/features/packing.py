@@ -176,6 +176,16 @@ class Sums:
         self.square_sums += torch.stack(square_sums).cpu()
 
 
+def mean_and_deviation(
+    voxels: np.ndarray | int, sums: np.ndarray, square_sums: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of channels (C,), float32. A channel that is constant has deviation 1: it is not scaled."""
+    mean = sums / voxels
+    std = np.sqrt(np.maximum(square_sums / voxels - mean**2, 0))
+    std = np.where(std > 1e-3 * max(std.max(), 1e-6), std, 1.0)
+    return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+
+
 def _covered(tiling: Tiling, index: int, axis: int) -> torch.Tensor:
     """Number of the volume's voxels that each voxel of a map covers along an axis."""
     stride, before = tiling.maps[index].stride[axis], tiling.before[axis]

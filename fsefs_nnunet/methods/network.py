@@ -15,11 +15,10 @@ from fsefs_nnunet.device import unless_thin
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.map_crops import MapCrops, upsampled
 from fsefs_nnunet.labels import foreground_names, match_labels
-from fsefs_nnunet.methods.adapters import UNET, build_adapter
-from fsefs_nnunet.methods.adapters.unet import FeatureUNet
+from fsefs_nnunet.methods.adapters import build_adapter, takes_own_strides
 from fsefs_nnunet.methods.inside.protocol import Inside
 from fsefs_nnunet.methods.inside.tuned_backbone import TunedBackbone
-from fsefs_nnunet.methods.registry import METHODS, Method
+from fsefs_nnunet.methods.registry import BANK, METHODS, Method
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
@@ -80,7 +79,7 @@ class AdaptedNetwork(nn.Module):
     @property
     def own_strides(self) -> bool:
         """Whether the adapter takes the maps as they are, not together at full resolution."""
-        return isinstance(self.adapter, FeatureUNet)
+        return getattr(self.adapter, "own_strides", False)
 
     @property
     def head_channels(self) -> int:
@@ -258,9 +257,14 @@ def build_network(
     image = WITH_IMAGE if kwargs["stages"].endswith(WITH_IMAGE) else ""
     maps = method.maps and method.maps + image
     kwargs |= {key: value for key, value in (("adapter", method.adapter), ("stages", maps)) if value}
-    if kwargs["adapter"] == UNET and not image:
-        kwargs["stages"] += WITH_IMAGE
-    if kwargs["adapter"] in ("linear_probe", UNET):
+    if takes_own_strides(kwargs["adapter"]):
+        if method.learns_from == BANK:
+            raise InputError(
+                f"The adapter {kwargs['adapter']!r} of the plans needs whole windows, but {method.trainer} trains on "
+                "crops: choose another one."
+            )
+        kwargs["stages"] = kwargs["stages"].removesuffix(WITH_IMAGE) + WITH_IMAGE
+    if kwargs["adapter"] == "linear_probe" or takes_own_strides(kwargs["adapter"]):
         kwargs["channels"] = None
     return AdaptedNetwork(
         input_channels, output_channels, **kwargs, inside=inside_of(method, options.get(method.name, {}))

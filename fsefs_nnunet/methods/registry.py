@@ -90,7 +90,7 @@ _FSEFT = Method(
     shares_features=True,
 )
 
-# of trainings for which published few-shot recipes are too short
+# for trainings longer than the published few-shot recipes
 _LONG = {"rate": 1e-3, "weight_decay": 1e-5, "epochs": 400, "warmup": 0.1, "by_default": False}
 
 _FINE_TUNING = [
@@ -243,7 +243,7 @@ _ROWS = [
             row,
             name=f"{row.name}_long",
             title=f"{row.title}, long",
-            sentence="With a warm-up over a tenth of the training, the encoder's over the next.",
+            sentence="Linear warm-up over the first tenth of the training, then a cosine.",
             trainer=f"{row.trainer}Long",
             **_LONG,
         )
@@ -253,7 +253,7 @@ _ROWS = [
         "unet",
         "U-Net on frozen features",
         "decoder of a small U-Net, head",
-        "Image and features, each at its own stride; whole channels of the features are left out in training.",
+        "Image and features, each at its own stride; whole channels of the features are dropped in training.",
         "FSEFTTrainer_UNet",
         PATCHES,
         "fsefs_nnunet.trainers.feature_unet.FSEFTTrainer_UNet",

@@ -45,7 +45,7 @@ def long_training(progress: float, warmup: float, start: float = 0.0) -> float:
 class DecoderFirstScheduler:
     """Schedule of long trainings: groups of the optimiser that are marked `late` start when the others have warmed up.
 
-    A decoder that still follows a head at random would send the encoder the wrong way.
+    Gradients of an untrained head would damage the encoder.
     """
 
     def __init__(self, optimizer: Optimizer, initial_lr: float, num_epochs: int, warmup: float):
@@ -53,7 +53,7 @@ class DecoderFirstScheduler:
         self.step(0)
 
     def step(self, current_epoch: float) -> None:
-        progress = current_epoch / self.num_epochs
+        progress = min((current_epoch + 0.5) / self.num_epochs, 1.0)  # the middle of the epoch: the first one trains
         for group in self.optimizer.param_groups:
             start = self.warmup if group["late"] else 0.0
             group["lr"] = self.initial_lr * long_training(progress, self.warmup, start)

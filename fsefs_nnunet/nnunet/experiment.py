@@ -52,6 +52,26 @@ def program(command: str) -> str:
     return found
 
 
+def lacks_cases(preprocessed: Path, plans: str) -> bool:
+    """Whether plans or K-shot folds of a dataset are missing, or preprocessed cases that the folds name.
+
+    Raises:
+        InputError: for damaged plans.
+    """
+    from fsefs_nnunet.cases.preprocessed import require_cases  # imports nnU-Net, which `fseft env` need not
+
+    file = preprocessed / f"{plans}.json"
+    if not file.exists():
+        return True
+    identifier = read_json(file)["configurations"]["3d_fullres"]["data_identifier"]
+    try:
+        splits = load_splits(preprocessed / SPLITS_FILE)
+        require_cases([*splits["folds"][0], *splits["queries"]], preprocessed / identifier)
+    except InputError:
+        return True
+    return False
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A dataset with its plans below `work`, in nnU-Net's three folders; `device` as in nnUNetv2_train.
@@ -116,19 +136,10 @@ class Experiment:
         what = ("-d", number, "-plans_name", self.plans, "-c", configuration)
         self.run("nnUNetv2_preprocess", *what, "-np", processes)
 
-    def preprocess_missing(self, configuration: str) -> None:
-        """As `preprocess`, unless every case of the K-shot folds lies there."""
-        from fsefs_nnunet.cases.preprocessed import require_cases  # imports nnU-Net, which `fseft env` need not
-
-        splits = load_splits(self.preprocessed / SPLITS_FILE)
-        plans = read_json(self.preprocessed / f"{self.plans}.json")["configurations"]
-        try:
-            require_cases(
-                [*splits["folds"][0], *splits["queries"]],
-                self.preprocessed / plans[configuration]["data_identifier"],
-            )
-        except InputError:
-            self.preprocess(configuration)
+    def preprocess_missing(self) -> None:
+        """Preprocess `3d_fullres`, unless every case of the K-shot folds lies there."""
+        if lacks_cases(self.preprocessed, self.plans):
+            self.preprocess("3d_fullres")
 
     def model(self, trainer: str, configuration: str) -> Path:
         return self.folders["nnUNet_results"] / self.dataset / f"{trainer}__{self.plans}__{configuration}"
@@ -189,6 +200,13 @@ class Experiment:
 @dataclass(frozen=True)
 class OwnExperiment(Experiment):
     """A dataset in the user's own folders, as nnU-Net's environment variables name them; `work` gets log.txt alone."""
+
+    @classmethod
+    def of(cls, dataset: str, plans: str, device: str) -> OwnExperiment:
+        """With its log beside the dataset's results."""
+        work = Path(os.environ["nnUNet_results"], dataset)
+        work.mkdir(parents=True, exist_ok=True)
+        return cls(work, dataset, plans, device)
 
     @property
     def folders(self) -> dict[str, Path]:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from filelock import FileLock
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
 from fsefs_nnunet.cases.folders import dataset_folders, made_folder, training_files
 from fsefs_nnunet.cases.queries import UnlabelledQueries
-from fsefs_nnunet.files import refused_if_unwritable, replacing
+from fsefs_nnunet.files import read_json, refused_if_unwritable, replacing, write_atomically
 from fsefs_nnunet.nnunet import drawing
 from fsefs_nnunet.nnunet.stock_plans import add_stock_configurations
 from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
+
+
+def add_configurations(file: Path, configurations: dict[str, dict]) -> None:
+    """Add configurations to plans; all others stay as they are, those that another process adds meanwhile, too."""
+    with FileLock(f"{file}.lock"):
+        plans = read_json(file)
+        plans["configurations"] |= configurations
+        write_atomically(file, json.dumps(plans, indent=4))
 
 
 def plan_and_preprocess(draw: tuple, options: dict) -> str:

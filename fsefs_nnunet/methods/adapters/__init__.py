@@ -1,8 +1,9 @@
 """Adapters: what is trained between the frozen backbone's features and the head.
 
 An adapter maps (B, C, X, Y, Z) to the same shape, starts as the identity unless its docstring says otherwise, and says
-in `margin` how many voxels around a crop its output depends on (None: on all of it). One file each, and a
-key in ADAPTERS that rows of the registry name.
+in `margin` how many voxels around a crop its output depends on (None: on all of it). One with `own_strides` takes the
+maps as they are, needs whole windows, and says in `out_channels` what the head reads. One file each, and a key in
+ADAPTERS that rows of the registry name.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ ADAPTERS = {
     "spatial": SpatialAdapter,
     "spatial_in": SpatialINAdapter,
     "context": ContextAdapter,
+    "unet": FeatureUNet,
 }
 
 
-UNET = "unet"  # the one adapter that is none of these: it takes maps at their own strides
-
-
 def build_adapter(kind: str, channels: int, maps: Sequence[FeatureMap] = ()) -> nn.Module:
-    """The adapter `kind` for features of `channels` channels at full resolution, or for `maps`.
+    """The adapter `kind` for features of `channels` channels at full resolution or, with `own_strides`, for `maps`.
 
     Raises:
         ValueError: if there is no such kind.
     """
-    if kind == UNET:
-        return FeatureUNet(maps)
     if kind not in ADAPTERS:
-        raise InputError(f"There is no adapter {kind!r}: choose one of {sorted([*ADAPTERS, UNET])}.")
-    return ADAPTERS[kind](channels)
+        raise InputError(f"There is no adapter {kind!r}: choose one of {sorted(ADAPTERS)}.")
+    return ADAPTERS[kind](maps if takes_own_strides(kind) else channels)
+
+
+def takes_own_strides(kind: str) -> bool:
+    return getattr(ADAPTERS.get(kind), "own_strides", False)

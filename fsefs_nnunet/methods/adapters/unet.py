@@ -16,22 +16,22 @@ MOST_CHANNELS = 320  # as nnU-Net's
 class FeatureUNet(nn.Module):
     """Takes each map at its own stride, from the coarsest to the image, as nnU-Net's decoder takes its skips.
 
-    In training, whole channels of the maps are left out, but for those of the image, the last map: the decoder can
-    rely on no single feature of another modality. It does not start as the identity, and its output depends on the
-    whole window through instance norm.
+    In training, whole channels of the maps are dropped, except the image's, the last map, so that the decoder does not
+    rely on single features. It does not start as the identity, and its output depends on the whole window through
+    instance norm.
     """
 
     margin = None
+    own_strides = True
 
     def __init__(self, maps: Sequence[FeatureMap], width: int = 16, dropout: float = 0.5):
         """
         Args:
             maps: with the image at full resolution as the last one.
             width: channels at full resolution; coarser levels have twice as many as the next finer one.
-            dropout: probability that a channel is left out.
+            dropout: probability that a channel is dropped.
         """
         super().__init__()
-        *_, image = maps
         self.dropout = nn.Dropout3d(dropout)
         strides = sorted({m.stride for m in maps}, key=np.prod)
         self.levels = [[i for i, m in enumerate(maps) if m.stride == stride] for stride in strides]
