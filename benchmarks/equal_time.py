@@ -29,7 +29,7 @@ from fsefs_nnunet.cases.folders import training_files
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits
 from fsefs_nnunet.evaluation.tables import markdown_table
 from fsefs_nnunet.files import read_json, write_atomically
-from fsefs_nnunet.labels import foreground
+from fsefs_nnunet.labels import foreground, summary_key
 from fsefs_nnunet.methods.registry import METHODS, configuration_of
 from fsefs_nnunet.nnunet.experiment import Experiment
 
@@ -49,7 +49,7 @@ def prepare(work: Path, data: str, spacing: list[float], device: str = "cpu") ->
         decathlon = folder.startswith("Task")
         copy = experiment.work / folder if decathlon else experiment.raw
         unseen = shutil.ignore_patterns("labelsTs", *([] if decathlon else ["imagesTs"]))
-        shutil.copytree(source, copy, ignore=unseen, copy_function=shutil.copyfile)
+        shutil.copytree(source, copy, ignore=unseen, copy_function=shutil.copyfile, dirs_exist_ok=True)
         for made in (copy, *filter(Path.is_dir, copy.rglob("*"))):
             made.chmod(0o755)
         if decathlon:
@@ -87,10 +87,8 @@ def run_cell(experiment: Experiment, name: str, shots: int, minutes: float, fold
     seconds = seconds_of(experiment.device) - before
     training = (own.dataset, configuration, str(fold), "-tr", method.trainer, "-p", plans, "-device", own.device)
     own.run("nnUNetv2_train", *training, "--val")
-    summary = read_json(folder / "validation" / "summary.json")
-    labels = read_json(own.raw / "dataset.json")["labels"]
-    dice = {name: summary["mean"][str(value)]["Dice"] for name, value in labels.items() if name != "background"}
-    return {"mean": summary["foreground_mean"]["Dice"], **dice, "seconds": seconds}
+    classes = foreground(read_json(own.raw / "dataset.json")["labels"])
+    return {**of_summary(folder / "validation" / "summary.json", classes), "seconds": seconds}
 
 
 def query_images(experiment: Experiment) -> Path:
@@ -110,17 +108,25 @@ def dice_of(predictions: Path, experiment: Experiment) -> dict[str, float]:
     """Of segmentations of the queries: the mean, and by class."""
     classes = foreground(read_json(experiment.raw / "dataset.json")["labels"])
     labels = experiment.preprocessed / "gt_segmentations"
-    found = compute_metrics_on_folder_simple(
-        str(labels), str(predictions), [*classes.values()], num_processes=2, chill=True
-    )
-    dice = {name: found["mean"][value]["Dice"] for name, value in classes.items()}
-    return {"mean": found["foreground_mean"]["Dice"], **dice}
+    regions = [tuple(value) if isinstance(value, list) else value for value in classes.values()]
+    compute_metrics_on_folder_simple(str(labels), str(predictions), regions, num_processes=2, chill=True)
+    return of_summary(predictions / "summary.json", classes)
+
+
+def of_summary(file: Path, classes: dict) -> dict[str, float]:
+    summary = read_json(file)
+    dice = {name: summary["mean"][summary_key(value)]["Dice"] for name, value in classes.items()}
+    return {"mean": summary["foreground_mean"]["Dice"], **dice}
 
 
 def run_student(experiment: Experiment, shots: int, minutes: float, fold: int) -> dict[str, float]:
     """A student of the context adapter: teacher, pile and student in the same CPU time."""
     own = replace(experiment, results=f"nnUNet_results_{minutes:g}min")
-    teacher, configuration, number = METHODS["context"].trainer, configuration_of(shots), 200 + 10 * shots + fold
+    teacher, configuration, number = (
+        METHODS["context"].trainer,
+        configuration_of(shots),
+        100 + int(20 * minutes) + 2 * shots + fold,
+    )
     images = query_images(own)
     experiment.run("fseft", "bank", "-d", own.dataset, "--clear")
     before = seconds_of(experiment.device)
