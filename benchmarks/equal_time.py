@@ -121,7 +121,7 @@ def of_summary(file: Path, classes: dict) -> dict[str, float]:
 
 def run_student(experiment: Experiment, shots: int, minutes: float, fold: int) -> dict[str, float]:
     """A student of the context adapter: teacher, pile and student in the same CPU time."""
-    own = replace(experiment, results=f"nnUNet_results_{minutes:g}min")
+    own = replace(experiment, results=f"nnUNet_results_{minutes:g}min_student")  # with a teacher of its own
     teacher, configuration, number = (
         METHODS["context"].trainer,
         configuration_of(shots),
