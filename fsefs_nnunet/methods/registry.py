@@ -30,6 +30,7 @@ class Method:
     prior: key of priors.PRIORS, that of `fseft predict`; trains_with_prior: whether trainings heed it, too.
     channel_dropout: probability that a step on the support does not see a channel of a crop.
     rate, weight_decay, epochs: of AdamW.
+    more_shapes: whether most patches and views are turned, scaled and bent, see trainers/augmentation.py.
     warmup: share of a training over which the rate rises, for head and decoder first; 0: the published schedule.
     transductive: the trained adapter adapts to every volume before it segments it (`fseft predict`).
     shares_features: predicts from the features of whole volumes, which all such methods get from one pass.
@@ -55,6 +56,7 @@ class Method:
     weight_decay: float = 0.0
     epochs: int = 100
     warmup: float = 0.0
+    more_shapes: bool = False
     transductive: bool = False
     shares_features: bool = False
     by_default: bool = True
@@ -91,7 +93,14 @@ _FSEFT = Method(
 )
 
 # for trainings longer than the published few-shot recipes
-_LONG = {"rate": 1e-3, "weight_decay": 1e-5, "epochs": 400, "warmup": 0.1, "by_default": False}
+_LONG = {
+    "rate": 1e-3,
+    "weight_decay": 1e-5,
+    "epochs": 400,
+    "warmup": 0.1,
+    "more_shapes": True,
+    "by_default": False,
+}
 
 _FINE_TUNING = [
     Method(
