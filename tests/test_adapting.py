@@ -297,3 +297,32 @@ def test_results_return_to_their_folder(monkeypatch):
         assert Path(os.environ["nnUNet_results"]).is_dir()
         raise RuntimeError
     assert os.environ["nnUNet_results"] == "/somewhere"
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "{", '{"method": "gone", "why": [], "minutes": null}'])
+def test_a_damaged_choice(work, capsys, content):
+    (work.preprocessed / "fseft_adapt_FSEFTPlans_3d_fullres_1shot_auto1.json").write_text(content)
+    assert adapt("--shots", 1, "--minutes", 1) == 2
+    assert "is damaged or of another version: delete it" in capsys.readouterr().err
+
+
+def test_no_folder_of_results(work, monkeypatch, capsys):
+    monkeypatch.delenv("nnUNet_results")
+    assert adapt("--shots", 1, "--minutes", 1) == 2
+    assert "nnUNet_results is not set" in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file(work, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert adapt("--shots", 1, "--minutes", 1, "-i", work.queries, "-o", tmp_path / "file") == 2
+    assert "is a file: give a folder for the segmentations" in capsys.readouterr().err
+
+
+def test_an_interrupted_planning_is_done_again(work, monkeypatch):
+    planned = []
+    monkeypatch.setattr(adapting, "plan_and_preprocess", lambda *arguments: planned.append(arguments))
+    adapting.plan_if_needed(task())
+    assert not planned
+    (work.preprocessed / adapting.PLANNING).touch()
+    adapting.plan_if_needed(task())
+    assert len(planned) == 1 and not (work.preprocessed / adapting.PLANNING).exists()

@@ -6,6 +6,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import write_phantom
 from nnunetv2.inference.predict_from_raw_data import predict_entry_point
 from trainings import edit, make_trainer, splits_of, text_of
 
@@ -60,7 +61,7 @@ def test_from_teacher_to_student(taught, capsys, tmp_path):
     content = json.loads((raw / "dataset.json").read_text())
     assert content["labels"] == {"background": 0, "spleen": 1, "stomach": 2, "kidney_left": 3, "ignore": 4}
     assert not content["transductive"] and not any(case in json.dumps(content) for case in pile)
-    assert json.loads((raw / "conversion.json").read_text())["pseudo_labels"]["pile"] == sorted(pile)
+    assert json.loads((raw / "conversion.json").read_text())["pseudo_labels"]["pile"].keys() == {*pile}
     assert {file.name for file in (raw / "labelsTr").iterdir()} == {f"{case}.nii.gz" for case in [true, *pile]}
 
     def label(folder: Path, case: str) -> np.ndarray:
@@ -91,6 +92,8 @@ def test_from_teacher_to_student(taught, capsys, tmp_path):
     assert "is complete and unchanged" in capsys.readouterr().out
     changed = [f.name for f in taught.root.rglob("*") if f.is_file() and before.get(f) != f.stat().st_mtime_ns]
     assert changed == []
+    assert student("--minutes", 2, "--min_probability", 0.6) == 2
+    assert "was trained for 0.05 minutes: delete it to train for another time" in capsys.readouterr().err
     assert student("--min_probability", 0.7) == 2
     assert "Dataset177_TinyStudent was made of another teacher, pile or probability" in capsys.readouterr().err
 
@@ -237,3 +240,58 @@ def test_test_cases_are_compared_whatever_their_names(taught, capsys, tmp_path):
     write_copy(tmp_path / "pile" / "patient_0000.nii.gz", taught.raw / "imagesTs" / f"{true}_0000.nii.gz")
     assert student("--pile", tmp_path / "pile", "--student", "none") == 2
     assert f"is the query or test case {true}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["nan", "constant"])
+def test_broken_images_are_refused_before_any_is_labelled(taught, capsys, tmp_path, what):
+    """Left out, the rest of the pile goes on."""
+    pile = tmp_path / "pile"
+    for number, seed in enumerate(((8, 0), (9, 1))):
+        pile.mkdir(exist_ok=True)
+        write_phantom(pile / f"scan{number}_0000.nii.gz", None, seed)
+    image = nib.load(pile / "scan1_0000.nii.gz")
+    broken = np.full(image.shape, np.nan if what == "nan" else 3.0, np.float32)
+    nib.save(nib.Nifti1Image(broken, image.affine), pile / "z_0000.nii.gz")
+    assert student("--pile", pile, "--student", "none") == 2
+    assert f"{pile / 'z_0000.nii.gz'} {'holds NaN' if what == 'nan' else 'is constant'}" in capsys.readouterr().err
+    assert not list((taught.root / "nnUNet_raw").glob(".*part"))
+    (pile / "z_0000.nii.gz").unlink()
+    assert student("--pile", pile, "--student", "none", "--transductive") == 0
+
+
+def test_an_image_that_was_replaced_is_labelled_again(taught, capsys, tmp_path, monkeypatch):
+    from fsefs_nnunet.datasets.building import UnfinishedDataset
+
+    pile = tmp_path / "pile"
+    pile.mkdir()
+    write_phantom(pile / "scan_0000.nii.gz", None, (9, 0))
+    write_phantom(pile / "gone_0000.nii.gz", None, (9, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            UnfinishedDataset, "finish", lambda *arguments, **others: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        assert student("--pile", pile, "--student", "none") == 130
+    (part,) = (taught.root / "nnUNet_raw").glob(".*part")
+    before = (part / "labelsTr" / "pile_scan.nii.gz").read_bytes()
+    write_phantom(pile / "scan_0000.nii.gz", None, (9, 1))
+    (pile / "gone_0000.nii.gz").unlink()
+    assert student("--pile", pile, "--student", "none") == 0
+    raw = taught.root / "nnUNet_raw" / "Dataset177_TinyStudent"
+    assert (raw / "labelsTr" / "pile_scan.nii.gz").read_bytes() != before
+    true = splits_of(taught)["folds"][0][0]
+    assert sorted(file.name for file in (raw / "labelsTr").iterdir()) == sorted([f"{true}.nii.gz", "pile_scan.nii.gz"])
+    write_phantom(pile / "scan_0000.nii.gz", None, (9, 3))
+    assert student("--pile", pile, "--student", "none") == 2
+    assert "was made of another teacher, pile or probability" in capsys.readouterr().err
+
+
+def test_a_teacher_that_is_sure_of_nothing(taught, capsys):
+    assert student("--student", "none", "--min_probability", 1) == 2
+    assert "unsure of every voxel of the pile: reduce --min_probability, which is 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file, content", [("plans.json", "{}"), ("dataset.json", "{")])
+def test_a_damaged_teacher(taught, capsys, file, content):
+    (taught.results / "FSEFTTrainer__FSEFTPlans__3d_fullres_1shot" / file).write_text(content)
+    assert student() == 2
+    assert file in capsys.readouterr().err

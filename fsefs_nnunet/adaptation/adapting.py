@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict, dataclass
 from math import ceil, prod
@@ -17,12 +18,12 @@ from fsefs_nnunet.adaptation.student import make_student
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.store import find_backbone
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
-from fsefs_nnunet.cases.folders import dataset_folders
+from fsefs_nnunet.cases.folders import dataset_folders, folder_of, made_folder
 from fsefs_nnunet.cases.images import list_images
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, support_cases
 from fsefs_nnunet.device import device_named
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.files import read_json, write_json
+from fsefs_nnunet.files import read_json, refused_if_unwritable, write_json
 from fsefs_nnunet.methods.network import trains_decoder
 from fsefs_nnunet.methods.registry import BANK, METHODS, Method, configuration_of, shots_in_words
 from fsefs_nnunet.methods.run_file import RUN_FILE, RunFile
@@ -34,6 +35,7 @@ TEACHER, PUPIL = "context", "ft_long"  # of students
 HIGHEST_ID = 999  # of datasets
 COMPARED = ("fseft", "context")  # methods that leave-one-out compares
 SHARE = 0.2  # of the time that the comparison may take
+PLANNING = "fseft_adapt_is_planning.json"  # there while it does: an interrupted planning is done again
 START_SECONDS = 20  # of a training's command before its first epoch, and of saving
 
 
@@ -81,6 +83,17 @@ class Decision:
     why: list[str]
     minutes: float | None
 
+    @classmethod
+    def load(cls, file: Path) -> Decision:
+        """Raises InputError for a file that is damaged or of another version."""
+        try:
+            decision = cls(**json.loads(file.read_text("utf-8")))
+        except (ValueError, TypeError):
+            decision = None
+        if decision is None or decision.method not in {STUDENT, *METHODS}:
+            raise InputError(f"{file} is damaged or of another version: delete it to have `fseft adapt` choose again.")
+        return decision
+
 
 @dataclass(frozen=True)
 class Training:
@@ -100,6 +113,12 @@ def adapt(task: Task, images: Path | None = None, output: Path | None = None) ->
     """
     started = monotonic()
     name, raw, preprocessed = dataset_folders(task.dataset)
+    folder_of("nnUNet_results")
+    if output is not None:
+        if output.exists() and not output.is_dir():
+            raise InputError(f"{output} is a file: give a folder for the segmentations.")
+        with refused_if_unwritable(output):
+            output.mkdir(parents=True, exist_ok=True)
     if images is not None:
         list_images(images, read_dataset_json(raw / "dataset.json")).require_sound()
     plan_if_needed(task)
@@ -107,7 +126,7 @@ def adapt(task: Task, images: Path | None = None, output: Path | None = None) ->
     file = preprocessed / f"fseft_adapt_{task.plans}_{task.configuration}.json"
     if file.exists():
         print(f"Chosen before; delete {file} to choose again:")
-        decision = Decision(**read_json(file))
+        decision = Decision.load(file)
     else:
         decision = decide(task, support, started)
         method = METHODS[TEACHER if decision.method == STUDENT else decision.method]
@@ -162,9 +181,12 @@ def plan_if_needed(task: Task) -> None:
         "num_processes": task.num_processes,
         "other_modality": task.other_modality,
     }
-    if not file.exists():
+    begun = preprocessed / PLANNING
+    if not file.exists() or begun.exists():
         print("Planning and preprocessing the dataset.")
+        write_json(made_folder(preprocessed) / PLANNING, {"plans": task.plans})
         plan_and_preprocess((task.dataset, [task.shots], None), options)
+        begun.unlink()
         return
     missing = configuration_of(task.shots) not in read_json(file)["configurations"]
     if missing or lacks_cases(preprocessed, task.plans):

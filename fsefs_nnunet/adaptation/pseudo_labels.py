@@ -19,16 +19,17 @@ from tqdm import tqdm
 from fsefs_nnunet.cases.dataset_json import read_dataset_json
 from fsefs_nnunet.cases.folders import dataset_folders, model_folder, training_files
 from fsefs_nnunet.cases.headers import read_header
-from fsefs_nnunet.cases.images import is_leftover, list_images, read_image
+from fsefs_nnunet.cases.images import is_constant, is_leftover, list_images, read_image
 from fsefs_nnunet.cases.pile import pile_cases
 from fsefs_nnunet.cases.preprocessed import hash_of
 from fsefs_nnunet.cases.readers import REORIENTING, find_reader
+from fsefs_nnunet.cases.soundness import check_all, require_one_scale
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, query_cases, support_cases
 from fsefs_nnunet.datasets.building import RECORDS, UnfinishedDataset, new_dataset
 from fsefs_nnunet.datasets.jobs import full_disk_reported
 from fsefs_nnunet.datasets.volumes import link_or_copy
 from fsefs_nnunet.errors import InputError, several
-from fsefs_nnunet.files import read_json, replacing, write_json
+from fsefs_nnunet.files import read_json, replacing, value_in, write_json
 from fsefs_nnunet.inference.weights import sha256_of_weights
 from fsefs_nnunet.labels import label_values
 from fsefs_nnunet.methods.run_file import RunFile
@@ -65,10 +66,14 @@ class Teacher:
     @cached_property
     def plans_manager(self) -> PlansManager:
         """Raises InputError for a model that is not there."""
-        for file in (self.folder / "plans.json", self.checkpoint):
+        plans, *others = (self.folder / "plans.json", self.folder / "dataset.json", self.checkpoint)
+        for file in (plans, *others):
             if not file.exists():
                 raise InputError(f"{file} is missing: train the teacher, or check -d, -tr, -p, -c and -f.")
-        return PlansManager(read_json(self.folder / "plans.json"))
+        read_dataset_json(self.folder / "dataset.json")
+        if self.configuration not in read_json(plans).get("configurations", {}):
+            raise InputError(f"{plans} has no {self.configuration}: restore it, or train the teacher again.")
+        return PlansManager(read_json(plans))
 
     @property
     def keys(self) -> dict:
@@ -140,6 +145,7 @@ def choose_pile(teacher: Teacher, folder: Path | None, transductive: bool) -> Pi
             raise InputError(f"{name} has a support case {twice[0]}, the name of one of the pile's: rename its files.")
     known = [Known("support", case, labelled[case]["images"]) for case in support]
     known += known_queries(raw, preprocessed, dataset_json, splits, labelled, teacher.fold)
+    check_images(unlabelled, teacher.reader, {case: labelled[case]["images"] for case in support})
     seen = same_images(known, unlabelled, dataset_json["file_ending"])
     for case, other in seen.items():
         if other.role == "support":
@@ -153,6 +159,26 @@ def choose_pile(teacher: Teacher, folder: Path | None, transductive: bool) -> Pi
                 "--transductive if the student may see what it is to segment."
             )
     return Pile({case: labelled[case] for case in support}, unlabelled, bool(seen))
+
+
+def check_images(pile: dict[str, list[str]], reader: BaseReaderWriter, support: dict[str, list[str]]) -> None:
+    """Read every image before the first one is labelled, which takes much longer.
+
+    Raises:
+        InputError: for images that planning would refuse, once all are labelled.
+    """
+
+    def check(case: str) -> None:
+        if is_constant(read_image(reader, pile[case])[0]):
+            raise InputError(f"{pile[case][0]} is constant: repair it, or leave the case out.")
+
+    check_all(check, pile, 1, "checking the pile")
+    require_one_scale({case: read_header(files[0]) for case, files in {**support, **pile}.items()})
+
+
+def stamps(files: Iterable[str]) -> list[list[int]]:
+    """Sizes and modification times of files, which tell whether they are those of before."""
+    return [[status.st_size, status.st_mtime_ns] for status in map(os.stat, files)]
 
 
 def known_queries(
@@ -237,12 +263,15 @@ def write_student_dataset(teacher: Teacher, pile: Pile, dataset_id: int, least: 
         "weights": sha256_of_weights(teacher.checkpoint),
         "least_probability": least,
         "support": sorted(pile.support),
-        "pile": sorted(pile.unlabelled),
+    }
+    whole = {
+        **options,
+        "pile": {case: stamps(files) for case, files in sorted(pile.unlabelled.items())},
         "transductive": pile.transductive,
     }
     target = raw.parent / f"Dataset{dataset_id:03d}_{name.split('_', 1)[1]}Student"
     if (target / SUMMARY).exists():
-        if read_json(target / SUMMARY).get(OPTIONS) != options:
+        if read_json(target / SUMMARY).get(OPTIONS) != whole:
             raise InputError(
                 f"{target} was made of another teacher, pile or probability: delete it in all folders of nnU-Net's, or "
                 "choose another id."
@@ -254,12 +283,13 @@ def write_student_dataset(teacher: Teacher, pile: Pile, dataset_id: int, least: 
     labels = dict(dataset_json["labels"])
     ignore = labels.setdefault("ignore", max(label_values(labels)) + 1)
     predictor, reader, made = None, teacher.reader, building.folder / RECORDS
+    building.leave_out({*pile.support, *pile.unlabelled}, ending)
     with full_disk_reported():
         for case, files in pile.support.items():
             link_images(files["images"], building.folder, case, ending)
             link_or_copy(Path(files["label"]), building.folder / "labelsTr" / f"{case}{ending}")
         for case, files in tqdm(pile.unlabelled.items(), desc="labelling the pile"):
-            if (made / f"{case}.json").exists():
+            if value_in(made / f"{case}.json", "files") == whole["pile"][case]:
                 continue
             predictor = predictor or teacher.predictor(device)
             image, properties = read_image(reader, files)
@@ -270,10 +300,17 @@ def write_student_dataset(teacher: Teacher, pile: Pile, dataset_id: int, least: 
                 named = part.with_name(part.name + ending)  # the reader goes by the ending
                 reader.write_seg(kept, str(named), properties)
                 os.replace(named, part)
-            write_json(made / f"{case}.json", {"ignored": float((kept == ignore).mean())})
+            record = {"files": whole["pile"][case], "ignored": float((kept == ignore).mean())}
+            write_json(made / f"{case}.json", record)
     ignored = {case: read_json(made / f"{case}.json")["ignored"] for case in pile.unlabelled}
+    if min(ignored.values()) == 1:
+        building.discard()
+        raise InputError(
+            f"The teacher is unsure of every voxel of the pile: reduce --min_probability, which is {least:g}, or train "
+            "a better teacher."
+        )
     building.finish(
-        {OPTIONS: options, "ignored": ignored},
+        {OPTIONS: whole, "ignored": ignored},
         type(reader).__name__,
         channel_names=dataset_json["channel_names"],
         labels=labels,
@@ -287,7 +324,7 @@ def write_student_dataset(teacher: Teacher, pile: Pile, dataset_id: int, least: 
     numbers = f"{len(pile.support)} true cases and {len(ignored)} of the pile"
     print(f"{target}: {numbers}, {share:.1%} of whose voxels are ignored.")
     if most:
-        print(f"More than half of {several(most)} is ignored: the teacher hardly knows such images.")
+        print(f"More than half of {several(most)} is ignored: the teacher is rarely that sure of such images.")
     return target
 
 

@@ -64,6 +64,7 @@ def student(args: argparse.Namespace) -> None:
     from fsefs_nnunet.adaptation.pseudo_labels import Teacher
     from fsefs_nnunet.adaptation.student import make_student, require_student
     from fsefs_nnunet.device import device_named
+    from fsefs_nnunet.methods.run_file import RunFile
     from fsefs_nnunet.nnunet.experiment import OwnExperiment
     from fsefs_nnunet.nnunet.training import Training
 
@@ -78,6 +79,12 @@ def student(args: argparse.Namespace) -> None:
         configuration = Training(name, args.p, args.student, "all", 0).configuration
         budget = {} if args.minutes is None else {"fseft_train_minutes": str(args.minutes)}
         experiment = OwnExperiment.of(name, args.p, device.type)
-        folder = experiment.train(args.student, configuration, 0, fseft_final_validation="0", **budget)
+        folder = experiment.model(args.student, configuration) / "fold_0"
+        if (folder / "checkpoint_final.pth").exists():
+            minutes = (RunFile.load(folder).budget_seconds or 0) / 60
+            if abs(minutes - (args.minutes or 0)) > 1e-3:
+                then = f"{minutes:g} minutes" if minutes else "its epochs"
+                raise InputError(f"{folder} was trained for {then}: delete it to train for another time.")
+        experiment.train(args.student, configuration, 0, fseft_final_validation="0", **budget)
         model = f"-d {name} -c {configuration} -f 0 -tr {args.student} -p {args.p}"
         print(f"The student is in {folder}. nnUNetv2_predict takes it as {model}")

@@ -24,7 +24,7 @@ def new_dataset(dataset_id: int, name: str) -> Path:
     """Folder of a raw dataset to be. Raises InputError for an id that is taken, in any of nnU-Net's folders."""
     raw = folder_of("nnUNet_raw")
     if not 0 < dataset_id < 1000:
-        raise InputError(f"-d {dataset_id}: nnU-Net's dataset ids go from 1 to 999.")
+        raise InputError(f"The dataset id {dataset_id} is none of nnU-Net's, which go from 1 to 999.")
     taken = sorted(find_candidate_datasets(dataset_id))
     if taken:
         raise InputError(f"Dataset id {dataset_id} is taken by {', '.join(taken)}: choose another.")
@@ -53,6 +53,14 @@ class UnfinishedDataset:
                 write_atomically(file, json.dumps(options))
         except OSError as error:
             raise InputError(f"{target.parent} cannot be written to: {error}.") from error
+
+    def leave_out(self, cases: set[str], ending: str) -> None:
+        """Remove what an earlier call has written of other cases than `cases`."""
+        for folder, parts in (("imagesTr", 5), ("labelsTr", 0)):  # a channel's number, _0000
+            for file in (self.folder / folder).glob(f"*{ending}"):
+                stem = file.name.removesuffix(ending)
+                if stem[: len(stem) - parts] not in cases:
+                    file.unlink()
 
     def finish(self, summary: dict, reader: str = READER, **dataset_json) -> None:
         """Write dataset.json with nnU-Net's function and the summary, and take the final name."""

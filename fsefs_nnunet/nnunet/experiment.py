@@ -204,7 +204,9 @@ class OwnExperiment(Experiment):
     @classmethod
     def of(cls, dataset: str, plans: str, device: str) -> OwnExperiment:
         """With its log beside the dataset's results."""
-        work = Path(os.environ["nnUNet_results"], dataset)
+        from fsefs_nnunet.cases.folders import folder_of  # imports nnU-Net, which `fseft env` need not
+
+        work = folder_of("nnUNet_results") / dataset
         work.mkdir(parents=True, exist_ok=True)
         return cls(work, dataset, plans, device)
 
