@@ -62,6 +62,13 @@ def test_what_is_not_possible_is_left_out():
     assert ranking(CELL, {"context", "unet"}) == [("context", 0.7)]
 
 
+def test_a_student_must_be_clearly_ahead():
+    def first(of_student: float) -> str:
+        return ranking(Measured("", HERE, {STUDENT: of_student, "ft_long": 0.8}), {STUDENT, "ft_long"})[0][0]
+
+    assert (first(0.809), first(0.811)) == ("ft_long", STUDENT)
+
+
 def task(**changes) -> adapting.Task:
     given = dict(dataset=77, shots=1, fold=0, minutes=9, backbone="phantom", device="cpu", num_processes=1)
     return adapting.Task(**{**given, **changes})

@@ -9,6 +9,7 @@ from importlib.resources import files
 from math import log2
 
 STUDENT = "student"  # beside the methods of the registry: one of `fseft student` after the context adapter
+STUDENT_AHEAD = 0.01
 GPU_MINUTE = 20.0  # minutes of a CPU's core that a GPU's stands for, where no cell was measured on one
 
 
@@ -63,5 +64,12 @@ def nearest(situation: Situation, cells: tuple[Measured, ...]) -> Measured:
 
 
 def ranking(cell: Measured, possible: set[str]) -> list[tuple[str, float]]:
-    """The methods of a cell that are `possible`, the best first, with their Dice there."""
-    return sorted(((name, dice) for name, dice in cell.dice.items() if name in possible), key=lambda item: -item[1])
+    """The methods of a cell that are `possible`, the best first, with their Dice there.
+
+    A student, which needs a teacher and a dataset of its own, comes first only where it is ahead by STUDENT_AHEAD.
+    """
+
+    def worth(item: tuple[str, float]) -> float:
+        return item[1] - (STUDENT_AHEAD if item[0] == STUDENT else 0)
+
+    return sorted(((name, dice) for name, dice in cell.dice.items() if name in possible), key=worth, reverse=True)
