@@ -162,7 +162,8 @@ def draw(results: dict[str, dict[str, float]], file: Path) -> None:
         for method, of_minutes in lines.items():
             points = sorted(tuple(map(mean, zip(*found))) for found in of_minutes.values())
             axes.plot(*zip(*points), "o-", color=f"C{methods.index(method)}", label=method)
-        axes.set(title=title, xlabel="minutes", ylabel="mean Dice of the queries", xscale="log")
+        axes.set(title=title, xlabel="minutes", ylabel="mean Dice of the queries")
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.savefig(file, dpi=120)
