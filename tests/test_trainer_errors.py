@@ -195,7 +195,7 @@ def test_model_whose_support_is_no_longer_preprocessed(work):
         ({"fseft_stop_at_plateau": "no"}, "fseft_stop_at_plateau .*: make it true or false"),
         ({"fseft_seed": None}, "fseft_seed .* is None: make it a whole number"),
         ({"fseft_lamda": 0.5}, "'fseft_lamda' of .* is no key of ours: did you mean 'fseft_lambda'"),
-        ({"fseft_quux_thing_xyz": 1}, "'fseft_quux_thing_xyz' of .* is no key of ours: known are fseft_backbone, "),
+        ({"fseft_wwwwqqqqzzzz": 1}, "'fseft_wwwwqqqqzzzz' of .* is no key of ours: known are fseft_backbone, "),
     ],
 )
 def test_impossible_values_in_the_plans(work, settings, sentence):

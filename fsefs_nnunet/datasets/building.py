@@ -24,7 +24,7 @@ def new_dataset(dataset_id: int, name: str) -> Path:
     """Folder of a raw dataset to be. Raises InputError for an id that is taken, in any of nnU-Net's folders."""
     raw = folder_of("nnUNet_raw")
     if not 0 < dataset_id < 1000:
-        raise InputError(f"The dataset id {dataset_id} is none of nnU-Net's, which go from 1 to 999.")
+        raise InputError(f"{dataset_id} is no id of a dataset: nnU-Net's ids go from 1 to 999.")
     taken = sorted(find_candidate_datasets(dataset_id))
     if taken:
         raise InputError(f"Dataset id {dataset_id} is taken by {', '.join(taken)}: choose another.")
