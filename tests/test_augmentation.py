@@ -1,7 +1,5 @@
 """Augmentation of the long trainings: shapes, not intensities."""
 
-import pickle
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from fsefs_nnunet.methods.registry import METHODS
 from fsefs_nnunet.trainers import by_name
-from fsefs_nnunet.trainers.augmentation import maker_of_transforms, transforms_for_few_cases
+from fsefs_nnunet.trainers.augmentation import transforms_for_few_cases
 
 PATCH = (16, 20, 16)
 
@@ -52,4 +50,3 @@ def test_trainers_take_what_their_row_says(name):
     trainer, row = getattr(by_name, METHODS[name].trainer), METHODS[name]
     spatial = next(t for t in made(trainer.get_training_transforms).transforms if isinstance(t, SpatialTransform))
     assert (spatial.p_rotation == 0.7) == row.more_shapes == (name in ("ft_long", "unet"))
-    assert pickle.loads(pickle.dumps(maker_of_transforms(row))) is maker_of_transforms(row)  # for worker processes

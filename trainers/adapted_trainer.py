@@ -24,7 +24,6 @@ from fsefs_nnunet.methods.registry import Method
 from fsefs_nnunet.methods.run_file import VALIDATION, RunFile
 from fsefs_nnunet.methods.schedules import DecoderFirstScheduler, WarmupCosineScheduler, at_plateau
 from fsefs_nnunet.methods.settings import Settings, is_k_shot
-from fsefs_nnunet.trainers.augmentation import maker_of_transforms
 from fsefs_nnunet.trainers.kshot_trainer import KShotTrainer
 from fsefs_nnunet.trainers.time_budget import StoppableTrainer, StopTraining
 
@@ -89,10 +88,6 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
 
     def set_deep_supervision_enabled(self, enabled: bool):
         pass
-
-    @classmethod
-    def get_training_transforms(cls, *args, **kwargs):
-        return maker_of_transforms(cls.method)(*args, **kwargs)
 
     def _build_loss(self):
         return segmentation_loss(self.settings.loss, self.label_manager, self.configuration_manager.batch_dice)

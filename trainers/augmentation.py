@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
-from fsefs_nnunet.methods.registry import Method
 
 P_ROTATION, P_SCALING, P_ELASTIC = 0.7, 0.7, 0.4  # nnU-Net's: 0.2, 0.2, 0
 P_SCALED_ALIKE = 0.3  # that all axes are scaled by the same factor; nnU-Net's: 1
 BENDS_WITHIN = (0.05, 0.15)  # sigma of the displacements' blur, as a share of the patch's sides
 LARGEST_BEND = 0.1  # displacement, as a share of the patch's shortest side
-
-
-def maker_of_transforms(method: Method) -> Callable[..., BasicTransform]:
-    """What makes a method's training transforms; it can be pickled for worker processes."""
-    return transforms_for_few_cases if method.more_shapes else nnUNetTrainer.get_training_transforms
 
 
 def transforms_for_few_cases(*args, **kwargs) -> BasicTransform:

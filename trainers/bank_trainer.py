@@ -25,7 +25,6 @@ from fsefs_nnunet.features.volume import VolumeFeatures
 from fsefs_nnunet.inference.logits import logits_of
 from fsefs_nnunet.priors.objective import objective, support_loss
 from fsefs_nnunet.trainers.adapted_trainer import AdaptedTrainer
-from fsefs_nnunet.trainers.augmentation import maker_of_transforms
 from fsefs_nnunet.workers import Ahead
 
 
@@ -201,7 +200,7 @@ class BankTrainer(AdaptedTrainer):
         foreground = self.label_manager.foreground_labels
 
         transforms_of = partial(
-            maker_of_transforms(self.method),
+            self.get_training_transforms,
             rotation_for_DA=rotation,
             deep_supervision_scales=None,
             mirror_axes=None,
@@ -220,7 +219,6 @@ class BankTrainer(AdaptedTrainer):
             initial_patch=initial_patch,
             seed=self.settings.seed,
             cutmix=self.settings.cutmix,
-            more_shapes=self.method.more_shapes,
         )
 
     def start_network(self) -> None:

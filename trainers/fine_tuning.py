@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fsefs_nnunet.trainers.adapted_trainer import AdaptedTrainer
+from fsefs_nnunet.trainers.augmentation import transforms_for_few_cases
 from fsefs_nnunet.trainers.patch_trainer import PatchTrainer
 
 
@@ -18,6 +19,11 @@ class FineTuningTrainer(AdaptedTrainer, PatchTrainer):
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.save_every = 25  # a backbone's weights and their moments take longer to write than an epoch
+
+    @classmethod
+    def get_training_transforms(cls, *args, **kwargs):
+        make = transforms_for_few_cases if cls.method.more_shapes else super().get_training_transforms
+        return make(*args, **kwargs)
 
     @property
     def seed(self) -> int:

@@ -29,6 +29,7 @@ from fsefs_nnunet.datasets.building import RECORDS, UnfinishedDataset, new_datas
 from fsefs_nnunet.datasets.jobs import full_disk_reported
 from fsefs_nnunet.datasets.volumes import link_or_copy
 from fsefs_nnunet.errors import InputError, several
+from fsefs_nnunet.features.entry import stamp_of
 from fsefs_nnunet.files import read_json, replacing, value_in, write_json
 from fsefs_nnunet.inference.weights import sha256_of_weights
 from fsefs_nnunet.labels import label_values
@@ -176,11 +177,6 @@ def check_images(pile: dict[str, list[str]], reader: BaseReaderWriter, support: 
     require_one_scale({case: read_header(files[0]) for case, files in {**support, **pile}.items()})
 
 
-def stamps(files: Iterable[str]) -> list[list[int]]:
-    """Sizes and modification times of files, which tell whether they are those of before."""
-    return [[status.st_size, status.st_mtime_ns] for status in map(os.stat, files)]
-
-
 def known_queries(
     raw: Path, preprocessed: Path, dataset_json: dict, splits: dict, labelled: dict[str, dict], fold: int | str
 ) -> list[Known]:
@@ -266,7 +262,7 @@ def write_student_dataset(teacher: Teacher, pile: Pile, dataset_id: int, least: 
     }
     whole = {
         **options,
-        "pile": {case: stamps(files) for case, files in sorted(pile.unlabelled.items())},
+        "pile": {case: [stamp_of(Path(file)) for file in files] for case, files in sorted(pile.unlabelled.items())},
         "transductive": pile.transductive,
     }
     target = raw.parent / f"Dataset{dataset_id:03d}_{name.split('_', 1)[1]}Student"

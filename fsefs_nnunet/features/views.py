@@ -43,7 +43,6 @@ class SupportViews:
         initial_patch: Sequence[int],
         seed: int,
         cutmix: float = 0.0,
-        more_shapes: bool = False,
     ):
         """
         Args:
@@ -54,14 +53,13 @@ class SupportViews:
             window: the backbone's.
             initial_patch: nnU-Net's size of a patch before its spatial transform.
             cutmix: probability that a view shows a box of another case's view, where there are two cases or more.
-            more_shapes: whether `transforms_of` gives others than nnU-Net's.
         """
         of_each = max(views // len(cases), min(views, 1))
         self.names = {view_name(case, view): (case, view) for case in cases for view in range(of_each)}
         self.load_case, self.transforms_of = load_case, transforms_of
         self.labels, self.ignore_label = labels, ignore_label
         self.window, self.initial_patch, self.seed, self.cutmix = window, initial_patch, seed, cutmix
-        self.cases, self.more_shapes = list(cases), more_shapes
+        self.cases = list(cases)
         self._voxels: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
 
     def window_in(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -73,7 +71,6 @@ class SupportViews:
         other = self.other_case(name)
         return {
             **({"box_of": other} if other else {}),
-            **({"more_shapes": True} if self.more_shapes else {}),
             "view": self.names[name][1],
             "seed": self.seed,
             "window": [int(n) for n in self.window],

@@ -30,7 +30,7 @@ class Method:
     prior: key of priors.PRIORS, that of `fseft predict`; trains_with_prior: whether trainings heed it, too.
     channel_dropout: probability that a step on the support does not see a channel of a crop.
     rate, weight_decay, epochs: of AdamW.
-    more_shapes: whether most patches and views are turned, scaled and bent, see trainers/augmentation.py.
+    more_shapes: whether most patches are turned, scaled and bent, see trainers/augmentation.py.
     warmup: share of a training over which the rate rises, for head and decoder first; 0: the published schedule.
     transductive: the trained adapter adapts to every volume before it segments it (`fseft predict`).
     shares_features: predicts from the features of whole volumes, which all such methods get from one pass.
@@ -71,6 +71,8 @@ class Method:
                 f"Method {self.name!r} trains in the backbone: it learns from patches, not stored features."
             )
         heeds = self.trains_with_prior or self.channel_dropout or self.transductive or self.shares_features
+        if self.more_shapes and self.learns_from != PATCHES:
+            raise ValueError(f"Method {self.name!r}: only patches come in more shapes.")
         if heeds and self.learns_from != BANK:
             raise ValueError(f"Method {self.name!r}: priors, dropped and shared features need stored features.")
 
