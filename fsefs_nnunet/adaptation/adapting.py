@@ -13,8 +13,9 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 
 from fsefs_nnunet.adaptation.choice import STUDENT, Situation, measured, nearest, ranking
 from fsefs_nnunet.adaptation.leave_one_out import Support, compare
-from fsefs_nnunet.adaptation.pseudo_labels import LEAST_PROBABILITY, OPTIONS, SUMMARY, Teacher
+from fsefs_nnunet.adaptation.pseudo_labels import LEAST_PROBABILITY, OPTIONS, SUMMARY
 from fsefs_nnunet.adaptation.student import make_student
+from fsefs_nnunet.adaptation.teacher import Teacher
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.store import find_backbone
 from fsefs_nnunet.cases.dataset_json import read_dataset_json

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
-from fsefs_nnunet.adaptation.pseudo_labels import Teacher, choose_pile, write_student_dataset
+from fsefs_nnunet.adaptation.pile import choose_pile
+from fsefs_nnunet.adaptation.pseudo_labels import write_student_dataset
+from fsefs_nnunet.adaptation.teacher import Teacher
 from fsefs_nnunet.cases.folders import dataset_folders, made_folder
 from fsefs_nnunet.cases.pile import keep_pile, pile_cases
 from fsefs_nnunet.cases.splits import SEED, SPLITS_FILE, load_splits

@@ -61,8 +61,8 @@ def register(verb) -> None:
 
 
 def student(args: argparse.Namespace) -> None:
-    from fsefs_nnunet.adaptation.pseudo_labels import Teacher
     from fsefs_nnunet.adaptation.student import make_student, require_student
+    from fsefs_nnunet.adaptation.teacher import Teacher
     from fsefs_nnunet.device import device_named
     from fsefs_nnunet.methods.run_file import RunFile
     from fsefs_nnunet.nnunet.experiment import OwnExperiment
