@@ -17,7 +17,6 @@ import resource
 import shutil
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from time import monotonic
@@ -30,10 +29,12 @@ from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits
 from fsefs_nnunet.evaluation.tables import markdown_table
 from fsefs_nnunet.files import read_json, write_atomically
 from fsefs_nnunet.labels import foreground, summary_key
-from fsefs_nnunet.methods.registry import METHODS, configuration_of
+from fsefs_nnunet.methods.registry import BANK, METHODS, configuration_of
 from fsefs_nnunet.nnunet.experiment import Experiment
 
 START_SECONDS = 15  # of a command of nnU-Net's before the first epoch
+TEACHERS = {STUDENT: "context", "student_of_ft_long": "ft_long"}  # by name of the cell
+SHARE_OF_TEACHER = 1 / 3  # of the time, where the teacher does not stop by itself
 DATA = {  # folder, dataset, labelled queries
     "hippocampus": ("Task04_Hippocampus", "Dataset004_Hippocampus", 40),
     "chaos": ("CHAOS_T2SPIR", "Dataset020_CHAOS", 4),
@@ -119,27 +120,23 @@ def of_summary(file: Path, classes: dict) -> dict[str, float]:
     return {"mean": summary["foreground_mean"]["Dice"], **dice}
 
 
-def run_student(experiment: Experiment, shots: int, minutes: float, fold: int) -> dict[str, float]:
-    """A student of the context adapter: teacher, pile and student in the same CPU time."""
-    own = replace(experiment, results=f"nnUNet_results_{minutes:g}min_student")  # with a teacher of its own
-    teacher, configuration, number = (
-        METHODS["context"].trainer,
-        configuration_of(shots),
-        100 + int(20 * minutes) + 2 * shots + fold,
-    )
+def run_student(experiment: Experiment, name: str, shots: int, minutes: float, fold: int) -> dict[str, float]:
+    """Teacher, pile and student in the same CPU time; the student is `ft_long`."""
+    own = replace(experiment, results=f"nnUNet_results_{minutes:g}min_{name}")  # with a teacher of its own
+    teacher, configuration = METHODS[TEACHERS[name]], configuration_of(shots)
+    number = 100 + int(20 * minutes) + 2 * shots + fold + 20 * list(TEACHERS).index(name)
+    clock = {"fseft_train_clock": "cpu" if experiment.device == "cpu" else "wall"}
     images = query_images(own)
     experiment.run("fseft", "bank", "-d", own.dataset, "--clear")
     before = seconds_of(experiment.device)
-    own.train(teacher, configuration, fold, fseft_final_validation="0")
-    taught = ("-d", own.dataset, "-c", configuration, "-tr", teacher, "-p", own.plans, "-f", str(fold))
+    share = {} if teacher.learns_from == BANK else {"fseft_train_minutes": str(SHARE_OF_TEACHER * minutes), **clock}
+    own.train(teacher.trainer, configuration, fold, fseft_final_validation="0", **share)
+    taught = ("-d", own.dataset, "-c", configuration, "-tr", teacher.trainer, "-p", own.plans, "-f", str(fold))
     own.run("fseft", "student", *taught, "-o", str(number), "--student", "none", "-np", "2", "-device", own.device)
     used = (seconds_of(experiment.device) - before + START_SECONDS) / 60
     student = replace(own, dataset=f"Dataset{number}_{own.dataset.split('_')[1]}Student")
     trainer, configuration = METHODS["ft_long"].trainer, configuration_of("all")
-    budget = {
-        "fseft_train_minutes": str(minutes - used),
-        "fseft_train_clock": "cpu" if experiment.device == "cpu" else "wall",
-    }
+    budget = {"fseft_train_minutes": str(minutes - used), **clock}
     student.train(trainer, configuration, 0, fseft_final_validation="0", **budget)
     seconds = seconds_of(experiment.device) - before
     output = student.model(trainer, configuration) / "fold_0" / "queries"
@@ -179,7 +176,7 @@ def main() -> None:
     parser.add_argument("--data", choices=DATA, required=True)
     parser.add_argument("--cells", nargs="+", default=["1:10", "5:30"], metavar="K:MINUTES")
     parser.add_argument("--folds", type=int, nargs="+", default=[0], help="draws of the support")
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, STUDENT], default=["scratch", "nnunet"])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *TEACHERS], default=["scratch", "nnunet"])
     parser.add_argument("--spacing", type=float, nargs=3, default=[], metavar="MM", help="-overwrite_target_spacing")
     parser.add_argument("-device", default="cpu", help="cuda: minutes are wall time; default: cpu")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the results, run nothing")
@@ -200,8 +197,8 @@ def main() -> None:
             for name in args.methods:
                 key = f"{args.data}, K = {shots}, {minutes:g} minutes, draw {fold}, {name}"
                 if key not in found(file):
-                    run = run_student if name == STUDENT else partial(run_cell, name=name)
-                    made = run(experiment, shots=shots, minutes=minutes, fold=fold)
+                    run = run_student if name in TEACHERS else run_cell
+                    made = run(experiment, name, shots, minutes, fold)
                     # other cells may have been measured meanwhile, on another core
                     write_atomically(file, json.dumps({**found(file), key: made}, indent=1))
                 print(key, {k: round(v, 3) for k, v in found(file)[key].items()}, flush=True)
