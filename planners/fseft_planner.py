@@ -184,14 +184,21 @@ class FSEFTPlanner(ExperimentPlanner):
             return np.array(self.contract.spacing, dtype=float)[backward], "the backbone's"
         fingerprint = self.dataset_fingerprint
         extent = np.median(fingerprint["spacings"], 0) * np.median(fingerprint["shapes_after_crop"], 0)
-        spacing = fitting_spacing(extent[forward], own[forward], self.contract.patch_size)
+        window, view = self.contract.patch_size, self.contract.field_of_view_mm
+        spacing = fitting_spacing(extent[forward], own[forward], window, view)
         if spacing is None:
             return own, "the dataset's, the backbone leaves it open"
         shape = [round(float(n)) for n in (extent / own)[forward]]
-        longest = [MOST_WINDOWS * n for n in self.contract.patch_size]
+        longest = [MOST_WINDOWS * n for n in window]
+        shown = (
+            f", a window shows {spacing * max(window):g} mm, the training's {view[0]:g} to {view[1]:g} mm"
+            if view
+            else ""
+        )
         return np.full(3, spacing), (
-            f"by the field of view, at most {MOST_WINDOWS} windows ({longest} voxels); the dataset's own, "
-            f"{_rounded(own[forward])} mm, makes {shape} of a median volume of {_rounded(extent[forward])} mm"
+            f"by the field of view, at most {MOST_WINDOWS} windows ({longest} voxels){shown}; the "
+            f"dataset's own, {_rounded(own[forward])} mm, makes {shape} of a median volume of "
+            f"{_rounded(extent[forward])} mm"
         )
 
     def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self):

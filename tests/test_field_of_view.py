@@ -11,7 +11,7 @@ WINDOW = (64, 64, 64)
 @pytest.mark.parametrize(
     "shape, own, expected",
     [
-        ((256, 256, 35), (1.25, 1.25, 7.7), 2.5),  # CHAOS, 320 x 320 x 270 mm
+        ((256, 256, 35), (1.25, 1.25, 7.7), 2.5),  # 320 x 320 x 270 mm
         ((512, 512, 400), (410 / 512, 410 / 512, 1.0), 4.0),  # an abdominal CT
         ((36, 50, 35), (1.0, 1.0, 1.0), None),  # Hippocampus
         ((128, 128, 128), (4.4, 4.4, 2.5), None),  # two windows, no more
@@ -23,6 +23,22 @@ WINDOW = (64, 64, 64)
 )
 def test_spacing(shape, own, expected):
     assert fitting_spacing(np.multiply(shape, own), own, WINDOW) == expected
+
+
+@pytest.mark.parametrize(
+    "shape, own, expected",
+    [
+        ((256, 256, 35), (1.25, 1.25, 7.7), 4.0),  # CHAOS: 64 voxels show 256 mm, the middle is 245 mm
+        ((512, 512, 400), (410 / 512, 410 / 512, 1.0), 4.0),
+        ((300, 300, 1200), (1.5, 1.5, 1.5), 5.0),  # never finer
+        ((240, 240, 240), (1.0, 1.0, 1.0), 2.0),  # shorter than the middle: there is no more to see
+        ((36, 50, 35), (1.0, 1.0, 1.0), None),
+        ((128, 128, 128), (4.0, 4.0, 2.5), None),  # OpenKBP fits as it is
+        ((150, 150, 100), (3.0, 3.0, 5.0), 4.0),
+    ],
+)
+def test_windows_show_what_the_training_showed(shape, own, expected):
+    assert fitting_spacing(np.multiply(shape, own), own, WINDOW, (150.0, 400.0)) == expected
 
 
 def test_each_axis_has_its_window():

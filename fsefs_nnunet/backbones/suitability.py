@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from math import sqrt
 
 from fsefs_nnunet.backbones.contract import BackboneContract
 from fsefs_nnunet.backbones.store import find_backbone, known_backbones
-from fsefs_nnunet.cases.field_of_view import SPACINGS
+from fsefs_nnunet.cases.field_of_view import middle_of, spacing_of_view
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import match_labels
 
@@ -93,10 +92,10 @@ def field_of_view_remark(
     if contract.field_of_view_mm is None:
         return None
     low, high = contract.field_of_view_mm
-    middle, shown = sqrt(low * high), max(n * mm for n, mm in zip(window, spacing))
+    middle, shown = middle_of((low, high)), max(n * mm for n, mm in zip(window, spacing))
     if shown >= NEAR_THE_MIDDLE * middle or max(extent) < middle:
         return None
-    coarser = min(SPACINGS, key=lambda mm: abs(mm * max(window) - middle))
+    coarser = spacing_of_view(window, contract.field_of_view_mm)
     return (
         f"A window shows {shown:.0f} mm; in the training of {contract.id} it showed {low:g} to {high:g} mm. Compare "
         f"with -overwrite_target_spacing {coarser:g} {coarser:g} {coarser:g} on your queries."

@@ -115,7 +115,7 @@ def zero_shot_plans(
     names = list(dataset_json["channel_names"].values())
     shapes, spacings = (np.array(values)[:, contract.transpose_forward] for values in zip(*geometries))
     own, extent = np.median(spacings, 0), np.median(shapes * spacings, 0)
-    fitting = None if contract.spacing else fitting_spacing(extent, own, contract.patch_size)
+    fitting = None if contract.spacing else fitting_spacing(extent, own, contract.patch_size, contract.field_of_view_mm)
     spacing = np.array(contract.spacing or (own if fitting is None else [fitting] * 3))
     by_name = [get_normalization_scheme(name).__name__ for name in names], [False] * len(names)
     schemes, masks = contract.normalization_of(names) or by_name
