@@ -4,7 +4,7 @@
     FSEFT_SHARED=FOLDER python benchmarks/engine.py ROW --work /data/engine_old --bin /data/old_environment/bin
 
 The first measures the version that this Python has, the second another one; phantoms are always those of this Python.
-FOLDER/data holds Task04_Hippocampus, CHAOS_T2SPIR and OpenKBP; no label of a test case is read. ROW is one of
+FOLDER is that of `real_data.py`; no label of a test case is read. ROW is one of
 
 features     a bank of one volume: the share of its CPU time that is not spent in the backbone's layers
 chaos_bank   the bank of five shots and the queries: CPU seconds, GB, and the backbone's layers alone
@@ -43,6 +43,8 @@ from pathlib import Path
 from threading import Event, Thread
 from time import monotonic, process_time
 
+from real_data import REAL, RealData, make_raw
+
 PLANS, FIVE = "FSEFTPlans", "3d_fullres_5shot"
 TRAINER = "FSEFTTrainer"
 METHODS = {
@@ -60,20 +62,17 @@ PHANTOM_CLASSES = {"liver": (1, 2), "kidneys": (4, 5), "aorta": (6,)}
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset below FSEFT_SHARED/data, with the number of its labelled queries and the trainer it is measured by."""
+    """A real dataset, and the trainer and draws that it is measured by."""
 
-    folder: str
-    dataset: str
-    queries: int
+    data: RealData
     trainer: str = TRAINER
-    decathlon: bool = False
     folds: tuple[int, ...] = (0,)
 
 
 SOURCES = {
-    "hippocampus": Source("Task04_Hippocampus", "Dataset004_Hippocampus", 40, decathlon=True, folds=(0, 1)),
-    "chaos": Source("CHAOS_T2SPIR", "Dataset020_CHAOS", 4, "FSEFTTrainer_Context"),
-    "openkbp": Source("OpenKBP", "Dataset021_OpenKBP", 15, "FSEFTTrainer_Context"),
+    "hippocampus": Source(REAL["hippocampus"], folds=(0, 1)),
+    "chaos": Source(REAL["chaos"], "FSEFTTrainer_Context"),
+    "openkbp": Source(REAL["openkbp"], "FSEFTTrainer_Context"),
 }
 
 
@@ -298,18 +297,8 @@ def stage_seconds(fold: Path) -> dict[str, float]:
 
 def dataset_of(version: Version, source: Source) -> Dataset:
     """The raw dataset, without the labels of its test cases."""
-    if "FSEFT_SHARED" not in os.environ:
-        sys.exit("Set FSEFT_SHARED to the folder that holds data/Task04_Hippocampus.")
-    shared = Path(os.environ["FSEFT_SHARED"]) / "data" / source.folder
-    made = Dataset(version, source.dataset)
-    copy = version.path(source.folder) if source.decathlon else made.raw
-    # nnU-Net's conversion asks for imagesTs
-    left_out = shutil.ignore_patterns("labelsTs", *([] if source.decathlon else ["imagesTs"]))
-    shutil.copytree(shared, copy, ignore=left_out, copy_function=shutil.copyfile)
-    for folder in (copy, *filter(Path.is_dir, copy.rglob("*"))):
-        folder.chmod(0o755)
-    if source.decathlon:
-        version.run("nnUNetv2_convert_MSD_dataset", "-i", copy, "-np", 1)
+    made = Dataset(version, source.data.dataset)
+    make_raw(source.data, made.raw, version.path("."), version.run)
     return made
 
 
@@ -379,7 +368,7 @@ def features(version: Version, args: argparse.Namespace) -> dict:
 def chaos_bank(version: Version, args: argparse.Namespace) -> dict:
     source = SOURCES["chaos"]
     dataset = dataset_of(version, source)
-    version.run("fseft", *dataset.planning(source.queries, args.spacing))
+    version.run("fseft", *dataset.planning(source.data.queries, args.spacing))
     dataset.shorten(FIVE, 1)
     out, clock = version.path("clock.json"), Path(__file__).with_name("backbone_clock.py").resolve()
     command = ["python", clock, "train", out, *dataset.training(source.trainer, FIVE)]
@@ -403,7 +392,7 @@ def training(name: str) -> Callable[[Version, argparse.Namespace], dict]:
     def row(version: Version, args: argparse.Namespace) -> dict:
         source, figures = SOURCES[name], {}
         dataset = dataset_of(version, source)
-        version.run("fseft", *dataset.planning(source.queries, args.spacing))
+        version.run("fseft", *dataset.planning(source.data.queries, args.spacing))
         if "cost" in args.parts:
             measured = version.measure(
                 "nnUNetv2_train", *dataset.training(source.trainer, FIVE), fseft_final_validation="0"
@@ -433,7 +422,7 @@ def training(name: str) -> Callable[[Version, argparse.Namespace], dict]:
 def together(version: Version, args: argparse.Namespace) -> dict:
     source, trainers = SOURCES["hippocampus"], [METHODS[name] for name in ("adapter", "with prior", "context")]
     dataset = dataset_of(version, source)
-    version.run("fseft", *dataset.planning(source.queries, args.spacing))
+    version.run("fseft", *dataset.planning(source.data.queries, args.spacing))
     if args.single:
         commands = [["nnUNetv2_train", *dataset.training(t, FIVE, f)] for f in range(args.draws) for t in trainers]
     else:

@@ -1,23 +1,22 @@
-"""Few-shot adaptation on real MR: MSD Task04 Hippocampus, 40 query cases to tune on, imagesTs for the final figures.
+"""Few-shot adaptation on real MR: MSD Task04 Hippocampus, Dice of its 40 labelled queries.
 
     FSEFT_SHARED=FOLDER python benchmarks/hippocampus.py --work /data/hippocampus
 
-FOLDER/data/Task04_Hippocampus is the Decathlon's folder, with labelsTs for the test cases. K = 1, 5, 10, five draws of
-the support, by `fseft benchmark`: once with the embedded backbone and once with each of two controls, the same network
-untrained and the raw image. What is done is not done again. `--tune` reports the queries instead of imagesTs.
-Each adapter with the size prior starts without a feature bank, so that its time includes all of it. Trainings from
-scratch and, if asked for, of a part of the backbone get the same time, and their schedules end with it.
+FOLDER is that of `real_data.py`. K = 1, 5, 10, five draws of the support, by `fseft benchmark`: once with the embedded
+backbone and once with each of two controls, the same network untrained and the raw image. What is done is not done
+again. Each adapter with the size prior starts without a feature bank, so that its time includes all of it. Trainings
+from scratch and, if asked for, of a part of the backbone get the same time, and their schedules end with it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+
+from real_data import REAL, plan
 
 from fsefs_nnunet.backbones.store import find_backbone, save_backbone
 from fsefs_nnunet.benchmark.evaluation import DICE, SIZE_ERROR
@@ -28,20 +27,13 @@ from fsefs_nnunet.methods.registry import METHODS
 from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.nnunet.experiment import Experiment
 
-DATASET = "Dataset004_Hippocampus"
-NUM_QUERIES = 40
+DATA = REAL["hippocampus"]
+DATASET = DATA.dataset
 OURS = METHODS["fseft"].title
 LONG_MINUTES, LONG = 30, "from scratch, 30 minutes"
 BACKBONES = {"phantom": "FSEFTPlans", "random": "FSEFTPlans_random", "raw": "FSEFTPlans_raw"}
 CONTROLS = {"random": "control: random backbone", "raw": "control: raw image"}
 FINE_TUNING = ("ft_last", "decoder", "ft")
-
-
-def decathlon_folder() -> Path:
-    """Task04_Hippocampus, where the environment variable FSEFT_SHARED says."""
-    if "FSEFT_SHARED" not in os.environ:
-        sys.exit("Set FSEFT_SHARED to the folder that holds data/Task04_Hippocampus.")
-    return Path(os.environ["FSEFT_SHARED"]) / "data" / "Task04_Hippocampus"
 
 
 def write_controls(folder: Path) -> None:
@@ -59,37 +51,27 @@ def write_controls(folder: Path) -> None:
     save_backbone(raw, {"none": torch.zeros(1)}, folder)
 
 
-def prepare(experiment: Experiment, source: Path) -> None:
+def prepare(experiment: Experiment) -> None:
     backbones = experiment.work / "backbones"
+    os.environ["fseft_backbones"] = str(backbones)
     if not (backbones / "raw.json").exists():
         write_controls(backbones)
-    if not (experiment.raw / "dataset.json").exists():
-        # the converter wants to write beside its input
-        copy = shutil.copytree(source, experiment.work / source.name, dirs_exist_ok=True)
-        experiment.run("nnUNetv2_convert_MSD_dataset", "-i", copy, "-np", "2")
     for backbone, plans in BACKBONES.items():
-        if not list(experiment.preprocessed.glob(f"{plans}_3d_fullres")):
-            shots = ("--shots", "1", "5", "10", "all")
-            args = ("-d", DATASET, "-b", backbone, "-np", "2", "--num_queries", NUM_QUERIES, *shots)
-            experiment.run("fseft", "plan_and_preprocess", *args, fseft_backbones=str(backbones))
+        plan(DATA, replace(experiment, plans=plans), backbone)
 
 
 def shots_argument(text: str) -> int | str:
     return text if text == "all" else int(text)
 
 
-def backbones_of(experiment: Experiment) -> dict[str, str]:
-    return {"fseft_backbones": str(experiment.work / "backbones")}
-
-
 def train_at_equal_time(experiment: Experiment, tuned: list[str], shots: list[int | str], folds: int) -> None:
     """FSEFTTrainer from an empty bank, then the methods `tuned` for the time that it took."""
     for configuration in (f"3d_fullres_{k}shot" for k in shots):
         for fold in range(folds):
-            environment = backbones_of(experiment) | {"fseft_final_validation": "0"}
+            environment = {"fseft_final_validation": "0"}
             ours = experiment.model("FSEFTTrainer", configuration) / f"fold_{fold}"
             if not (ours / "checkpoint_final.pth").exists():
-                experiment.run("fseft", "bank", "-d", DATASET, "--clear", **environment)
+                experiment.run("fseft", "bank", "-d", DATASET, "--clear")
                 experiment.train("FSEFTTrainer", configuration, fold, **environment)
             environment["fseft_train_minutes"] = str(RunFile.load(ours).training_seconds / 60)
             for method in tuned:
@@ -97,19 +79,18 @@ def train_at_equal_time(experiment: Experiment, tuned: list[str], shots: list[in
 
 
 def benchmark(
-    experiment: Experiment, name: str, methods: list[str], shots: list[int | str], folds: int, test: tuple, *more: str
+    experiment: Experiment, name: str, methods: list[str], shots: list[int | str], folds: int, *more: str
 ) -> list[Result]:
     """`fseft benchmark` in the folder `name`; the results of these shots, folds and methods."""
     chosen = ("--shots", *map(str, shots), "--folds", str(folds), "--methods", *methods)
     where = ("-d", DATASET, "-p", experiment.plans, "-device", experiment.device, "-o", experiment.work / name)
-    experiment.run("fseft", "benchmark", *where, *chosen, *test, *more, **backbones_of(experiment))
-    target = "imagesTs_*" if test else "queries"
+    experiment.run("fseft", "benchmark", *where, *chosen, *more)
     folder = experiment.folders["nnUNet_results"] / DATASET
     found = [
         Result.load(file)
         for method in methods
         for file in folder.glob(
-            f"*__{METHODS[method].plans or experiment.plans}__*/fold_*/benchmark_{method}_{target}.json"
+            f"*__{METHODS[method].plans or experiment.plans}__*/fold_*/benchmark_{method}_queries.json"
         )
     ]
     return sorted((r for r in found if r.shots in shots and r.fold < folds), key=lambda r: (len(r.support), r.fold))
@@ -167,15 +148,11 @@ def main() -> None:
     methods = ["probe", "adapter", "fseft", "transductive", "scratch", "nnunet"]
     parser.add_argument("--methods", nargs="+", default=methods, help="as those of fseft benchmark")
     parser.add_argument("--long", action="store_true", help=f"fold 0 also from scratch for {LONG_MINUTES} minutes")
-    parser.add_argument("--tune", action="store_true", help="figures of the queries, imagesTs stays unseen")
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
-    source = decathlon_folder()
     args.work.mkdir(parents=True, exist_ok=True)
     work = args.work.resolve()
-    prepare(Experiment(work, DATASET), source)
-    where = "queries" if args.tune else "imagesTs"
-    test = () if args.tune else ("-i", work / "nnUNet_raw" / DATASET / "imagesTs", "-l", source / "labelsTs")
+    prepare(Experiment(work, DATASET))
     results: dict[str, list[Result]] = {METHODS[method].title: [] for method in args.methods}
     for backbone, plans in BACKBONES.items():
         experiment = Experiment(work, DATASET, plans, args.device)
@@ -183,15 +160,15 @@ def main() -> None:
         others = [method for method in args.methods if method not in FINE_TUNING]
         train_at_equal_time(experiment, [] if backbone in CONTROLS else tuned, args.shots, args.folds)
         for methods in (["fseft"],) if backbone in CONTROLS else filter(None, (others, tuned)):
-            for result in benchmark(experiment, f"{where}_{backbone}", methods, args.shots, args.folds, test):
+            for result in benchmark(experiment, f"queries_{backbone}", methods, args.shots, args.folds):
                 title = CONTROLS.get(backbone, METHODS[result.method].title)
                 results.setdefault(title, []).append(result)
     if args.long:
         long = Experiment(work, DATASET, "FSEFTPlans", args.device, "nnUNet_results_long")
         minutes = ("--scratch_minutes", str(LONG_MINUTES))
-        results[LONG] = benchmark(long, f"{where}_long", ["scratch"], args.shots, 1, test, *minutes)
+        results[LONG] = benchmark(long, "queries_long", ["scratch"], args.shots, 1, *minutes)
     text = f"{markdown_table(over_folds(results))}\n{markdown_table(against(results))}"
-    (work / f"{where}.md").write_text(text)
+    (work / "queries.md").write_text(text)
     print(text)
 
 

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from time import monotonic
 
-from hippocampus import DATASET, decathlon_folder, prepare
+from hippocampus import DATASET, prepare
 
 from fsefs_nnunet.evaluation.tables import markdown_table
 from fsefs_nnunet.nnunet.experiment import Experiment
@@ -52,7 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     work = args.work.resolve()
     experiment = Experiment(work, DATASET, device=args.device)
-    prepare(experiment, decathlon_folder())
+    prepare(experiment)
     for fold in FOLDS:
         if not (experiment.model(TRAINER, CONFIGURATION) / f"fold_{fold}" / "checkpoint_final.pth").exists():
             experiment.train(TRAINER, CONFIGURATION, int(fold))

@@ -2,12 +2,11 @@
 
     FSEFT_SHARED=FOLDER python benchmarks/pretrain_hippocampus.py --work /data/halves
 
-FOLDER/data/Task04_Hippocampus is the Decathlon's folder, with labelsTs for the test cases. Of its labelled cases, 60
-are for pretraining: one half annotates the anterior hippocampus alone, the other half the posterior alone. They are
-converted, assembled, and pretrained on twice, by Eq. (1) (`masked`) and with missing labels taken for background
-(`unmasked`). The other 50 and the test cases come from a simulated scanner (`drifted`); the pretrained models, and
-the embedded backbone, are adapted to 1, 5 and 10 of them. Figures are of the 30 test cases; 40 of the 50 are queries,
-whose labels nothing sees. Stages that are done are not done again.
+FOLDER is that of `real_data.py`. Of the 110 labelled hippocampi, 60 are for pretraining: one half annotates the
+anterior hippocampus alone, the other half the posterior alone. They are converted, assembled, and pretrained on twice,
+by Eq. (1) (`masked`) and with missing labels taken for background (`unmasked`). The other 50 come from a simulated
+scanner (`drifted`); the pretrained models, and the embedded backbone, are adapted to 1, 5 and 10 of them. Figures are
+of 40 of the 50, the queries. Stages that are done are not done again.
 
 Both pretrainings run once more, for a shorter time and to the zero-shot prediction alone, without the weight that
 PartialLabelLoss gives the voxels of small organs (`masked_unweighted`, `unmasked_unweighted`).
@@ -27,9 +26,9 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from hippocampus import decathlon_folder
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from pretrain_phantom import FEATURES
+from real_data import REAL
 from scipy.ndimage import gaussian_filter, zoom
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
@@ -98,15 +97,13 @@ def write_source(folder: Path, source: Path, cases: list[str], name: str, value:
 
 
 def write_drifted(raw: Path, source: Path, cases: list[str]) -> None:
-    tests = sorted(file.name.removesuffix(".nii.gz") for file in (source / "imagesTs").glob("hippocampus_*.nii.gz"))
-    for end, names in (("Tr", cases), ("Ts", tests)):
-        for part in ("images", "labels"):
-            (raw / f"{part}{end}").mkdir(parents=True, exist_ok=True)
-        for case in names:
-            image = nib.load(source / f"images{end}" / f"{case}.nii.gz")
-            other = nib.Nifti1Image(drifted(image.get_fdata(), case), image.affine)
-            nib.save(other, raw / f"images{end}" / f"{case}_0000.nii.gz")
-            shutil.copy(source / f"labels{end}" / f"{case}.nii.gz", raw / f"labels{end}")
+    for part in ("imagesTr", "labelsTr"):
+        (raw / part).mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        image = nib.load(source / "imagesTr" / f"{case}.nii.gz")
+        other = nib.Nifti1Image(drifted(image.get_fdata(), case), image.affine)
+        nib.save(other, raw / "imagesTr" / f"{case}_0000.nii.gz")
+        shutil.copy(source / "labelsTr" / f"{case}.nii.gz", raw / "labelsTr")
     labels = {"background": 0, **{name: value for name, value in SOURCES.values()}}
     generate_dataset_json(str(raw), {0: "MRI"}, labels, len(cases), ".nii.gz")
 
@@ -172,19 +169,18 @@ def plan(experiment: Experiment, backbone: str) -> None:
 
 
 def adapt(experiment: Experiment, backbone: str, folds: int) -> Path:
-    """`fseft benchmark` on the test cases; returns its folder."""
+    """`fseft benchmark` on the queries; returns its folder."""
     output = experiment.work / f"benchmark_{backbone}"
-    test = ("-i", experiment.raw / "imagesTs", "-l", experiment.raw / "labelsTs")
     chosen = ("--shots", "1", "5", "10", "--folds", str(folds), "--methods", *METHODS[backbone])
     device = ("-device", experiment.device)
     experiment.run(
-        "fseft", "benchmark", "-d", experiment.dataset, "-p", experiment.plans, *chosen, *test, *device, "-o", output
+        "fseft", "benchmark", "-d", experiment.dataset, "-p", experiment.plans, *chosen, *device, "-o", output
     )
     return output
 
 
 def table(folders: dict[str, Path]) -> list[dict]:
-    """Mean Dice of the test cases by backbone, method and shots, from each results.csv."""
+    """Mean Dice of the queries by backbone, method and shots, from each results.csv."""
     rows = []
     for backbone, folder in folders.items():
         dice = defaultdict(lambda: defaultdict(list))
@@ -207,7 +203,7 @@ def main() -> None:
     parser.add_argument("--only", choices=METHODS, nargs="+", default=list(METHODS), help="default: all")
     parser.add_argument("-device", default="cpu", help="as nnUNetv2_train")
     args = parser.parse_args()
-    source = decathlon_folder()
+    source = REAL["hippocampus"].source
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     os.environ["fseft_backbones"] = str(work / "backbones")

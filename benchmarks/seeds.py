@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from statistics import mean
 
-from equal_time import DATA, dice_of, prepare, query_images
+from equal_time import dice_of, prepare, query_images
+from real_data import REAL
 
 from fsefs_nnunet.files import read_json, write_atomically
 from fsefs_nnunet.methods.registry import METHODS, configuration_of
@@ -38,17 +38,15 @@ def add_seeds(experiment: Experiment, shots: int, seeds: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--data", choices=DATA, required=True)
+    parser.add_argument("--data", choices=REAL, required=True)
     parser.add_argument("--shots", type=int, default=5)
     parser.add_argument("--fold", type=int, default=0, help="draw of the support")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--method", choices=METHODS, default="context")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
     args = parser.parse_args()
-    if "FSEFT_SHARED" not in os.environ:
-        sys.exit("Set FSEFT_SHARED to the folder that holds data/Task04_Hippocampus.")
     os.sched_setaffinity(0, {args.core})
-    experiment, trainer = prepare(args.work.resolve(), args.data, []), METHODS[args.method].trainer
+    experiment, trainer = prepare(args.work.resolve(), args.data), METHODS[args.method].trainer
     images = query_images(experiment)
     folders = []
     for name in add_seeds(experiment, args.shots, args.seeds):

@@ -18,7 +18,7 @@ from time import monotonic
 
 import numpy as np
 import torch
-from hippocampus import DATASET, decathlon_folder, prepare
+from hippocampus import DATASET, prepare
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.evaluation.tables import markdown_table
@@ -100,7 +100,7 @@ def main() -> None:
         print(json.dumps(measure(work, args.way, args.steps)))
         return
     experiment = Experiment(work, DATASET)
-    prepare(experiment, decathlon_folder())
+    prepare(experiment)
     rows = []
     env = {**experiment.environment(), "nnUNet_results": str(work / "step_cost"), "nnUNet_n_proc_DA": "0"}
     for way in ("bank", *WAYS):  # the first fills the bank

@@ -19,8 +19,10 @@ def require_monai() -> None:
         raise InputError('Surface metrics need MONAI: pip install "fsefs_nnunet[monai]".')
 
 
-def surface_metrics(prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...]) -> tuple[float, float]:
-    """Normalised surface Dice at 2 mm (arXiv 1809.04430) and 95th percentile of the Hausdorff distance in mm.
+def surface_metrics(
+    prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...], tolerance_mm: float = TOLERANCE_MM
+) -> tuple[float, float]:
+    """Normalised surface Dice (arXiv 1809.04430) and 95th percentile of the Hausdorff distance in mm.
 
     Where one mask alone is empty they are 0 and the volume's diagonal, the largest distance that there can be; where
     both are, NaN.
@@ -28,6 +30,7 @@ def surface_metrics(prediction: np.ndarray, reference: np.ndarray, spacing: tupl
     Args:
         prediction, reference: boolean volumes of one shape.
         spacing: mm per axis.
+        tolerance_mm: distance up to which surfaces agree in the surface Dice.
 
     Raises:
         InputError: without MONAI.
@@ -47,6 +50,6 @@ def surface_metrics(prediction: np.ndarray, reference: np.ndarray, spacing: tupl
     options = {"include_background": True, "spacing": list(map(float, spacing))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # MONAI warns of an argument that it gives itself
-        surface_dice = compute_surface_dice(*masks, [TOLERANCE_MM], use_subvoxels=True, **options)
+        surface_dice = compute_surface_dice(*masks, [tolerance_mm], use_subvoxels=True, **options)
         distance = compute_hausdorff_distance(*masks, percentile=95, **options)
     return float(surface_dice), float(distance)
