@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
 
+import matplotlib.image
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -115,6 +116,25 @@ def test_overlay_of_an_empty_segmentation(tmp_path, case):
     files = write(tmp_path / "ras", case, save_ras)
     assert coloured(picture(files, tmp_path / "a.png")) == 0
     assert coloured(picture(files, tmp_path / "b.png", reference_file=files["reference"])) > 100
+
+
+def test_overlay_of_what_an_image_shows(tmp_path, case):
+    """Air around a patient is left out: the picture of a padded volume is that of the volume."""
+    case["image"] += 500
+    padded = {name: np.pad(array, ((0, 0), (6, 9), (3, 0))) for name, array in case.items()}
+    for name, arrays in (("tight", case), ("padded", padded)):
+        files = write(tmp_path / name, arrays, save_ras)
+        save_overlay(files["image"], files["segmentation"], tmp_path / f"{name}.png", window=(100, 900))
+    # two voxels of air stay
+    tight, wide = (matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("tight", "padded"))
+    assert coloured(tight[..., :3]) > 100
+    assert abs(wide.shape[1] / tight.shape[1] - 1) < 0.15
+
+
+def test_overlay_in_a_window(tmp_path, case):
+    files = write(tmp_path / "ras", case, save_ras)
+    dark, bright = (picture(files, tmp_path / "a.png", window=w).mean() for w in ((0, 10_000), (-100, 0)))
+    assert dark < 0.2 < bright
 
 
 def test_overlay_refuses_another_cases_segmentation(tmp_path, case):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from fsefs_nnunet.cases.dataset_json import shows_ct
 from fsefs_nnunet.cases.folders import training_files
 from fsefs_nnunet.evaluation.html import render
-from fsefs_nnunet.evaluation.overlays import save_overlay
+from fsefs_nnunet.evaluation.overlays import ABDOMEN_HU, save_overlay
 from fsefs_nnunet.evaluation.plots import plot_learning_curves, plot_sizes
 from fsefs_nnunet.evaluation.tables import best_median_worst, case_dice, counted_sizes
 from fsefs_nnunet.labels import foreground
@@ -77,11 +78,12 @@ def ranked_overlays(predictions: Path, images: dict[str, str], labels: Path, dat
     """
     ending = dataset_json["file_ending"]
     dice = case_dice(predictions / "summary.json")
-    overlays = {}
+    overlays, window = {}, ABDOMEN_HU if shows_ct(dataset_json) else None
     for rank, name in best_median_worst(dice).items():
         case, png = name.removesuffix(ending), BytesIO()
         caption = f"{rank}: {case}, mean Dice {dice[name]:.3f}"
-        save_overlay(images[case], predictions / name, png, labels / name, foreground(dataset_json["labels"]), caption)
+        organs = foreground(dataset_json["labels"])
+        save_overlay(images[case], predictions / name, png, labels / name, organs, caption, window)
         overlays[caption] = png.getvalue()
     return overlays
 

@@ -10,7 +10,7 @@ from time import time
 
 from fsefs_nnunet.device import device_named
 from fsefs_nnunet.errors import InputError
-from fsefs_nnunet.evaluation.overlays import save_overlay
+from fsefs_nnunet.evaluation.overlays import ABDOMEN_HU, save_overlay
 from fsefs_nnunet.evaluation.report import write_report
 from fsefs_nnunet.evaluation.tables import markdown_table, mean_dice
 from fsefs_nnunet.files import read_json
@@ -91,7 +91,8 @@ def run_demo(folder: Path, seconds: float | None = None, device: str | None = No
             folder / f"{name.replace(' ', '_').replace(',', '').replace('+', 'and')}.png",
             reference_file=experiment.raw / "labelsTr" / case,
             labels={organ: number for organ, number in labels.items() if organ != "background"},
-            title=f"{name}: {case}",
+            title=f"{name}: {case.removesuffix('.nii.gz')}",
+            window=ABDOMEN_HU,
         )
     setting = (
         f"{SUPPORT} labelled phantoms, {NUM_QUERIES} queries, scanner drift {DEMO_DRIFT} (pretraining saw 0 to 1); "
