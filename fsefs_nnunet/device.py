@@ -13,7 +13,7 @@ import torch
 
 from fsefs_nnunet.errors import InputError
 
-# oneDNN's bfloat16 gradient of a 3^3 convolution's weights holds memory that nothing wrote, NaN for example, where the
+# oneDNN's bfloat16 gradient of a 3^3 convolution's weights holds uninitialised memory, e.g. NaN, where the
 # map's first axis has 2 voxels (torch 2.14)
 THIN = 2
 
@@ -68,7 +68,7 @@ def native_bfloat16() -> bool:
 
 
 def unless_thin(features: torch.Tensor) -> torch.autocast:
-    """The present autocast, but float32 if features (B, C, X, Y, Z) on a CPU are too thin.
+    """The current autocast, but float32 if features (B, C, X, Y, Z) on a CPU are too thin.
 
     features: anything with a tensor's device and shape.
     """
@@ -89,7 +89,7 @@ def cpu_seconds() -> float:
 
 
 def peak_host_memory_gb() -> float | None:
-    """GB (10^9 bytes) of main memory that this process took at most; None where the system does not say (Windows)."""
+    """GB (10^9 bytes) of main memory that this process took at most; None if the system does not say (Windows)."""
     status = Path("/proc/self/status")
     if status.exists():  # what getrusage reports on Linux includes the process that started this one
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text("utf-8"))[1]) * 1024 / 1e9
@@ -101,7 +101,7 @@ def peak_host_memory_gb() -> float | None:
 
 
 def forget_peaks(device: torch.device) -> None:
-    """Start measuring peak memory anew; for main memory, on Linux only."""
+    """Reset the measurement of peak memory; for main memory, on Linux only."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", "utf-8")
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and reading what others may have left in parts."""
+"""Files that are complete or not there at all, and reading files that others may have left incomplete."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ABANDONED_SECONDS = 24 * 3600
 
 @contextmanager
 def replacing(file: str | Path) -> Iterator[Path]:
-    """A path beside `file` to write to; it takes the name of `file` at the end, and is deleted after an error.
+    """A path next to `file` to write to; it takes the name of `file` at the end, and is deleted after an error.
 
     The name is unique, so that two processes may replace one file at once: the last one wins, and whoever reads
     meanwhile sees one content or the other. What a killed process left more than a day ago is deleted.
@@ -42,7 +42,7 @@ def replacing(file: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def refused_if_unwritable(folder: str | Path) -> Iterator[None]:
-    """Raises InputError where a folder turns out to be read-only, or another folder lies in a file's place."""
+    """Raises InputError if a folder turns out to be read-only, or another folder is in a file's place."""
     try:
         yield
     except OSError as error:
@@ -77,7 +77,7 @@ def read_json(file: Path) -> dict:
     """The content of a JSON file that exists.
 
     Raises:
-        InputError: if it was written in part.
+        InputError: if it is incomplete or damaged.
     """
     try:
         return json.loads(file.read_text("utf-8"))
@@ -86,7 +86,7 @@ def read_json(file: Path) -> dict:
 
 
 def value_in(file: Path, key: str) -> object:
-    """What a JSON file says of `key`; None without the key, and without a file that can be read."""
+    """The value of `key` in a JSON file; None without the key, and without a readable file."""
     try:
         return read_json(file).get(key)
     except (FileNotFoundError, InputError):

@@ -92,7 +92,7 @@ def match_labels(names: list[str], classes: tuple[str, ...], file: str = "datase
     """Which of the dataset's label `names` the backbone knows, and as which of its `classes`.
 
     Args:
-        file: where the names stand, for the error.
+        file: where the names are listed, for the error.
 
     Raises:
         InputError: if two of the backbone's classes, or two labels, are the same structure.
@@ -110,7 +110,7 @@ def match_labels(names: list[str], classes: tuple[str, ...], file: str = "datase
 
 
 def as_numbers(labels: dict) -> dict[str, int | list[int]]:
-    """`labels` of a dataset.json as nnU-Net understands them: "1" is 1, and so is [1] where there are no regions."""
+    """`labels` of a dataset.json as nnU-Net understands them: "1" is 1, and so is [1] if there are no regions."""
     has_regions = any(isinstance(value, (list, tuple)) and len(value) > 1 for value in labels.values())
     made = {}
     for name, value in labels.items():

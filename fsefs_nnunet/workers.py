@@ -44,10 +44,10 @@ def _call(argument: object) -> Any:
 
 
 class Ahead:
-    """Results of a function that worker processes compute in the order of its arguments before they are asked for.
+    """Results of a function that worker processes compute in the order of its arguments before they are requested.
 
-    A context manager: the workers end with its block. Without workers, and from the moment that one of them is killed,
-    the function is called here.
+    A context manager: the workers end with its block. Without workers, and as soon as one of them is killed, the
+    function is called in this process.
     """
 
     def __init__(

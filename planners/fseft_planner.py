@@ -55,7 +55,7 @@ def default_plans_name(backbone_id: str) -> str:
 
 @contextmanager
 def default_workers() -> Iterator[None]:
-    """nnU-Net's planners take the number of training's workers for that of threads, and fail where it is 0."""
+    """nnU-Net's planners use the number of training workers as that of threads, and fail if it is 0."""
     workers = os.environ.pop("nnUNet_n_proc_DA", None)
     try:
         yield
@@ -67,8 +67,8 @@ def default_workers() -> Iterator[None]:
 class FSEFTPlanner(ExperimentPlanner):
     """Plans `3d_fullres` with a stock architecture and one child of it per number of shots.
 
-    Preprocessing is what the backbone's contract says, in nnU-Net's own words: reader, transpose, spacing,
-    normalisation, resampling. Nothing is taken from statistics over the labels, queries' labels included.
+    Preprocessing is what the backbone's contract says, in nnU-Net's own terms: reader, transpose, spacing,
+    normalisation, resampling. No statistics over the labels are used, since they would include the queries'.
     """
 
     def __init__(
@@ -86,9 +86,9 @@ class FSEFTPlanner(ExperimentPlanner):
         support: Sequence[str] = (),
         other_modality: bool = False,
     ):
-        """Checks the dataset, and takes the fingerprint if there is none of the files that lie there now.
+        """Checks the dataset, and extracts the fingerprint if there is none of the current files.
 
-        nnU-Net's commands give none of the last six (`-pl FSEFTPlanner`, see linking.py).
+        nnU-Net's commands pass none of the last six (`-pl FSEFTPlanner`, see linking.py).
 
         Args:
             backbone: default: what the environment variable `fseft_backbone` names, else the embedded one.
@@ -228,7 +228,7 @@ class FSEFTPlanner(ExperimentPlanner):
         return self.contract.z_scores_of(self.channels) if self.other_modality else {}
 
     def adapter_channels(self) -> int:
-        """Width of the adapter: as many as the features of the last stage, within bounds that a linear head may pass.
+        """Width of the adapter: as many as the features of the last stage, within bounds that a linear head may exceed.
 
         A head that is a 1^3 convolution starts the adapter's, which needs all that it reads.
         """
@@ -275,7 +275,7 @@ class FSEFTPlanner(ExperimentPlanner):
         }
 
     def untrained(self, child: dict) -> dict:
-        """The backbone's architecture, where nnU-Net can build it, else the stock one."""
+        """The backbone's architecture, if nnU-Net can build it, else the stock one."""
         scratch = {key: child[key] for key in ("inherits_from", "fseft_shots")}
         if self.contract.architecture.get("kind") != "nnunet":
             return scratch
@@ -303,10 +303,10 @@ class FSEFTPlanner(ExperimentPlanner):
                 if key.startswith("fseft_") and before.get(key, value) != value
             ]
             if changed:
-                print(f"Planned anew in {name}: {', '.join(changed)}. Edit the plans again if you had changed them.")
+                print(f"Planned again in {name}: {', '.join(changed)}. Edit the plans again if you had changed them.")
 
     def plan_experiment(self):
-        """As nnU-Net's, also where `nnUNet_n_proc_DA` is 0.
+        """As nnU-Net's, also if `nnUNet_n_proc_DA` is 0.
 
         Raises:
             InputError: if the preprocessed folder cannot be written.
@@ -325,7 +325,7 @@ class FSEFTPlanner(ExperimentPlanner):
         # the baseline on the same support cases; nnU-Net keeps other configurations that lie in the file
         scratch = {f"{name}_scratch": self.untrained(child) for name, child in children.items()}
         plans["configurations"] = {"3d_fullres": parent, **children, **scratch}
-        # the fingerprint's intensities were taken over all labels, the queries' too: they leave the plans
+        # the fingerprint's intensities were taken over all labels, including the queries', so they leave the plans
         plans["foreground_intensity_properties_per_channel"] = self.contract.intensities_of(len(self.channels))
         super().save_plans(plans)
         self._leave_out_leftovers()
@@ -333,7 +333,7 @@ class FSEFTPlanner(ExperimentPlanner):
         self._explain_cost(plans)
 
     def _leave_out_leftovers(self) -> None:
-        """nnU-Net's preprocessing takes `._case_0000.nii.gz`, which macOS leaves, for a case, unless it has a list."""
+        """Without a list, nnU-Net's preprocessing takes `._case_0000.nii.gz`, which macOS leaves behind, for a case."""
         images, ending = os.path.join(self.raw_dataset_folder, "imagesTr"), self.dataset_json["file_ending"]
         listed = "dataset" in self.dataset_json
         if not listed and any(is_leftover(name) and name.endswith(ending) for name in os.listdir(images)):
@@ -359,14 +359,14 @@ class FSEFTPlanner(ExperimentPlanner):
             text = "A z-score z of channel {0} is {mean:g} + {std:g} z HU to the backbone, within {low:g} and {high:g}."
             print(text.format(channel, **line))
         if contract.input_channels < len(self.channels):
-            print("Each channel goes through the backbone by itself; the features lie side by side.")
+            print("Each channel goes through the backbone on its own; the features are concatenated.")
         print(
             f"Spacing {_rounded(parent['spacing'])} mm: {self._spacing_and_reason()[1]}.\n"
             f"Window {child['patch_size']}: median volume {list(parent['median_image_size_in_voxels'])}, "
             f"multiples of {list(contract.divisor)}, at most {list(contract.patch_size)}.\n"
             f"Features of stages: {stages.name}, {stages.channels:.1f} channels at full resolution in effect, "
             f"{gigabytes(stages.slab_bytes)} for a slab.\n"
-            f"Training: {child['fseft_crops_per_step']} crops of {child['fseft_crop_size']} a step, of the bank.\n"
+            f"Training: {child['fseft_crops_per_step']} crops of {child['fseft_crop_size']} per step, from the bank.\n"
             f"Labels that the backbone knows by name: {self.known_labels or 'none'}.\n"
             f"Configurations: {', '.join(children)}; 3d_fullres has the network that nnU-Net plans for the same data."
         )
@@ -381,7 +381,7 @@ class FSEFTPlanner(ExperimentPlanner):
             print(remark)
 
     def _explain_cost(self, plans: dict) -> None:
-        """Print what labels lose by the spacing; labels of queries are not read."""
+        """Print what the spacing costs the labels; labels of queries are not read."""
         spacings = np.array(self.dataset_fingerprint["spacings"])[:, plans["transpose_forward"]]
         spacing = plans["configurations"]["3d_fullres"]["spacing"]
         if all(same_spacing(own, spacing) for own in spacings):
@@ -391,7 +391,7 @@ class FSEFTPlanner(ExperimentPlanner):
             if dice := dice_there_and_back(files, PlansManager(plans), self.dataset_json):
                 print(describe_cost(dice))
         else:
-            print("What labels lose by this spacing: run `fseft splits -d ID` and plan again, support cases show it.")
+            print("To see what this spacing costs the labels, run `fseft splits -d ID` and plan again.")
 
     def _support_drawn_before(self) -> list[str]:
         """Labelled cases that are not queries; none before the folds are drawn, since any case may become a query."""

@@ -208,7 +208,7 @@ def test_what_trains_on_stored_features_is_compared(work, monkeypatch, capsys):
     assert adapt("--shots", 5, "--minutes", 1) == 0
     printed = capsys.readouterr().out
     assert "Leave-one-out Dice on the support: fseft 0.660, context 0.550." in printed
-    assert "Chosen: spatial adapter + size prior, which stops by itself." in printed
+    assert "Chosen: spatial adapter + size prior, which stops on its own." in printed
     assert (
         work.results / "FSEFTTrainer__FSEFTPlans__3d_fullres_5shot_auto1" / "fold_0" / "checkpoint_final.pth"
     ).exists()
@@ -267,7 +267,7 @@ def test_plans_without_these_shots(work, capsys):
 def test_more_shots_than_cases(workspace, capsys):
     shutil.rmtree(workspace.preprocessed)
     assert adapt("--shots", 9, "--minutes", 1) == 2
-    assert "9 shots need as many labelled cases, the dataset has 8" in capsys.readouterr().err
+    assert "9 shots need as many labelled cases, but the dataset has 8" in capsys.readouterr().err
 
 
 def test_images_are_looked_at_first(work, capsys, tmp_path):
@@ -282,7 +282,7 @@ def test_splits_that_were_drawn_anew(work, monkeypatch, capsys):
     edit(work.preprocessed / "splits_fseft.json", lambda splits: splits["folds"][0].reverse())
     assert adapt("--shots", 1, "--minutes", 10) == 2
     assert (
-        "was trained on other support cases than those of splits_fseft.json now: delete it" in capsys.readouterr().err
+        "was trained on support cases other than those in splits_fseft.json now: delete it" in capsys.readouterr().err
     )
 
 
@@ -310,7 +310,7 @@ def test_results_return_to_their_folder(monkeypatch):
 def test_a_damaged_choice(work, capsys, content):
     (work.preprocessed / "fseft_adapt_FSEFTPlans_3d_fullres_1shot_auto1.json").write_text(content)
     assert adapt("--shots", 1, "--minutes", 1) == 2
-    assert "is damaged or of another version: delete it" in capsys.readouterr().err
+    assert "is damaged or was written by another version: delete it" in capsys.readouterr().err
 
 
 def test_no_folder_of_results(work, monkeypatch, capsys):

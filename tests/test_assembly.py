@@ -185,7 +185,7 @@ def test_sources_of_one_name_and_generic_labels(raw, capsys):
     assert assemble("-d", 11, 12, "-o", 900, "--template", "union") == 0
     content = json.loads((raw / "Dataset900_Union" / "dataset.json").read_text())
     assert content["sources"]["Dataset012_Site"]["cases"] == ["Dataset012_Site_x"]
-    assert "cancer of Dataset011_Site and Dataset012_Site is taken for one class" in capsys.readouterr().out
+    assert "cancer of Dataset011_Site and Dataset012_Site is treated as one class" in capsys.readouterr().out
 
 
 def refused(capsys, *argv: object) -> str:
@@ -209,7 +209,7 @@ def test_refused_assemblies(raw, capsys):
         ({"labels": {"background": 0, "all": [1, 2], "one": 1}, **order}, "has regions or an ignore label"),
         ({"labels": {"background": 0, "one": 1, "ignore": 2}}, "has regions or an ignore label"),
         ({"labels": {"background": 0, "spleen": 1}, "channel_names": {"0": "MRI"}}, "has channels MRI"),
-        ({"labels": {"background": 0, "spleen": 1}, "file_ending": ".mha"}, "has .mha files: NIfTI is wanted"),
+        ({"labels": {"background": 0, "spleen": 1}, "file_ending": ".mha"}, "has .mha files: NIfTI is expected"),
     )
     for change, reason in changes:
         (three / "dataset.json").write_text(json.dumps({**content, **change}))
@@ -233,7 +233,7 @@ def test_unfinished_assembly_of_other_datasets(raw, capsys):
     write_dataset(raw, 12, "Two", ["liver", "spleen"], {"x": stripes(3)}, seed=1)
     write_dataset(raw, 13, "Three", ["liver", "spleen"], {"x": stripes(2)}, seed=2)
     assert "has values [3]" in refused(capsys, "-d", 11, 12, "-o", 900)
-    begun = "was begun with other options, labels or cases: delete it first"
+    begun = "was started with other options, labels or cases: delete it first"
     assert begun in refused(capsys, "-d", 11, 13, "-o", 900)
     assert begun in refused(capsys, "-d", 12, 11, "-o", 900)
     content = json.loads((one / "dataset.json").read_text())
@@ -342,4 +342,4 @@ def test_shifts_and_offsets_are_told(raw, capsys):
     assert assemble("-d", 11, 12, "-o", 900) == 0
     out = capsys.readouterr().out
     assert "Warning: The headers of Dataset011_One/x place files of one case up to 86.6 mm apart" in out
-    assert "Warning: One_x: no value below 0, as CTs in HU have" in out
+    assert "Warning: One_x: no value below 0, unlike CT in HU" in out

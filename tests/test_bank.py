@@ -101,7 +101,7 @@ def test_damaged_entry_is_computed_again(bank, images, backbone, damage):
     damage(npy, json_file)
     again, said = make_bank(bank.root, backbone), []
     assert again.fill(requests(images, "a"), log=said.append) == 1
-    assert f"1 entries were not whole, or their files were altered, and are computed again: {npy.stem}." in said
+    assert f"1 entries were incomplete, or their files were altered, and are computed again: {npy.stem}." in said
     assert npy.read_bytes() == expected
     assert json.loads(json_file.read_text()) | {"features": info["features"]} == info  # apart from the time
     assert not list(bank.folder.glob(f".*{PART}"))
@@ -267,7 +267,7 @@ def test_killed_holder_of_a_lock_holds_up_nobody(bank, images, backbone):
     waiting.start()
     waiting.join(1)
     assert waiting.is_alive()
-    with pytest.raises(ValueError, match="A training is filling .*: wait until it has, or end it"):
+    with pytest.raises(ValueError, match="A training is filling .*: wait until it has finished, or stop it"):
         disk.clear_banks(bank.root, [])
     holder.kill()
     holder.wait()

@@ -219,7 +219,7 @@ def test_a_backbone_that_gives_nan(bank, images, contract):
             return [image / 0 * 0]
 
     bank.backbone = Broken(1, contract)
-    with pytest.raises(InputError, match="^a: the backbone gives NaN or infinite values for this image, which holds"):
+    with pytest.raises(InputError, match="^a: the backbone returns NaN or infinite values for this image, which holds"):
         bank.fill(requests(images))
     assert left_behind(bank) == []
 

@@ -93,7 +93,7 @@ def test_estimate_of_the_time_left(folders):
         (["--folds", "0"], "0 folds: give at least 1"),
         (["--shots", "3"], "have no configuration '3d_fullres_3shot': plan again with `fseft plan -d ID --shots 3`"),
         (["--methods", "prob"], "no method 'prob': did you mean 'probe'"),
-        (["-p", "Others"], "Others.json is missing: `fseft plan_and_preprocess -d ID` makes it"),
+        (["-p", "Others"], "Others.json is missing: make it with `fseft plan_and_preprocess -d ID`"),
         (["-i", "x"], "-i IMAGES and -l LABELS belong together"),
         (["-i", "x", "-l", "y"], "x does not exist. Expected a folder of images"),
         (["-o", "/dev/null/x"], "/dev/null/x cannot be written: choose another folder with -o"),
@@ -110,7 +110,7 @@ def test_mistakes(folders, capsys, argv, sentence):
 def test_minutes_are_a_positive_number(capsys, minutes):
     with pytest.raises(SystemExit):
         main(["benchmark", "-d", "77", f"--scratch_minutes={minutes}"])
-    assert f"'{minutes}' is no positive number" in capsys.readouterr().err
+    assert f"'{minutes}' is not a positive number" in capsys.readouterr().err
 
 
 def test_missing_results_variable(folders, monkeypatch):
@@ -185,7 +185,9 @@ def labelled_scans(workspace) -> tuple[Path, Path]:
 
 def test_test_sets(folders, tmp_path, labelled_scans):
     workspace, _ = folders
-    with pytest.raises(InputError, match="scan_0.nii.gz is missing: -l wants a reference segmentation of every case"):
+    with pytest.raises(
+        InputError, match="scan_0.nii.gz is missing: -l must contain a reference segmentation for every case"
+    ):
         study_of(folders, test=(workspace.queries, tmp_path))
     target = study_of(folders, test=labelled_scans).target
     assert target.cases == ("scan_0", "scan_1") and target.name.startswith("queries_")
@@ -235,7 +237,7 @@ def test_results_of_other_splits(folders):
     RunFile(support=cell.support).save(cell.folder)
     cell.check()
     RunFile(support=["other", *cell.support[1:]]).save(cell.folder)
-    with pytest.raises(InputError, match=r"was trained on \['other', .* the splits now say \['case_"):
+    with pytest.raises(InputError, match=r"was trained on \['other', .* but the splits now say \['case_"):
         cell.check()
 
 
@@ -378,12 +380,12 @@ def test_only_trainings_from_scratch_have_a_time(folders, trainings, monkeypatch
     assert [minutes for minutes, _ in trainings()] == ["", "1.5000", "2.5000"]
 
 
-@pytest.mark.parametrize("budget, before", [(90, "for 90 s"), (None, "without a limit of time")])
+@pytest.mark.parametrize("budget, before", [(90, "for 90 s"), (None, "without a time limit")])
 def test_training_from_scratch_of_another_time(folders, budget, before):
     study = study_of(folders)
     _, probe, ft, scratch = plan_cells(study, [5], 1, ["probe", "ft", "scratch"])
     trained(scratch, 95, budget)
-    refused = f"{scratch.folder} was trained {before}, now it would get 600 s: move it away"
+    refused = f"{scratch.folder} was trained {before}, but now it would get 600 s: move it away"
     with pytest.raises(InputError, match=refused):
         plan_cells(replace(study, scratch_minutes=10), [5], 1, ["probe", "scratch"])
     trained(probe, 90)
@@ -420,7 +422,7 @@ def test_a_finished_training_from_scratch_is_refused_once_others_took_longer(fol
     nnunet_train(f"cp -Rp {made}/. {ft.folder.parent}")
     with pytest.raises(InputError, match="1 of 2 cells failed: from scratch, equal time, 5 shots, fold 0"):
         run_cells(study, [ft, scratch], ["fseft"])
-    assert "was trained for 90 s, now it would get 600 s" in capsys.readouterr().out
+    assert "was trained for 90 s, but now it would get 600 s" in capsys.readouterr().out
     with open(study.experiment.work / "results.csv") as file:
         assert {(row["method"], row["Dice"]) for row in csv.DictReader(file)} == {("ft", "1.0")}
 
@@ -439,7 +441,7 @@ def test_command_that_repeats_it(folders, capsys):
     page = unescape((folders[1] / "report.html").read_text())
     assert f"fseft benchmark -d 77 -p FSEFTPlans -device cpu {command} {folders[1]}" in page
     assert main([*asked, "3"]) == 2
-    assert "was trained for 150 s, now it would get 180 s" in capsys.readouterr().err
+    assert "was trained for 150 s, but now it would get 180 s" in capsys.readouterr().err
 
 
 def test_a_training_is_done_once_it_has_its_final_checkpoint(folders, trainings):
@@ -476,7 +478,7 @@ def test_interrupt(folders, nnunet_train, method):
     study = study_of(folders)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
-        with pytest.raises(InputError, match="Interrupted. The same command goes on"):
+        with pytest.raises(InputError, match="Interrupted. The same command continues"):
             run_cells(study, plan_cells(study, [5], 1, [method])[1:], ["fseft"])
     finally:
         signal.signal(signal.SIGINT, before)

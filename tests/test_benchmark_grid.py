@@ -101,7 +101,7 @@ def test_what_is_done_stays_done_and_a_failure_stops_nothing(grid, capsys):
     assert "1 of 4 cells failed: spatial adapter, 5 shots, fold 0." in captured.err
     assert "no checkpoint" in broken.read_text() and "What failed" in (grid.output / "report.html").read_text()
     assert commands(grid)[len(before) :] == ["fseft"]
-    assert f"{broken} cannot be read, it may have been cut" in captured.out
+    assert f"{broken} cannot be read, it may be truncated" in captured.out
     shutil.rmtree(broken.parent.parent)
     with open(grid.output / "results.csv") as file:
         assert {row["method"] for row in csv.DictReader(file)} == {"zero_shot", "probe", "ft_last"}

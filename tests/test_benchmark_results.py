@@ -31,7 +31,9 @@ def test_result_file(tmp_path):
     assert repr(loaded) == repr(saved)
     for content in ("{}", "no json", '{"method": "x", "other": 1}'):
         file.write_text(content)
-        with pytest.raises(InputError, match="r.json is no result of this version of `fseft benchmark`: run it again"):
+        with pytest.raises(
+            InputError, match="r.json is not a result of this version of `fseft benchmark`: run it again"
+        ):
             Result.load(file)
 
 

@@ -88,7 +88,7 @@ def test_broken_patients_are_left_out(source, raw, tmp_path):
     out = convert("CHAOS", source, 11, [], num_processes=1)
     left_out = json.loads((out / "conversion.json").read_text())["left out"]
     assert f"{train}/2/Ground has {SLICES - 1} masks for {SLICES} slices" in left_out.pop("CHAOS_CT_2")
-    assert f"{train}/5/DICOM_anon is no whole series" in left_out.pop("CHAOS_CT_5")
+    assert f"{train}/5/DICOM_anon is not a complete series" in left_out.pop("CHAOS_CT_5")
     assert "i0001,0000b.dcm cannot be read" in left_out.pop("CHAOS_CT_6")
     assert "holds values other than 0 and 255" in left_out.pop("CHAOS_CT_7")
     assert "cannot be read" in left_out.pop("CHAOS_CT_8")

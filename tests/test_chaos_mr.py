@@ -165,7 +165,7 @@ def test_masks_that_are_not_those_of_the_slices(train, raw):
     assert reason(SPIR, train, "2") == f"{ground} has 4 masks for 5 slices: unpack it again."
     write_png(ground / "IMG-0004-00006.png", np.zeros(SHAPE[:2], np.uint8))
     text = reason(SPIR, train, "2", 12)
-    assert f"{ground}/IMG-0004-00006.png has no slice of its name" in text and "unpack both again" in text
+    assert f"{ground}/IMG-0004-00006.png has no slice with its name" in text and "unpack both again" in text
 
 
 def test_masks_of_other_slices(train, raw):

@@ -89,7 +89,10 @@ def test_truncated_file(tmp_path, share):
         read_checkpoint(file)
 
 
-PAGE, NONE = "was not opened: it is a web page", "was not opened: it is no PyTorch checkpoint. Take the checkpoint from"
+PAGE, NONE = (
+    "was not opened: it is a web page",
+    "was not opened: it is not a PyTorch checkpoint. Take the checkpoint from",
+)
 
 
 @pytest.mark.parametrize(

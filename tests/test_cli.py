@@ -210,7 +210,7 @@ def test_link_and_unlink(tmp_path, monkeypatch, capsys):
     assert main(["unlink"]) == 0
     assert not any(file.exists() for file in files)
     files[0].write_text("theirs")
-    assert "was not written by `fseft link` and stays as it is" in refused(capsys, "link")
+    assert "was not written by `fseft link` and is left unchanged" in refused(capsys, "link")
 
 
 def test_splits(workspace, capsys):

@@ -27,7 +27,7 @@ def test_checkpoint_of_another_support_is_refused(work, cls, configuration):
     trainer.save_checkpoint(file)
     make_trainer(work, cls, epochs=1, configuration=configuration).load_checkpoint(file)
     drawing.write_splits(77, [5], None, seed=99)
-    with pytest.raises(InputError, match="latest.pth was trained on other support cases than those of splits_"):
+    with pytest.raises(InputError, match="latest.pth was trained on support cases other than those in splits_"):
         make_trainer(work, cls, epochs=1, configuration=configuration).load_checkpoint(file)
 
 
@@ -59,7 +59,7 @@ def test_one_training_of_a_fold_at_a_time(work):
     trainer, beside = make_trainer(work, epochs=1), make_trainer(work, epochs=1, fold=1)
     with FileLock(Path(trainer.output_folder) / "training.lock"):
         with pytest.raises(
-            InputError, match=r"Another process trains in .*fold_0.*wait until it ends, or end it.*delete .*lock"
+            InputError, match=r"Another process is training in .*fold_0.*wait until it ends, or stop it.*delete .*lock"
         ):
             trainer.run_training()
         beside.run_training()

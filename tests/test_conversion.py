@@ -82,7 +82,7 @@ def test_wrong_folder(tree, raw, capsys, tmp_path):
     (tmp_path / "zipped").mkdir()
     (tmp_path / "zipped" / "RawData.zip.part").write_bytes(b"half")
     assert "unpack RawData.zip.part first" in refused(capsys, "BTCV", "-i", tmp_path / "zipped", "-d", 11)
-    assert "is no folder" in refused(capsys, "BTCV", "-i", tmp_path / "none", "-d", 11)
+    assert "is not a folder" in refused(capsys, "BTCV", "-i", tmp_path / "none", "-d", 11)
     assert "dataset.json is missing" in refused(capsys, "MSD", "-i", tree.folder, "-d", 11)
     assert not list(raw.iterdir())
 
@@ -124,7 +124,7 @@ def test_counterparts_that_are_missing(tree, raw):
             np.ones((*SHAPE[:2], 7), np.uint8),
             "lies on another grid than its image. If its header is right, --resample_labels",
         ),
-        (np.ones((*SHAPE, 1), np.uint8), "has 4 axes: a volume is wanted"),
+        (np.ones((*SHAPE, 1), np.uint8), "has 4 axes: a volume is expected"),
     ],
 )
 def test_bad_labels_are_named(tree, raw, data, message):
@@ -248,12 +248,12 @@ def test_interrupt_and_resume(tree, raw, capsys):
     os.killpg(process.pid, signal.SIGINT)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 2 and "Traceback" not in err
-    assert err.strip().endswith("fseft: Interrupted: run the same command again to go on.")
+    assert err.strip().endswith("fseft: Interrupted: run the same command again to continue.")
     assert list(raw.iterdir()) == [building]
     done = {file.stem for file in (building / "records").glob("*.json")}
     assert 0 < len(done) < 400
     message = refused(capsys, "BTCV", "-i", tree.folder, "-d", 11, "--classes", "liver")
-    assert "is unfinished and was begun with other options, labels or cases: delete it first" in message
+    assert "is unfinished and was started with other options, labels or cases: delete it first" in message
     written = {case: (building / "labelsTr" / f"{case}.nii.gz").lstat().st_mtime_ns for case in done - {"img0040"}}
     assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 1) == 0
     out = raw / "Dataset011_BTCV"

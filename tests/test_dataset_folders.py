@@ -66,9 +66,9 @@ def test_four_digits_beside_three(raw, named):
     "name, asked, sentence",
     [
         ("Dataset4_Field", 4, "ids have three digits, rename .*Dataset4_Field to Dataset004_Field"),
-        ("Dataset4_Field", "Dataset4_Field", "Dataset4_Field is not an nnU-Net dataset name: .* in three digits"),
+        ("Dataset4_Field", "Dataset4_Field", "Dataset4_Field is not an nnU-Net dataset name: .* three-digit id"),
         ("Dataset1234_Field", "Dataset1234_Field", "Dataset1234_Field is not an nnU-Net dataset name"),
-        ("Dataset1234_Field", 1234, "1234 is not an nnU-Net dataset name: .* an id from 001 to 999"),
+        ("Dataset1234_Field", 1234, "1234 is not an nnU-Net dataset name: .* id from 001 to 999"),
         ("Dataset004_Field", 5, "No dataset 5 in .*nnUNet_raw: there are Dataset004_Field"),
         ("Dataset004_Field", "Dataset004_Fields", "No dataset Dataset004_Fields in .*: there are Dataset004_Field"),
         ("Dataset004_Field", "Hippocampus", "No dataset Hippocampus in .*: give an id, 4 for example, or a name"),
@@ -152,7 +152,7 @@ def test_a_broken_link(dataset):
 def test_a_file_in_two_formats(dataset):
     """Nobody knows which one is meant."""
     write(dataset / "imagesTr" / "case_1_0000.nii", array_of(image_of(dataset, 1)))
-    assert faults(dataset) == [f"{image_of(dataset, 1)} is there twice, as case_1_0000.nii as well: keep one."]
+    assert faults(dataset) == [f"{image_of(dataset, 1)} exists twice, also as case_1_0000.nii: keep one."]
     assert list(listed(dataset).cases) == ["case_0", "case_2"]
 
 
@@ -162,7 +162,7 @@ def test_another_file_ending(dataset, name):
     (said,) = faults(dataset)
     assert said == (
         f"{dataset / 'imagesTr' / name} does not end with .nii.gz, the file_ending of dataset.json: convert it, move "
-        "it away, or correct that."
+        "it away, or correct the key."
     )
 
 
@@ -180,7 +180,7 @@ def test_channels_that_do_not_count_up(dataset):
         shutil.copy(image_of(dataset, 0), dataset / "imagesTr" / f"{name}.nii.gz")
     assert list(listed(dataset).cases) == ["case_0"]
     assert [said.split("imagesTr/")[1] for said in faults(dataset)] == [
-        "case_1_0002.nii.gz is a channel too many: the dataset has 2. Move it away.",
+        "case_1_0002.nii.gz is one channel too many: the dataset has 2. Move it away.",
         "case_2_0001.nii.gz is missing: every case needs 2 channel(s).",
         "case_3_0000.nii.gz is missing: every case needs 2 channel(s).",
     ]
@@ -215,7 +215,7 @@ def test_a_folder_without_images(dataset, tmp_path):
         list_images(tmp_path / "images", content)
     with pytest.raises(InputError, match="none does not exist. Expected a folder of images"):
         list_images(tmp_path / "none", content)
-    with pytest.raises(InputError, match=r"x\.txt is a file, one image perhaps: give its folder"):
+    with pytest.raises(InputError, match=r"x\.txt is a file, perhaps an image: give its folder"):
         list_images(tmp_path / "images" / "x.txt", content)
 
 
@@ -238,8 +238,8 @@ def test_numbers_that_differ_are_warned_of(dataset):
     (dataset / "labelsTr" / "._case_0.nii.gz").touch()
     content = {**read_dataset_json(dataset / "dataset.json"), "numTraining": 9}
     assert warnings_of_cases(dataset, content, cases_of(dataset)) == [
-        f"numTraining of {dataset / 'dataset.json'} is 9, 3 labelled cases were found.",
-        f"{dataset / 'labelsTr'} has 1 label map(s) without image: case_7.",
+        f"numTraining of {dataset / 'dataset.json'} is 9, but 3 labelled cases were found.",
+        f"{dataset / 'labelsTr'} has 1 label map(s) without an image: case_7.",
     ]
 
 

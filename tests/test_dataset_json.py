@@ -128,7 +128,7 @@ REFUSED = {
     "channels as a list": ({"channel_names": ["CT"]}, 'channel_names is a list: write "channel_names": {"0": "CT"}.'),
     "channels out of order": (
         {"channel_names": {"1": "T1", "0": "T2"}},
-        'is out of order, and nnU-Net goes by the order: write "channel_names": {"0": "T2", "1": "T1"}.',
+        'is out of order, and nnU-Net relies on the order: write "channel_names": {"0": "T2", "1": "T1"}.',
     ),
     "inner region first": (
         {"labels": {"background": 0, "left": 2, "both": [1, 2]}},
@@ -136,11 +136,11 @@ REFUSED = {
     ),
     "an order of other values": (
         {"labels": REGIONS, "regions_class_order": [1, 7]},
-        "regions_class_order has 7, which is no value of the labels",
+        "regions_class_order has 7, which is not a value in labels",
     ),
     "background in capitals": (
         {"labels": {"Background": 0, "a": 1}},
-        "nnU-Net knows 'background' in small letters alone: write \"background\": 0.",
+        "nnU-Net only recognises 'background' in lower case: write \"background\": 0.",
     ),
     "background as a list": ({"labels": {"background": [0], "a": 1}}, 'background is [0]: it must be "background": 0.'),
     "half an ending": ({"file_ending": ".gz"}, 'file_ending is \'.gz\': write "file_ending": ".nii.gz".'),

@@ -120,7 +120,7 @@ def test_a_part_of_a_longer_file_starts_again(server, tmp_path):
 
 
 def test_another_file_than_the_known_one(server, tmp_path):
-    with pytest.raises(ValueError, match=r"gave another file than the known one .*download it again, or ask"):
+    with pytest.raises(ValueError, match=r"returned a file other than the known one .*download it again, or ask"):
         download(entry(server, sha256="0" * 64), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -197,7 +197,7 @@ def test_two_downloads_at_once(server, tmp_path, monkeypatch, capsys):
     store.mkdir()
     with FileLock(store / "suprem_unet.download.lock"):
         assert main(["backbones", "download", "suprem_unet"]) == 2
-    assert f"Another process downloads 'suprem_unet' into {store}: wait until" in capsys.readouterr().err
+    assert f"Another process is downloading 'suprem_unet' into {store}: wait until" in capsys.readouterr().err
     assert not server.ranges
     assert main(["backbones", "download", "suprem_unet"]) == 0
     assert main(["backbones", "remove", "suprem_unet"]) == 0

@@ -154,8 +154,8 @@ def test_a_mistake_ends_in_a_sentence(run):
     "arguments, sentence",
     [
         (f"{FIVE} 7", "Fold 7 does not exist"),
-        (f"{FIVE} 0 -pretrained_weights model.pth", "takes no -pretrained_weights"),
-        ("3d_fullres 0", "is no K-shot configuration"),
+        (f"{FIVE} 0 -pretrained_weights model.pth", "does not support -pretrained_weights"),
+        ("3d_fullres 0", "is not a K-shot configuration"),
     ],
 )
 def test_mistakes_name_the_remedy(run, capsys, arguments, sentence):

@@ -140,7 +140,7 @@ def test_overlay_in_a_window(tmp_path, case):
 def test_overlay_refuses_another_cases_segmentation(tmp_path, case):
     case["segmentation"] = case["segmentation"][:-1]
     files = write(tmp_path / "ras", case, save_ras)
-    with pytest.raises(ValueError, match="not one case"):
+    with pytest.raises(ValueError, match="they are different cases"):
         save_overlay(files["image"], files["segmentation"], tmp_path / "a.png")
 
 

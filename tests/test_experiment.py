@@ -12,7 +12,7 @@ def test_commands_of_this_python(monkeypatch, tmp_path):
     """System interpreters keep their scripts elsewhere than beside themselves."""
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     assert program("nnUNetv2_train").endswith("nnUNetv2_train")
-    with pytest.raises(InputError, match="command nnUNetv2_tram is neither beside .*python nor on the PATH: activate"):
+    with pytest.raises(InputError, match="command nnUNetv2_tram is neither next to .*python nor on the PATH: activate"):
         program("nnUNetv2_tram")
 
 

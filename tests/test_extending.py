@@ -317,7 +317,7 @@ def test_what_a_method_adds_stays_in_eval_mode(work):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"trainer": "MyTrainer"}, "the name of a trainer begins with FSEFT"),
+        ({"trainer": "MyTrainer"}, "the name of a trainer must begin with FSEFT"),
         ({"learns_from": BANK}, "it learns from patches, not stored features"),
         ({"trains_with_prior": True}, "need stored features"),
     ],

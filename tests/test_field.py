@@ -26,7 +26,7 @@ REFUSED = {
     "06-label-affine-lost": "labelsTr/case_2.nii.gz does not lie on the grid of",
     "09-codes-zero": "labelsTr/case_3.nii.gz does not lie on the grid of",
     "16-zero-spacing": "case_1_0000.nii.gz has a voxel spacing (pixdim) of 2 x 2 x 0 mm",
-    "20-uint16-offset": "case_3_0000.nii.gz: no value below 0, as CTs in HU have",
+    "20-uint16-offset": "case_3_0000.nii.gz: no value below 0, unlike CT in HU",
     "30-no-channel-number": "case_0.nii.gz has no channel number: expected nnU-Net's naming, case_0_0000.nii.gz",
     "31-one-without-channel": "patient9.nii.gz has no channel number: expected nnU-Net's naming, patient9_0000.nii.gz",
     "32-labels-with-gap": "labels must be in consecutive order (0, 1, 2, ...), 3 do not satisfy this",
@@ -107,7 +107,7 @@ def test_queries_of_unusual_geometry(zero_shot, raw):
     code, told, made = zero_shot("50-queries-geometry")
     assert code == 0 and len(made) == 11
     assert "codes_zero_0000.nii.gz: the header does not define the orientation" in told
-    assert "disagree_0000.nii.gz: sform and qform of the header disagree, the sform counts" in told
+    assert "disagree_0000.nii.gz: sform and qform of the header disagree, the sform is used" in told
     for case, label in made.items():
         image = nib.load(raw.parent / "images" / f"{case}_0000.nii.gz")
         assert label.shape == image.shape and np.allclose(label.affine, image.affine, atol=1e-4)

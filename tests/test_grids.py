@@ -64,7 +64,7 @@ LOST = {
 @pytest.mark.parametrize("name", LOST)
 def test_lost_headers(name):
     """The label's voxels are stored as the image's, its header is not."""
-    with pytest.raises(InputError, match=r"Both store as many voxels.*`fseft rewrite_header LOST --from OTHER`"):
+    with pytest.raises(InputError, match=r"Both have the same shape.*`fseft rewrite_header LOST --from OTHER`"):
         offset_in_mm(header(LOST[name]), header(LPS), reorients=True)
 
 

@@ -1,4 +1,4 @@
-"""What headers say of where voxels lie, and how they are written anew."""
+"""What headers say of where voxels lie, and how they are rewritten."""
 
 import errno
 import gzip
@@ -65,7 +65,8 @@ def test_pixdim_that_is_no_spacing(file, axis, value):
 def test_spacings_in_other_units(file, scale):
     write(file, volume(0)[0], np.diag([scale, scale, scale, 1]) @ RAS)
     with pytest.raises(
-        InputError, match=r"x\.nii\.gz shows .* mm by its header, voxels of .* mm: give the spacing in mm"
+        InputError,
+        match=r"x\.nii\.gz spans .* mm according to its header, with voxels of .* mm: give the spacing in mm",
     ):
         read_header(file)
 
@@ -124,7 +125,7 @@ def test_sform_and_qform_that_disagree(file):
     disagree(file)
     read = read_header(file)
     assert read.codes == "RAS" and not read.forms_agree  # of the sform
-    assert warnings_of([read]) == [f"{file}: sform and qform of the header disagree, the sform counts."]
+    assert warnings_of([read]) == [f"{file}: sform and qform of the header disagree, the sform is used."]
 
 
 def test_neither_sform_nor_qform(file):
@@ -133,7 +134,8 @@ def test_neither_sform_nor_qform(file):
     assert not read.knows_sides and read.codes == "LAS" and read.mm == "2 x 2 x 3 mm"
     (warning,) = warnings_of([read])
     assert warning == (
-        f"{file}: the header does not define the orientation. The axes are taken for LAS, left and right are a guess."
+        f"{file}: the header does not define the orientation. The axes are assumed to be LAS; left and right are a "
+        "guess."
     )
 
 
@@ -169,7 +171,7 @@ def test_pixdim_that_disagrees(file, axes, reader):
     assert not read.pixdim_agrees and read.pixdim == (1, 1, 1)
     np.testing.assert_allclose(read.spacing, (2, 2, 3))
     assert in_axes_of(read.shape, read, reader) == [13, 15, 16] and spacing_of(read, reader) == [3, 2, 2]
-    assert "whose spacing is taken; nnUNetv2_predict takes pixdim's" in warnings_of([read])[0]
+    assert "whose spacing is used; nnUNetv2_predict uses pixdim's" in warnings_of([read])[0]
 
 
 def test_rounded_pixdim_agrees(file):
@@ -179,7 +181,7 @@ def test_rounded_pixdim_agrees(file):
     assert read_header(file).pixdim_agrees
 
 
-# ---- headers written anew ----
+# ---- rewritten headers ----
 
 
 def fseft(line: str) -> int:
@@ -194,7 +196,7 @@ def test_the_remedy_for_pixdim_is_right(tmp_path, name, dtype):
     image = nib.Nifti1Image(array, None, dtype=dtype)
     image.set_sform(RAS, 1)
     nib.save(image, file)
-    assert fseft(pixdim_remedy(read_header(file)).split("anew: ")[1]) == 0
+    assert fseft(pixdim_remedy(read_header(file)).split("rewrite the header: ")[1]) == 0
     read = read_header(file)
     assert read.pixdim_agrees and read.codes == "RAS" and nib.load(file).get_data_dtype() == dtype
     np.testing.assert_array_equal(np.asarray(nib.load(file).dataobj), array)
@@ -246,7 +248,7 @@ def test_a_full_disk(file, monkeypatch):
 
     before = file.read_bytes()
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(InputError, match=r"x\.nii\.gz cannot be written anew \(.*No space left on device"):
+    with pytest.raises(InputError, match=r"x\.nii\.gz cannot be rewritten \(.*No space left on device"):
         rewrite_header(file)
     assert file.read_bytes() == before and [path.name for path in file.parent.iterdir()] == [file.name]
 

@@ -120,7 +120,7 @@ def test_command_reports_what_it_took(tmp_path, backbones, capsys):
     out = capsys.readouterr().out
     tensors = len(list(model.network.named_parameters()))
     assert f"trained by nnUNetTrainer: all {tensors} tensors matched" in out
-    assert "3 classes, one a voxel: background, liver, tumour" in out
+    assert "3 classes, one per voxel: background, liver, tumour" in out
     assert "Channel 0 MRI: ZScoreNormalization inside the nonzero mask\n" in out
     assert "Channel 1 CT: CTNormalization: clipped to [-40, 210], minus 70.5, divided by 40.25\n" in out
     assert "Reader SimpleITKIO, images are seen as stored; axes [0, 1, 2] of z, y, x\n" in out
@@ -134,9 +134,9 @@ def test_command_reports_what_it_took(tmp_path, backbones, capsys):
 def test_paths_that_are_no_model(tmp_path, backbones, model):
     weights = model.folder / "fold_0" / "checkpoint_final.pth"
     for path, message in (
-        (tmp_path / "none", "none is missing: give a nnU-Net model folder or a .zip"),
+        (tmp_path / "none", "none is missing: give an nnU-Net model folder or a .zip"),
         (model.folder.parent, "Dataset004_X/plans.json is missing: give the folder that holds plans.json and fold_X"),
-        (weights, "checkpoint_final.pth is no model folder and no .zip of one: give the folder"),
+        (weights, "checkpoint_final.pth is neither a model folder nor a .zip of one: give the folder"),
     ):
         with pytest.raises(ValueError) as error:
             import_nnunet_model("mine", path, backbones)
@@ -176,8 +176,8 @@ UNSUPPORTED = [
     ({"inherits_from": "other"}, "are not those of one nnU-Net v2 model"),
     ({"configurations": []}, "are not those of one nnU-Net v2 model"),
     ({"image_reader_writer": None}, "are not those of one nnU-Net v2 model"),
-    ({"architecture": changed_unet(no_such_argument=3)}, "'mine' has arch_kwargs that do not make a PlainConvUNet"),
-    ({"architecture": changed_unet(kernel_sizes=[3])}, "'mine' has arch_kwargs that do not make a PlainConvUNet"),
+    ({"architecture": changed_unet(no_such_argument=3)}, "'mine' has arch_kwargs that do not build a PlainConvUNet"),
+    ({"architecture": changed_unet(kernel_sizes=[3])}, "'mine' has arch_kwargs that do not build a PlainConvUNet"),
     ({"architecture": changed_unet(strides=2)}, "are not those of one nnU-Net v2 model"),
 ]
 
@@ -246,7 +246,7 @@ def test_plans_that_name_a_function_as_layer(tmp_path, backbones, model, name):
     architecture = unet_plans()
     architecture["arch_kwargs"] |= {"nonlin": name, "nonlin_kwargs": {"args": ["touch", str(witness)]}}
     (model.folder / "plans.json").write_text(json.dumps(model_plans(["CT"], architecture=architecture)))
-    with pytest.raises(ValueError, match=f"'mine' names '{name}' as its nonlin, which is no layer: do not trust it"):
+    with pytest.raises(ValueError, match=f"'mine' names '{name}' as its nonlin, which is not a layer: do not trust it"):
         import_nnunet_model("mine", model.folder, backbones)
     assert not witness.exists()
 
@@ -264,5 +264,7 @@ def test_a_contract_of_an_earlier_version(backbones, model):
     import_nnunet_model("mine", model.folder, backbones)
     content = json.loads((backbones / "mine.json").read_text())
     (backbones / "mine.json").write_text(json.dumps(content | {"ct_intensities": None}))
-    with pytest.raises(ValueError, match=r"mine\.json is no backbone contract .*'ct_intensities'.*import the backbone"):
+    with pytest.raises(
+        ValueError, match=r"mine\.json is not a backbone contract .*'ct_intensities'.*import the backbone"
+    ):
         find_backbone("mine")

@@ -96,5 +96,5 @@ def test_number_of_channels(tmp_path, backbones, monkeypatch, channels):
     model = write_model(tmp_path / "m", ["T1", "T2"])
     import_nnunet_model("mine", model.folder, backbones)
     write_dataset(tmp_path, monkeypatch, channels)
-    with pytest.raises(ValueError, match=rf"has {len(channels)} channel\(s\), backbone 'mine' takes 2"):
+    with pytest.raises(ValueError, match=rf"has {len(channels)} channel\(s\), but backbone 'mine' takes 2"):
         FSEFTPlanner("Dataset005_User", backbone="mine")

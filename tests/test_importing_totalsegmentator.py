@@ -97,7 +97,7 @@ def test_folder_is_found_as_totalsegmentator_finds_it(tmp_path, monkeypatch):
 def test_without_totalsegmentator(tmp_path, backbones, monkeypatch, capsys, arguments):
     monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path / "none"))
     assert run(*arguments) == 2
-    assert "none is missing, where TotalSegmentator keeps its models: run totalseg_download" in capsys.readouterr().err
+    assert "none, where TotalSegmentator keeps its models, is missing: run totalseg_download" in capsys.readouterr().err
     (tmp_path / "none").mkdir()
     assert run(*arguments) == 2
     assert "none holds no folder of a model of TotalSegmentator v2, DatasetXXX_NAME: run" in capsys.readouterr().err
@@ -275,7 +275,7 @@ def test_leftover_zips_and_other_files(installed, capsys):
     assert run("all") == 0 and run() == 0
     out = capsys.readouterr().out
     temporary = installed / "tmp_download_file.zip"
-    assert f"{temporary} is left of a download: delete it unless TotalSegmentator is downloading now.\n" in out
+    assert f"{temporary} is left over from a download: delete it unless TotalSegmentator is downloading now.\n" in out
     assert f"{installed / FAST}.zip is not unpacked; one model: fseft backbones import ID {installed / FAST}.zip" in out
     assert "notes" not in out and "MACOSX" not in out
 

@@ -91,7 +91,9 @@ def test_damaged_zips(tmp_path, backbones, model):
     flipped[start + 200] ^= 255
     for damaged in (content[: len(content) // 2], flipped, b"", b"<html>404</html>"):
         file.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"model\.zip is damaged or no plain zip .*: export or download it again"):
+        with pytest.raises(
+            ValueError, match=r"model\.zip is damaged or not a plain zip .*: export or download it again"
+        ):
             import_nnunet_model("mine", file, backbones)
     assert not backbones.exists()
 

@@ -45,7 +45,7 @@ def test_link_writes_two_marked_files(nnunet, capsys):
     assert set(written) == {PLANNER, TRAINERS}
     assert all(content.startswith(MARKER.encode()) for content in written.values())
     printed = capsys.readouterr().out
-    assert f"{nnunet / PLANNER} is written." in printed and "fseft splits -d ID" in printed
+    assert f"{nnunet / PLANNER} was written." in printed and "fseft splits -d ID" in printed
     assert "untracked" not in printed
 
 
@@ -69,22 +69,22 @@ def test_unlink_leaves_no_trace(nnunet, capsys):
         (compiled / name).write_bytes(b"ours")
     unlink(nnunet)
     assert tree(nnunet) == before
-    assert f"{nnunet / TRAINERS} is removed." in capsys.readouterr().out
+    assert f"{nnunet / TRAINERS} was removed." in capsys.readouterr().out
     unlink(nnunet)
     assert tree(nnunet) == before
-    assert capsys.readouterr().out == f"{nnunet} holds no shim of ours: nothing was removed.\n"
+    assert capsys.readouterr().out == f"{nnunet} holds none of our shims: nothing was removed.\n"
 
 
 @pytest.mark.parametrize("name", SHIMS)
 def test_files_of_others_stay(nnunet, capsys, name):
     (nnunet / name).write_bytes(b"\xff their own code\n")
     before = tree(nnunet)
-    with pytest.raises(ValueError, match=f"{name} was not written by `fseft link` and stays as it is: rename it"):
+    with pytest.raises(ValueError, match=f"{name} was not written by `fseft link` and is left unchanged: rename it"):
         link(nnunet)
     assert tree(nnunet) == before
     unlink(nnunet)
     assert tree(nnunet) == before
-    assert f"{nnunet / name} was not written by `fseft link` and stays.\n" in capsys.readouterr().out
+    assert f"{nnunet / name} was not written by `fseft link` and is kept.\n" in capsys.readouterr().out
 
 
 def test_checkout_is_told_of_untracked_files(nnunet, capsys):

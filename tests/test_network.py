@@ -96,7 +96,7 @@ def test_features_and_head_are_the_unet(image, stages):
 
 
 def test_unknown_stages():
-    with pytest.raises(ValueError, match="has stages 'skips', 'all', 'last': the plans' arch_kwargs name 'first'"):
+    with pytest.raises(ValueError, match="has stages 'skips', 'all', 'last', but the plans' arch_kwargs name 'first'"):
         FrozenBackbone("phantom", "first")
 
 
@@ -141,7 +141,7 @@ def test_missing_weights(copy):
 
 def test_damaged_contract(copy):
     copy.with_suffix(".json").write_text('{"id": "phantom"')
-    with pytest.raises(ValueError, match=r"phantom\.json is no backbone contract"):
+    with pytest.raises(ValueError, match=r"phantom\.json is not a backbone contract"):
         FrozenBackbone("phantom", "last")
 
 
@@ -169,7 +169,7 @@ def test_unknown_backbone_lists_the_known_ones():
 
 
 def test_other_weights_than_the_plans_were_made_with():
-    with pytest.raises(ValueError, match=f"SHA-256 {'0' * 12}, here lies .*plan and train anew"):
+    with pytest.raises(ValueError, match=f"SHA-256 {'0' * 12}, but here it has .*plan and train again"):
         FrozenBackbone("phantom", "last", "0" * 64)
 
 
@@ -404,7 +404,7 @@ def test_wrong_number_of_image_channels(contract, tmp_path, monkeypatch):
     monkeypatch.setenv("fseft_backbones", str(tmp_path))
     two = replace(contract, id="two", architecture={"kind": "raw_image"}, channel_names=("CT", "PET"), classes=())
     save_backbone(two, {"none": torch.zeros(1)}, tmp_path)
-    with pytest.raises(ValueError, match=r"'two' takes 2 image channel\(s\), the dataset has 3: choose another"):
+    with pytest.raises(ValueError, match=r"'two' takes 2 image channel\(s\), but the dataset has 3: choose another"):
         FrozenBackbone("two", "last", channels=3)
 
 

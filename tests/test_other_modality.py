@@ -85,10 +85,14 @@ def test_which_channels_are_unseen(narrow):
 
 
 def test_refused_unless_wanted(narrow):
-    with pytest.raises(InputError, match="Channel 0 of d.json is 'MRI', backbone 'narrow' was trained with 'CT' there"):
+    with pytest.raises(
+        InputError, match="Channel 0 of d.json is 'MRI', but backbone 'narrow' was trained with 'CT' there"
+    ):
         narrow.check_channels(["MRI"], "d.json")
     brain = ZOO["highres3dnet"].contract({})
-    with pytest.raises(InputError, match="Channel 0 of d.json is 'CT', backbone 'highres3dnet' was trained with 'T1'"):
+    with pytest.raises(
+        InputError, match="Channel 0 of d.json is 'CT', but backbone 'highres3dnet' was trained with 'T1'"
+    ):
         brain.check_channels(["CT"], "d.json")
     brain.check_channels(["T2", "FLAIR"], "d.json")  # one after the other
     ZOO["anatomix"].contract({}).check_channels(["CT"], "d.json")
@@ -96,9 +100,11 @@ def test_refused_unless_wanted(narrow):
 
 def test_channels_that_do_not_fit(narrow):
     two = replace(narrow, channel_names=("CT", "PET"), id="two")
-    with pytest.raises(InputError, match=r"d.json has 3 channel\(s\), backbone 'two' takes 2: choose another backbone"):
+    with pytest.raises(
+        InputError, match=r"d.json has 3 channel\(s\), but backbone 'two' takes 2: choose another backbone"
+    ):
         two.check_channels(["CT", "PET", "PET"], "d.json")
-    with pytest.raises(InputError, match=r"d.json has 1 channel\(s\), backbone 'two' takes 2"):
+    with pytest.raises(InputError, match=r"d.json has 1 channel\(s\), but backbone 'two' takes 2"):
         two.check_channels(["MR"], "d.json")
 
 
@@ -156,7 +162,7 @@ def test_two_channels_of_mr_through_a_ct_backbone(narrow, workspace, tmp_path, m
     printed = capsys.readouterr().out
     line = "is {mean:g} + {std:g} z HU to the backbone, within {low:g} and {high:g}.".format(**narrow.z_scores_as_hu)
     assert f"A z-score z of channel 0 {line}\nA z-score z of channel 1 {line}\n" in printed
-    assert "Each channel goes through the backbone by itself; the features lie side by side." in printed
+    assert "Each channel goes through the backbone on its own; the features are concatenated." in printed
     file = workspace.preprocessed / "FSEFTPlans_narrow.json"
     plans = json.loads(file.read_text())
     assert plans["configurations"]["3d_fullres"]["normalization_schemes"] == ["ZScoreNormalization"] * 2

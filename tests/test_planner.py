@@ -190,7 +190,7 @@ def test_wrong_number_of_channels(workspace, contract, tmp_path, monkeypatch):
     monkeypatch.setenv("fseft_backbones", str(tmp_path / "backbones"))
     pair = replace(contract, id="pair", channel_names=("CT", "CT"), architecture={"kind": "raw_image"})
     save_backbone(pair, {"none": torch.zeros(1)}, tmp_path / "backbones")
-    with pytest.raises(ValueError, match=r"dataset\.json has 1 channel\(s\), backbone 'pair' takes 2: choose"):
+    with pytest.raises(ValueError, match=r"dataset\.json has 1 channel\(s\), but backbone 'pair' takes 2: choose"):
         FSEFTPlanner(workspace.dataset, backbone="pair")
 
 
@@ -229,7 +229,7 @@ def test_more_shots_than_cases(workspace):
         lambda: planning.plan(77, "phantom", [9], 1, 8, None),
         lambda: drawing.write_splits(77, [1, 9], None, 20, 5, 1),
     ):
-        with pytest.raises(ValueError, match="9 shots need as many labelled cases, the dataset has 8"):
+        with pytest.raises(ValueError, match="9 shots need as many labelled cases, but the dataset has 8"):
             call()
 
 
@@ -371,6 +371,6 @@ def test_blocks_may_be_one_number_in_the_plans(tiny, value, pool):
 def test_blocks_that_there_are_none_of(tiny, value):
     child = tiny.plans(fseft_pool=value)["configurations"]["3d_fullres_5shot"]
     with pytest.raises(
-        ValueError, match="^fseft_pool of '3d_fullres_5shot' .*: make it a whole number from 1 on, or t"
+        ValueError, match="^fseft_pool of '3d_fullres_5shot' .*: make it a whole number of at least 1, or t"
     ):
         Settings.read(child, "3d_fullres_5shot", "FSEFTPlans")

@@ -94,7 +94,7 @@ REFUSED = {
     "unknown label": (
         with_label(lambda x: x + 7),
         [],
-        r"case_7\.nii\.gz holds the values 7, 8, 9 and 1 more, dataset",
+        r"case_7\.nii\.gz holds the values 7, 8, 9 and 1 more, but dataset",
     ),
     "half a label": (
         with_label(lambda x: x / 2.0),
@@ -111,9 +111,9 @@ REFUSED = {
     "no images": (no_images, [], r"imagesTr does not exist\. Expected a folder of images named <case>_0000\."),
     "NaN": (with_nan, [], r"case_7_0000\.nii\.gz holds NaN or infinite values: repair"),
     "truncated image": (truncated, [], r"case_7_0000\.nii\.gz cannot be read .*: repair it, or leave the case out"),
-    "a channel too many": (second_channel, [], r"case_7_0001\.nii\.gz is a channel too many: the dataset has 1"),
+    "a channel too many": (second_channel, [], r"case_7_0001\.nii\.gz is one channel too many: the dataset has 1"),
     "a channel too few": (two_channels_wanted, [], r"channel"),
-    "K beyond the cases": (None, ["--shots", "99"], r"99 shots need as many labelled cases, the dataset has 8"),
+    "K beyond the cases": (None, ["--shots", "99"], r"99 shots need as many labelled cases, but the dataset has 8"),
     "unknown backbone": (None, ["-b", "fantom"], r"'fantom'"),
     "damaged backbone": (damaged_backbone, ["-b", "mine"], r"mine\.safetensors"),
 }
@@ -173,7 +173,7 @@ def test_plan_keys_that_were_edited_are_told(workspace, capsys):
         lambda plans: plans["configurations"]["3d_fullres_1shot"].update(fseft_lambda=0.7),
     )
     FSEFTPlanner(workspace.dataset).plan_experiment()
-    assert "Planned anew in 3d_fullres_1shot: fseft_lambda 0.7 -> 0.3. Edit the plans" in capsys.readouterr().out
+    assert "Planned again in 3d_fullres_1shot: fseft_lambda 0.7 -> 0.3. Edit the plans" in capsys.readouterr().out
 
 
 def test_other_plans_get_the_unlabelled_queries_of_before(workspace, capsys):
@@ -186,6 +186,6 @@ def test_other_plans_get_the_unlabelled_queries_of_before(workspace, capsys):
     )
     assert main(["plan_and_preprocess", *options, "-overwrite_plans_name", "Third"]) == 0
     assert (
-        "2 unlabelled queries of earlier plans, e.g. scan_0, no longer lie where they were" in capsys.readouterr().out
+        "2 unlabelled queries of earlier plans, e.g. scan_0, are no longer where they were" in capsys.readouterr().out
     )
     assert not UnlabelledQueries(workspace.preprocessed / "Third_3d_fullres").cases

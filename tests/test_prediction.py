@@ -343,7 +343,7 @@ def test_interrupt(work, monkeypatch, capsys):
 
     monkeypatch.setattr(QueryPredictor, "predict", interrupt)
     assert predict(work, "output", "--inductive") == 2
-    assert "Interrupted: --continue_prediction leaves out the cases that are done" in capsys.readouterr().err
+    assert "Interrupted: --continue_prediction skips the cases that are done" in capsys.readouterr().err
 
 
 def test_a_channel_too_many_stops_its_case_alone(work, capsys):
@@ -351,7 +351,7 @@ def test_a_channel_too_many_stops_its_case_alone(work, capsys):
     shutil.copy(image, image.with_name(image.name.replace("_0000", "_0001")))
     assert predict(work, "output", "--inductive") == 2
     assert "1 case(s) failed" in (error := capsys.readouterr().err)
-    assert "_0001.nii.gz was not segmented: it is a channel too many: the dataset has 1" in error
+    assert "_0001.nii.gz was not segmented: it is one channel too many: the dataset has 1" in error
     assert list(segmentations(work, "output")) == [other.name[: -len("_0000.nii.gz")]]
 
 
@@ -468,7 +468,7 @@ def test_support_of_other_draws_is_refused(work):
         (lambda work: edit_checkpoint(work, **{MEMORY_KEY: EARLIER_MEMORY}), "by an earlier version: write them again"),
         (lambda work: (work.root / "output").write_text("a file"), "choose another output folder"),
         (lambda work: shutil.rmtree(model_folder(work) / "fold_0"), "trained folds: 1. Choose with -f"),
-        (lambda work: (model_folder(work) / "plans.json").unlink(), "is no trained model"),
+        (lambda work: (model_folder(work) / "plans.json").unlink(), "does not contain a trained model"),
         (lambda work: shutil.rmtree(work.root / "images"), "does not exist. Expected a folder of images named"),
         (lambda work: (model_folder(work) / "fold_0" / "checkpoint_final.pth").write_bytes(b"PK cut"), "final.pth"),
     ],
@@ -547,7 +547,7 @@ def test_cases_that_would_vanish_are_counted(work, capsys):
     assert predict(work, "output", "--inductive") == 2
     error = capsys.readouterr().err
     assert "fseft: 3 case(s) failed:" in error
-    assert f"{images[0]} was not segmented: it is there twice, as {images[0].name[:-3]} as well" in error
+    assert f"{images[0]} was not segmented: it exists twice, also as {images[0].name[:-3]}" in error
     assert "gone_0000.nii.gz was not segmented: it is a broken link to /nowhere/x.nii.gz" in error
     assert "plain.nii.gz was not segmented: it has no channel number" in error
     assert list(segmentations(work, "output")) == [images[1].name[:-12]]
@@ -574,4 +574,4 @@ def test_a_field_of_view_in_other_units_is_warned_of(work, capsys):
     image = nib.load(first_image(work))
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), np.diag([0.1, 0.1, 0.1, 1]) @ image.affine), first_image(work))
     predict(work, "output", "--inductive")
-    assert f"{first_image(work)}: a field of view far from the training cases'. Is the" in capsys.readouterr().out
+    assert f"{first_image(work)}: field of view far from that of the training cases. Is the" in capsys.readouterr().out

@@ -302,7 +302,7 @@ KEY = "module.backbone.up_tr128.ops.0.conv1.bias"
         (lambda t: t.update({KEY.replace("ops.0", "ops.2"): t[KEY]}), "1 tensors are unknown"),
         (
             lambda t: t.update({"module.backbone.down_tr1024.ops.0.conv1.weight": t[KEY]}),
-            "is no plain 3D U-Net of SuPreM: it has 1 more tensors inside, e.g. module.backbone.down_tr1024",
+            "is not a plain 3D U-Net of SuPreM: it has 1 more tensors inside, e.g. module.backbone.down_tr1024",
         ),
         (lambda t: t.pop("module.backbone.up_tr64.ops.1.conv1.weight"), "without its first or last layer"),
         (
@@ -335,7 +335,7 @@ def test_the_known_file_of_another_backbone(store, tmp_path, monkeypatch):
     for id, entry in narrow.items():
         monkeypatch.setitem(ZOO, id, entry)
     with pytest.raises(
-        ValueError, match=r"x\.pth is the file of suprem_unet, by its SHA-256: import it as suprem_unet\."
+        ValueError, match=r"x\.pth is the file of suprem_unet, according to its SHA-256: import it as suprem_unet\."
     ):
         import_published("clipdriven_unet", tmp_path / "x.pth", store)
     import_published("suprem_unet", tmp_path / "x.pth", store)
@@ -506,10 +506,10 @@ def test_a_damaged_backbone_does_not_hide_the_others(own, capsys):
     (own / "own.json").write_text("{")
     assert main(["backbones", "list"]) == 0
     out = capsys.readouterr().out
-    assert f"own: {own / 'own.json'} is no backbone contract" in out and "phantom: 14 classes" in out
+    assert f"own: {own / 'own.json'} is not a backbone contract" in out and "phantom: 14 classes" in out
     assert "btcv: 14 classes, not here: fseft backbones download btcv, size unknown; " in out
     assert main(["backbones", "verify"]) == 2
-    assert "own.json is no backbone contract" in capsys.readouterr().err
+    assert "own.json is not a backbone contract" in capsys.readouterr().err
     assert main(["backbones", "remove", "own"]) == 0 and not list(own.glob("own.*"))
 
 
@@ -570,7 +570,7 @@ def test_list_info_verify_remove(store, tmp_path, capsys):
     assert main(["backbones", "verify"]) == 2
     out, err = capsys.readouterr()
     assert out == "phantom: sound\n" and "own.safetensors are damaged" in err
-    assert "own.safetensors is deleted." in said("remove", "own")
+    assert "own.safetensors was deleted." in said("remove", "own")
     assert not list(store.iterdir())
     for verb in ("remove", "info"):
         assert main(["backbones", verb, "own"]) == 2

@@ -101,7 +101,7 @@ def test_a_file_ending_that_the_models_reader_cannot_read(tmp_path, backbones, m
 def test_another_simpleitk_that_means_something_else_by_ras(monkeypatch, contract):
     turn = sitk.DICOMOrient
     monkeypatch.setattr(sitk, "DICOMOrient", lambda image, axes: turn(image, "LPI" if axes == "RAS" else axes))
-    with pytest.raises(ValueError, match=r"does not turn '\.mha' images to RAS: convert the dataset to \.nii\.gz"):
+    with pytest.raises(ValueError, match=r"does not reorient '\.mha' images to RAS: convert the dataset to \.nii\.gz"):
         find_reader(contract.image_reader_writer, ".mha")
     assert find_reader(contract.image_reader_writer, ".nii.gz") is NibabelIOWithReorient
 

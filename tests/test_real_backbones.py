@@ -227,7 +227,9 @@ def test_another_width_of_obelisk_is_refused(shared, tmp_path):
     tensors = torch.load(shared / "weights" / ZOO["obelisk"].file, map_location="cpu", weights_only=True)
     tensors["conv2.weight"] = tensors["conv2.weight"][:20]
     torch.save(tensors, tmp_path / "wide.pth")
-    with pytest.raises(ValueError, match="wide.pth is another U-Net of OBELISK than the public ones: .* another shape"):
+    with pytest.raises(
+        ValueError, match="wide.pth is a different U-Net of OBELISK from the public ones: .* another shape"
+    ):
         import_published("obelisk", tmp_path / "wide.pth", tmp_path / "store")
 
 
@@ -253,7 +255,7 @@ def test_astra_without_its_package_or_shards(tmp_path, monkeypatch, capsys):
 
 
 def test_a_map_that_an_encoder_does_not_give():
-    with pytest.raises(ValueError, match="'astra' has stages 'all', 'last', 'deep': the plans' .* name 'skips'"):
+    with pytest.raises(ValueError, match="'astra' has stages 'all', 'last', 'deep', but the plans' .* name 'skips'"):
         build_architecture(ZOO["astra"].contract({}), "skips")
 
 

@@ -124,12 +124,12 @@ def test_the_draw_that_comes_with_the_planning_counts(workspace, read):
 def test_before_the_draw_no_label_is_read(workspace, read, capsys):
     (workspace.preprocessed / "splits_fseft.json").unlink()
     FSEFTPlanner(workspace.dataset, overwrite_target_spacing=(20.0, 20.0, 20.0)).plan_experiment()
-    assert not read and "What labels lose by this spacing: run `fseft splits -d ID`" in capsys.readouterr().out
+    assert not read and "To see what this spacing costs the labels, run `fseft splits -d ID`" in capsys.readouterr().out
 
 
 def test_the_dataset_s_own_spacing_costs_nothing(workspace, read, capsys):
     FSEFTPlanner(workspace.dataset).plan_experiment()
-    assert not read and "What labels lose" not in capsys.readouterr().out
+    assert not read and "what this spacing costs" not in capsys.readouterr().out
 
 
 # ---- the spacing of the plans ----

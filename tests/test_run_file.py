@@ -43,7 +43,7 @@ def test_peaks_are_those_of_the_largest_run():
     [
         (None, "fseft_run.json is missing: train again"),
         ('{"trainer": ', "fseft_run.json is damaged"),
-        ('{"trainer": "a", "speed": 3}', "fseft_run.json is of another version .*speed.*: train again"),
+        ('{"trainer": "a", "speed": 3}', "fseft_run.json was written by another version .*speed.*: train again"),
     ],
 )
 def test_what_is_no_run_file(tmp_path, content, sentence):

@@ -280,5 +280,7 @@ def test_priors_of_earlier_versions_are_loaded():
     "state", [None, {"size": 1.0}, [1.0, 2.0], [(1.0, 2.0)], [(0.0, 0.0, 1)], [("1", 0.0, 1)], [(1.0, -1.0, 2, 0)]]
 )
 def test_other_states_are_refused(state):
-    with pytest.raises(InputError, match="checkpoint's size prior is .*, expected size, spread, cases and outliers"):
+    with pytest.raises(
+        InputError, match="checkpoint's size prior is .* instead of expected size, spread, cases and outliers"
+    ):
         SizePrior.from_state(state)

@@ -130,7 +130,7 @@ def test_an_origin_that_differs(dataset, capsys):
     check()
     assert warnings(capsys) == [
         "Warning: The headers of case_1, case_2 place files of one case up to 123 mm apart. Their voxels are paired "
-        "one by one, as nnU-Net pairs them: look at them with nnUNetv2_plot_overlay_pngs."
+        "one by one, as in nnU-Net: check them with nnUNetv2_plot_overlay_pngs."
     ]
 
 
@@ -143,13 +143,15 @@ def test_one_warning_names_all_files_of_a_kind(dataset, capsys):
     sides, forms = warnings(capsys)
     first = ", ".join(map(str, (*files_of(dataset, 0), image_of(dataset, 1))))
     assert sides.startswith(f"Warning: {first} and 1 more: the header does not define the orientation")
-    assert forms == f"Warning: {image_of(dataset, 2)}: sform and qform of the header disagree, the sform counts."
+    assert forms == f"Warning: {image_of(dataset, 2)}: sform and qform of the header disagree, the sform is used."
 
 
 def test_numtraining_that_differs(raw, capsys):
     folder = write_dataset(raw, numTraining=5)
     check()
-    assert warnings(capsys) == [f"Warning: numTraining of {folder / 'dataset.json'} is 5, 3 labelled cases were found."]
+    assert warnings(capsys) == [
+        f"Warning: numTraining of {folder / 'dataset.json'} is 5, but 3 labelled cases were found."
+    ]
 
 
 @pytest.mark.parametrize("forced", ["flag", "environment"])
@@ -157,7 +159,7 @@ def test_a_ct_with_an_offset_only_if_forced(dataset, monkeypatch, capsys, forced
     for case in (1, 2):
         add_offset(image_of(dataset, case))
     files = f"{image_of(dataset, 1)}, {image_of(dataset, 2)}"
-    said = f"{files}: no value below 0, as CTs in HU have: another modality, or stored with an offset (of 1024)?"
+    said = f"{files}: no value below 0, unlike CT in HU: another modality, or stored with an offset (of 1024)?"
     assert main(["plan", "-d", "4", "-np", "1"]) == 2
     error = capsys.readouterr().err
     assert said in error and "--accept_positive_ct" in error and "fseft_accept_positive_ct=1" in error
@@ -240,7 +242,7 @@ REFUSED = {
     "all labels empty": (empty, r"No label map of .*Dataset004_Field shows anything but background"),
     "unknown value": (
         of_values(lambda x: x + 2),
-        r"case_2\.nii\.gz holds the values 3, 4, dataset\.json names 0, 1, 2: renumber",
+        r"case_2\.nii\.gz holds the values 3, 4, but dataset\.json names 0, 1, 2: renumber",
     ),
     "half a label": (of_values(lambda x: x / np.float32(2)), "holds values that are not integers, 0.5: round them"),
     "NaN label": (of_values(lambda x: np.where(x == 1, np.nan, x)), "case_2.nii.gz holds NaN: repair the label map"),
@@ -272,7 +274,7 @@ def test_a_spacing_in_other_units(dataset, scale):
     for file in files_of(dataset, 1):
         write(file, array_of(file), np.diag([scale, scale, scale, 1]) @ RAS)
     with pytest.raises(
-        InputError, match=r"case_1_0000\.nii\.gz shows .* mm by its header, the dataset's images 30 x 32 x 39"
+        InputError, match=r"case_1_0000\.nii\.gz spans .* mm according to its header, the dataset's images 30 x 32 x 39"
     ):
         check()
 
@@ -325,9 +327,9 @@ def test_channels_of_other_spacings(raw, what):
         rounded = nib.load(files[what == "second"], mmap=False)
         rounded.header["pixdim"][1:4] = (2.003, 2.003, 3)
         nib.save(nib.Nifti1Image(rounded.dataobj, rounded.affine, rounded.header), files[what == "second"])
-    with pytest.raises(InputError, match="case_0_0001.nii.gz has another spacing than .*case_0_0000.nii.gz") as error:
+    with pytest.raises(InputError, match="case_0_0001.nii.gz and .*case_0_0000.nii.gz differ in spacing") as error:
         read_image(NibabelIOWithReorient(), files)
-    for command in str(error.value).split("anew: ")[1].split(" && "):
+    for command in str(error.value).split("Rewrite both: ")[1].split(" && "):
         assert main(shlex.split(command.removeprefix("fseft "))) == 0
     image, _ = read_image(NibabelIOWithReorient(), files)
     np.testing.assert_array_equal(image[0], image[1])

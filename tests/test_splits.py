@@ -154,5 +154,5 @@ def test_damaged_content(splits, tmp_path, change):
 def test_cut_file(splits, tmp_path):
     file = tmp_path / "splits_fseft.json"
     file.write_text(json.dumps(splits)[:-10])
-    with pytest.raises(ValueError, match="splits_fseft.json.*no JSON"):
+    with pytest.raises(ValueError, match="splits_fseft.json.*not JSON"):
         load_splits(file)

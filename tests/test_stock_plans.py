@@ -75,7 +75,7 @@ def test_plans_of_ours_are_made_anew_and_clear_what_is_stale(workspace, capsys, 
     edit(workspace.preprocessed / "nnUNetPlans.json", change)
     capsys.readouterr()
     planning.plan(77, "phantom", [], 1, 8, None)
-    assert not folder.exists() and f"{folder} was made by other plans or of other files" in capsys.readouterr().out
+    assert not folder.exists() and f"{folder} was made with other plans or from other files" in capsys.readouterr().out
     assert read(workspace) == before
 
 
@@ -93,7 +93,7 @@ def test_no_reader_of_nnunets_opens_the_images(workspace, monkeypatch, capsys):
 
     monkeypatch.setattr(ExperimentPlanner, "determine_reader_writer", fail)
     assert planning.plan(77, "phantom", [], 1, 8, None) == "FSEFTPlans"
-    assert "whose planner fails (Unable to determine a reader): `--methods nnunet`" in capsys.readouterr().out
+    assert "own planner fails (Unable to determine a reader): `--methods nnunet`" in capsys.readouterr().out
     assert not (workspace.preprocessed / "nnUNetPlans.json").exists()
 
 

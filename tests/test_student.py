@@ -95,7 +95,7 @@ def test_from_teacher_to_student(taught, capsys, tmp_path):
     assert student("--minutes", 2, "--min_probability", 0.6) == 2
     assert "was trained for 0.05 minutes: delete it to train for another time" in capsys.readouterr().err
     assert student("--min_probability", 0.7) == 2
-    assert "Dataset177_TinyStudent was made of another teacher, pile or probability" in capsys.readouterr().err
+    assert "Dataset177_TinyStudent was made with another teacher, pile or probability" in capsys.readouterr().err
 
 
 def predict(images: Path, output: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_pile_that_shows_a_support_case(taught, capsys, tmp_path):
     write_copy(taught.raw / "imagesTr" / f"{true}_0000.nii.gz", tmp_path / "pile" / "patient_0000.nii.gz")
     assert student("--pile", tmp_path / "pile", "--transductive") == 2
     error = capsys.readouterr().err
-    assert "patient_0000.nii.gz is the support case " + true in error and "take it out of the pile" in error
+    assert "patient_0000.nii.gz is the support case " + true in error and "remove it from the pile" in error
 
 
 def test_queries_in_the_pile_are_asked_for(taught, capsys, tmp_path):
@@ -209,7 +209,7 @@ def test_stored_features_take_no_pseudo_labels(taught, capsys, trainer):
     assert student("--student", trainer) == 2
     assert f"--student {trainer} trains on stored features" in capsys.readouterr().err
     keep_pile(taught.preprocessed, splits_of(taught)["folds"][0][:1])
-    with pytest.raises(InputError, match="would take what a model has labelled for true"):
+    with pytest.raises(InputError, match="would take what a model has labelled as true"):
         make_trainer(taught, epochs=1, configuration=ONE).run_training()
 
 
@@ -225,7 +225,7 @@ def test_a_teacher_of_other_splits(taught, capsys):
 
     edit(taught.preprocessed / "splits_fseft.json", swap)
     assert student() == 2
-    assert "was trained on other support cases than those of splits_fseft.json now" in capsys.readouterr().err
+    assert "was trained on support cases other than those in splits_fseft.json now" in capsys.readouterr().err
 
 
 def test_test_cases_are_compared_whatever_their_names(taught, capsys, tmp_path):
@@ -282,7 +282,7 @@ def test_an_image_that_was_replaced_is_labelled_again(taught, capsys, tmp_path, 
     assert sorted(file.name for file in (raw / "labelsTr").iterdir()) == sorted([f"{true}.nii.gz", "pile_scan.nii.gz"])
     write_phantom(pile / "scan_0000.nii.gz", None, (9, 3))
     assert student("--pile", pile, "--student", "none") == 2
-    assert "was made of another teacher, pile or probability" in capsys.readouterr().err
+    assert "was made with another teacher, pile or probability" in capsys.readouterr().err
 
 
 def test_a_teacher_that_is_sure_of_nothing(taught, capsys):

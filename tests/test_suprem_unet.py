@@ -86,7 +86,7 @@ def test_parts_for_tuning(backbone):
 
 
 def test_one_stage_alone():
-    with pytest.raises(ValueError, match="'suprem_unet' has stages 'last': the plans' arch_kwargs name 'skips'"):
+    with pytest.raises(ValueError, match="'suprem_unet' has stages 'last', but the plans' arch_kwargs name 'skips'"):
         SuPreMUNetBackbone(ZOO["suprem_unet"].contract({}), "skips")
 
 

@@ -200,7 +200,7 @@ def test_decoder_of_an_encoder_is_all_but_the_transformer():
 
 
 def test_one_stage_alone():
-    with pytest.raises(ValueError, match="'fseft' has stages 'last': the plans' arch_kwargs name 'all'"):
+    with pytest.raises(ValueError, match="'fseft' has stages 'last', but the plans' arch_kwargs name 'all'"):
         SwinUNETRBackbone(narrow_contract("fseft"), "all")
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 from time import process_time
 
 import pytest
-from trainings import FIVE, make_trainer
+from trainings import FIVE, identical, make_trainer, weights
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.device import cpu_seconds
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.trainers import time_budget
+from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
 
 
@@ -74,10 +75,36 @@ def test_a_budget_of_cpu_time(work, clock, monkeypatch):
     assert trainer.used_seconds() == 15.0 and trainer.progress() == 0.25
 
 
+@pytest.mark.slow
+def test_trainings_on_stored_features_end_with_their_epochs_or_with_the_time(work, clock, monkeypatch):
+    """Epochs take 5 s on this clock; the rate and the start of the prior follow the time where that is shorter."""
+
+    class Slow(FSEFTTrainer):
+        def on_epoch_end(self):
+            clock["wall"] += 5
+            super().on_epoch_end()
+
+    def training(minutes):
+        if minutes:
+            monkeypatch.setenv("fseft_train_minutes", str(minutes))
+        trainer = make_trainer(work, Slow, epochs=6, fseft_prior_from_epoch=3, fseft_gamma=0.01)
+        trainer.run_training()
+        return trainer, [epoch["epoch"] for epoch in trainer.run.epochs if "penalty" in epoch]
+
+    free, with_prior = training(None)
+    ample, same = training(10)
+    assert identical(weights(free), weights(ample)) and with_prior == same == [3, 4, 5]
+    assert (ample.run.budget_seconds, free.run.budget_seconds) == (600.0, None)
+    short, with_prior = training(13 / 60)
+    assert len(short.run.epochs) == 3 and with_prior == [2]
+    assert short.optimizer.param_groups[0]["lr"] < 0.5 * short.initial_lr
+    assert training(1 / 60)[0].current_epoch == 1  # the bank alone may take the time: one epoch is trained
+
+
 def test_an_unknown_clock_is_refused(work, monkeypatch):
     monkeypatch.setenv("fseft_train_minutes", "1")
     monkeypatch.setenv("fseft_train_clock", "sun")
-    with pytest.raises(InputError, match="""fseft_train_clock must be "wall" or "cpu", it is 'sun'"""):
+    with pytest.raises(InputError, match="""fseft_train_clock must be "wall" or "cpu", not 'sun'"""):
         scratch(work).initialize()
 
 

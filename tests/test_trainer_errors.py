@@ -40,10 +40,12 @@ def test_fold_beyond_the_file(work, cls, configuration):
 
 
 def test_configuration_that_is_not_k_shot(work):
-    with pytest.raises(InputError, match="'3d_fullres' of plans 'FSEFTPlans' is no K-shot configuration: make plans"):
+    with pytest.raises(
+        InputError, match="'3d_fullres' of plans 'FSEFTPlans' is not a K-shot configuration: make plans"
+    ):
         make_trainer(work, configuration="3d_fullres")
     for configuration in ("3d_fullres", FIVE):
-        with pytest.raises(InputError, match=f"'{configuration}' of plans 'FSEFTPlans' is no baseline: make plans"):
+        with pytest.raises(InputError, match=f"'{configuration}' of plans 'FSEFTPlans' is not a baseline: make plans"):
             make_trainer(work, FSEFTTrainer_Scratch, configuration=configuration)
 
 
@@ -54,21 +56,21 @@ def test_missing_splits(work):
 
 
 def test_more_shots_than_the_pool(work):
-    with pytest.raises(ValueError, match="6 shots of a pool of 5 cases"):
+    with pytest.raises(ValueError, match="6 shots from a pool of 5 cases"):
         make_trainer(work, fseft_shots=6).run_training()
 
 
 def test_plans_of_other_weights(work):
     plans = work.plans(**TINY)
     plans["configurations"][FIVE]["architecture"]["arch_kwargs"]["sha256"] = "0" * 64
-    with pytest.raises(ValueError, match="plan and train anew"):
+    with pytest.raises(ValueError, match="plan and train again"):
         make_trainer(work, plans=plans).run_training()
 
 
 @pytest.mark.parametrize("argument", ["-pretrained_weights", "-pretrained"])
 def test_pretrained_weights_are_refused(work, monkeypatch, argument):
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "77", FIVE, "0", argument, "model.pth"])
-    with pytest.raises(InputError, match="takes no -pretrained_weights: import the model as a backbone"):
+    with pytest.raises(InputError, match="does not support -pretrained_weights: import the model as a backbone"):
         make_trainer(work)
 
 
@@ -126,7 +128,9 @@ def test_checkpoint_of_another_backbone_of_the_same_id(work, tmp_path, monkeypat
     for configuration in plans["configurations"].values():
         if "fseft_backbone" in configuration:
             configuration["architecture"]["arch_kwargs"]["sha256"] = other.sha256
-    mismatch = f"trained on .*SHA-256 {contract.sha256[:12]}, the .* 'phantom' of {other.sha256[:12]}: restore plans"
+    mismatch = (
+        f"trained on .*SHA-256 {contract.sha256[:12]}, but the .* 'phantom' of {other.sha256[:12]}: restore plans"
+    )
     with pytest.raises(InputError, match=f"checkpoint_final.pth was {mismatch}"):
         make_trainer(work, plans=plans).load_checkpoint(str(folder / "checkpoint_final.pth"))
     # as a later training leaves it
@@ -185,17 +189,17 @@ def test_model_whose_support_is_no_longer_preprocessed(work):
         ({"fseft_loss": "softdice"}, 'fseft_loss .* is \'softdice\': make it "nnunet" or "soft_dice"'),
         (
             {"fseft_gamma": 1.5},
-            "fseft_gamma of '3d_fullres_5shot' in FSEFTPlans.json is 1.5: make it a number from 0 on",
+            "fseft_gamma of '3d_fullres_5shot' in FSEFTPlans.json is 1.5: make it a number of at least 0",
         ),
         ({"fseft_lambda": "0.1"}, "fseft_lambda .* is '0.1': make it a number"),
-        ({"fseft_steps_per_epoch": 0}, "fseft_steps_per_epoch .* is 0: make it a whole number from 1 on"),
+        ({"fseft_steps_per_epoch": 0}, "fseft_steps_per_epoch .* is 0: make it a whole number of at least 1"),
         ({"fseft_crop_size": [12, 12]}, "fseft_crop_size .*: make it three whole numbers"),
         ({"patch_size": [24, 24]}, r"patch_size .* is \[24, 24\]: make it three whole numbers"),
         ({"patch_size": [24, 24.5, 24]}, "patch_size .*: make it three whole numbers"),
         ({"fseft_stop_at_plateau": "no"}, "fseft_stop_at_plateau .*: make it true or false"),
         ({"fseft_seed": None}, "fseft_seed .* is None: make it a whole number"),
-        ({"fseft_lamda": 0.5}, "'fseft_lamda' of .* is no key of ours: did you mean 'fseft_lambda'"),
-        ({"fseft_wwwwqqqqzzzz": 1}, "'fseft_wwwwqqqqzzzz' of .* is no key of ours: known are fseft_backbone, "),
+        ({"fseft_lamda": 0.5}, "'fseft_lamda' of .* is not a known key: did you mean 'fseft_lambda'"),
+        ({"fseft_wwwwqqqqzzzz": 1}, "'fseft_wwwwqqqqzzzz' of .* is not a known key: known are fseft_backbone, "),
     ],
 )
 def test_impossible_values_in_the_plans(work, settings, sentence):

@@ -151,7 +151,9 @@ class Turning(torch.nn.Module):
 @pytest.mark.parametrize("shape, call", [(WINDOW, 1), ((40, 20, 16), 1), ((40, 20, 16), 7)])
 def test_a_map_that_is_not_finite(shape, call, value):
     image, network = torch.zeros(1, *shape), Turning(call, value)
-    with pytest.raises(InputError, match="^the backbone gives NaN or infinite values for this image, which holds none"):
+    with pytest.raises(
+        InputError, match="^the backbone returns NaN or infinite values for this image, which holds none"
+    ):
         whole_maps(network, image)
     network = Turning(call, 1e30)  # large is no fault
     whole_maps(network, image)

@@ -319,7 +319,7 @@ def test_an_image_without_air_is_told(workspace, tmp_path, capsys):
     shifted = np.clip(np.asarray(image.dataobj) + 1024, 0, None)
     nib.save(nib.Nifti1Image(shifted, image.affine), tmp_path / "images" / "x_0000.nii.gz")
     assert main(["zero_shot", "-d", "77", "-i", str(tmp_path / "images"), "-o", str(tmp_path / "out")]) == 0
-    assert "x_0000.nii.gz: no value below 0, as CTs in HU have" in capsys.readouterr().out
+    assert "x_0000.nii.gz: no value below 0, unlike CT in HU" in capsys.readouterr().out
 
 
 def test_no_image_that_can_be_segmented(workspace, tmp_path, capsys):

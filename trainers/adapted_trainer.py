@@ -27,7 +27,7 @@ from fsefs_nnunet.methods.settings import Settings, is_k_shot
 from fsefs_nnunet.trainers.kshot_trainer import KShotTrainer
 from fsefs_nnunet.trainers.time_budget import StoppableTrainer, StopTraining
 
-TUNED = "backbone.tuned."  # begins the names of the parameters that are trained in a backbone
+TUNED = "backbone.tuned."  # prefix of the names of the parameters that are trained in a backbone
 
 
 class AdaptedTrainer(KShotTrainer, StoppableTrainer):
@@ -44,16 +44,18 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
         keys = self.configuration_manager.configuration
         if not is_k_shot(keys):
             raise InputError(
-                f"{configuration!r} of plans {self.plans_manager.plans_name!r} is no K-shot configuration: make plans "
-                "with `fseft plan_and_preprocess -d ID` and train one of 3d_fullres_1shot, _5shot, _10shot or _allshot."
+                f"{configuration!r} of plans {self.plans_manager.plans_name!r} is not a K-shot configuration: make "
+                "plans with `fseft plan_and_preprocess -d ID` and train one of 3d_fullres_1shot, _5shot, _10shot or "
+                "_allshot."
             )
         self.settings = Settings.read(keys, configuration, self.plans_manager.plans_name)
         if not trains_decoder(self.method):
             refuse_untrained_decoder(find_backbone(self.settings.backbone))
-        if any(argument.startswith("-pretrained") for argument in sys.argv):  # nnU-Net tells its trainers nothing of it
+        if any(argument.startswith("-pretrained") for argument in sys.argv):  # nnU-Net does not pass it to its trainers
             raise InputError(
-                f"{type(self).__name__} takes no -pretrained_weights: import the model as a backbone, `fseft backbones "
-                "import ID PATH`, plan with it, `fseft plan_and_preprocess -d DATASET -b ID`, and train these plans."
+                f"{type(self).__name__} does not support -pretrained_weights: import the model as a backbone, `fseft "
+                "backbones import ID PATH`, plan with it, `fseft plan_and_preprocess -d DATASET -b ID`, and train "
+                "these plans."
             )
         self.num_epochs = self.settings.epochs or self.method.epochs
         self.num_iterations_per_epoch = self.settings.steps_per_epoch
@@ -147,15 +149,15 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
         self.stop_at_plateau()
 
     def refuse_divergence(self) -> None:
-        """Raises InputError if a weight is NaN or infinite; the last checkpoint stays."""
+        """Raises InputError if a weight is NaN or infinite; the last checkpoint is kept."""
         if not torch.stack([parameter.isfinite().all() for parameter in self.network.parameters()]).all():
             raise InputError(
-                f"The training diverged: in epoch {self.current_epoch} a weight became NaN or infinite. Look at images "
-                "and labels of the support, or set fseft_lambda to 0 in the plans, and train anew."
+                f"The training diverged: in epoch {self.current_epoch} a weight became NaN or infinite. Check images "
+                "and labels of the support, or set fseft_lambda to 0 in the plans, and train again."
             )
 
     def stop_at_plateau(self) -> None:
-        """End the training by the published rule, if the plans want it; the losses lie in every checkpoint."""
+        """End the training by the published rule, if the plans request it; every checkpoint holds the losses."""
         if self.settings.stop_at_plateau:
             losses = [self.logger.get_value("train_losses", step=epoch) for epoch in range(self.current_epoch)]
             if at_plateau(losses):

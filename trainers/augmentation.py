@@ -13,9 +13,9 @@ LARGEST_BEND = 0.1  # displacement, as a share of the patch's shortest side
 
 
 def transforms_for_few_cases(*args, **kwargs) -> BasicTransform:
-    """nnU-Net's training transforms, but most patches are turned, scaled and bent, where nnU-Net leaves two of three.
+    """nnU-Net's training transforms, but most patches are rotated, scaled and deformed; nnU-Net leaves two of three.
 
-    With few cases, shapes are what a training lacks (documentation/tuning.md). Arguments are those of
+    With few cases, a training lacks shapes above all (documentation/tuning.md). Arguments are those of
     nnUNetTrainer.get_training_transforms.
     """
     transforms = nnUNetTrainer.get_training_transforms(*args, **kwargs)

@@ -23,16 +23,22 @@ from fsefs_nnunet.features.map_crops import MapCrops
 from fsefs_nnunet.features.views import SupportViews
 from fsefs_nnunet.features.volume import VolumeFeatures
 from fsefs_nnunet.inference.logits import logits_of
+from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.priors.objective import objective, support_loss
 from fsefs_nnunet.trainers.adapted_trainer import AdaptedTrainer
+from fsefs_nnunet.trainers.time_budget import TimeBudgetTrainer
 from fsefs_nnunet.workers import Ahead
 
 
-class BankTrainer(AdaptedTrainer):
+class BankTrainer(AdaptedTrainer, TimeBudgetTrainer):
     """Trains reduction, adapter and head on crops of the support and its augmented views.
+
+    A limit of time, see TimeBudgetTrainer, includes filling the bank.
 
     Needs a K-shot configuration of plans made by FSEFTPlanner; its keys and the method's row decide what is trained.
     """
+
+    uses_all_of_budget = False
 
     # ---- cases ----
 
@@ -81,14 +87,14 @@ class BankTrainer(AdaptedTrainer):
         if (crops.crop_size < settings.crop_size).any():
             self.print_to_log_file(
                 f"Crops have {crops.crop_size.tolist()} voxels, not {list(settings.crop_size)}: along each axis, the "
-                "shortest support case sets them for all."
+                "shortest support case limits them all."
             )
         if self.device.type == "cuda" and not stays:
             crops = CropsAhead(crops, self.num_iterations_per_epoch)
         return crops, loader(1, self.run.support)
 
     def keep_on_device(self, cases: list[str]) -> bool:
-        """Move the features of `cases` to the GPU, if they and the label maps fit; returns whether they lie there."""
+        """Move the features of `cases` to the GPU, if they and the label maps fit; returns whether they do."""
         gb = self.settings.gpu_gb
         room = math.inf if gb is None else gb * 1e9 - sum(self.segmentations[case].nbytes for case in cases)
         stays = self.bank.move_to_device(cases, room)
@@ -101,15 +107,21 @@ class BankTrainer(AdaptedTrainer):
 
     # ---- before training ----
 
+    def describe_run(self) -> RunFile:
+        run = super().describe_run()
+        run.budget_seconds, run.budget_clock = self.budget_seconds(), self.budget_clock()
+        return run
+
     def prepare_training(self) -> None:
+        self.start_clock()
         if self.method.channel_dropout:
             self.print_to_log_file(
                 f"Each channel of a crop is left out with a probability of {self.method.channel_dropout}."
             )
         if pile_cases(self.preprocessed_dataset_folder_base) & set(self.run.support):
             raise InputError(
-                f"{type(self).__name__} would take what a model has labelled for true: train a student's dataset on "
-                "patches, with FSEFTTrainer_FTLong for example, or its true cases alone."
+                f"{type(self).__name__} would take what a model has labelled as true: train a student's dataset on "
+                "patches, e.g. with FSEFTTrainer_FTLong, or its true cases alone."
             )
         self.segmentations = {case: self.load_case(case)[1][:] for case in self.run.support}
         require_labels(self.segmentations.items(), self.label_manager.ignore_label)
@@ -239,7 +251,7 @@ class BankTrainer(AdaptedTrainer):
 
     @property
     def training_step(self) -> int:
-        """Number of the present step in the whole training."""
+        """Number of the current step in the whole training."""
         return self.current_epoch * self.num_iterations_per_epoch + self.dataloader_train.step - 1
 
     def kept_channels(self, features: MapCrops) -> torch.Tensor | None:
@@ -267,7 +279,7 @@ class BankTrainer(AdaptedTrainer):
             self.grad_scaler.update()
         else:
             self.optimizer.step()
-        # without the penalty, which sets in late: a training must not seem to end, or to get worse, where it does
+        # without the penalty, which starts late: a training must not seem to end, or to get worse, when it does
         return {"loss": segmentation_loss.detach()}
 
     def on_train_epoch_end(self, train_outputs: list[dict]):
@@ -302,7 +314,7 @@ class BankTrainer(AdaptedTrainer):
         return requests if has_space(self.bank.root, self.bank.missing_bytes([*others, *requests]), cap) else []
 
     def validate_queries(self, save_probabilities: bool) -> None:
-        if not hasattr(self, "bank"):  # `--val` has not trained
+        if not hasattr(self, "bank"):  # with `--val` there was no training
             self.bank = self.open_bank()
         requests = self.whole_queries()
         self.bank.fill(requests, cap_in_gb(self.settings.bank_gb), self.print_to_log_file)

@@ -1,7 +1,7 @@
 """Every trainer of ours by its name: `from fsefs_nnunet.trainers.by_name import FSEFTTrainer_Context`.
 
-A method that is a row of the registry and no more gets its class here, when it is asked for. It is an attribute of this
-module from then on, so that it can be pickled.
+A method that is only a row of the registry gets its class here when it is requested. From then on the class is an
+attribute of this module, so that it can be pickled.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _BASES = {
     BANK: "fsefs_nnunet.trainers.fseft_trainer.FSEFTTrainer",
     PATCHES: "fsefs_nnunet.trainers.fine_tuning.FineTuningTrainer",
 }
-_OTHERS = {"FSEFTPretrainer": "fsefs_nnunet.trainers.pretrainer.FSEFTPretrainer"}  # no method of the table
+_OTHERS = {"FSEFTPretrainer": "fsefs_nnunet.trainers.pretrainer.FSEFTPretrainer"}  # not a method of the table
 
 
 def __getattr__(name: str) -> type:

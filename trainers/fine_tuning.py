@@ -10,10 +10,10 @@ from fsefs_nnunet.trainers.patch_trainer import PatchTrainer
 
 
 class FineTuningTrainer(AdaptedTrainer, PatchTrainer):
-    """Trains what its method says of the backbone, and the head, which reads the backbone's last features as they are.
+    """Trains the method's part of the backbone, and the head, which reads the backbone's last features as they are.
 
     The rows of known classes start from the universal head's, so that step 0 is its prediction. What is not trained
-    stays as it is, and out of the checkpoint.
+    stays unchanged and is not stored in the checkpoint.
     """
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):

@@ -103,7 +103,7 @@ class FSEFTTrainer(BankTrainer):
         return query_layout(self.shape_of(case), self.settings.pool)
 
     def estimate_prior(self) -> None:
-        """From the support labels alone."""
+        """Estimate it from the support labels alone."""
         self.prior = prior_named(self.method.prior).estimate(self.support_labels)
         self.query_volumes, self.penalised = None, set()  # queries whose last penalty was above zero
         names, gamma = self.class_names, self.settings.gamma
@@ -137,13 +137,11 @@ class FSEFTTrainer(BankTrainer):
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
         self.seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # query, sizes and penalty of the epoch's steps
+        # not during the warm-up, which a limit of time shortens
+        warm = self.progress() >= self.settings.prior_from_epoch / self.num_epochs
+        self.prior_counts = warm and self.query_volumes is not None
         if self.prior_counts:
             self.calibrate()
-
-    @property
-    def prior_counts(self) -> bool:
-        """Whether the steps of the epoch use the prior: not during the warm-up."""
-        return self.query_volumes is not None and self.current_epoch >= self.settings.prior_from_epoch
 
     @torch.no_grad()
     def calibrate(self) -> None:
@@ -159,7 +157,7 @@ class FSEFTTrainer(BankTrainer):
         self.query_volumes.calibrate(self.network, self.label_manager.has_regions, found)
 
     def penalty(self) -> torch.Tensor | None:
-        """L_TI of the step's query; None where none is looked at or, on a CPU, where it is zero."""
+        """L_TI of the step's query; None if there is none or, on a CPU, if it is zero."""
         steps, step = self.num_iterations_per_epoch, self.dataloader_train.step - 1
         visit = self.query_volumes.visit(self.current_epoch, step, steps) if self.prior_counts else None
         if visit is None:

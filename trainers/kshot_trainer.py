@@ -33,7 +33,7 @@ def validates() -> bool:
 
 
 class DeviceFailed(InputError):
-    """After an error of CUDA nothing runs on the GPU in this process any more."""
+    """After a CUDA error, nothing runs on the GPU in this process any more."""
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def failures_of_the_device(folder: str) -> Iterator[None]:
 class KShotTrainer(WithoutMirroring):
     """Trains on the support cases of `splits_fseft.json`; its final validation predicts the labelled queries.
 
-    The facts of the training go to `fseft_run.json` beside its checkpoints.
+    The facts of the training go to `fseft_run.json` next to its checkpoints.
     """
 
     progress_png_every = 25  # epochs; drawing takes about a second
@@ -83,7 +83,7 @@ class KShotTrainer(WithoutMirroring):
         if not (preprocessed / name).is_dir():
             raise InputError(
                 f"Plans {plans['plans_name']!r} were made for {name}, which is not in {preprocessed}: was the dataset "
-                "renamed? Give it its name back in all three folders of nnU-Net's, or plan again."
+                "renamed? Restore its name in all three of nnU-Net's folders, or plan again."
             )
 
     @property
@@ -112,10 +112,10 @@ class KShotTrainer(WithoutMirroring):
             with refused_if_unwritable(self.output_folder):
                 held = FileLock(lock).acquire(timeout=0)
         except Timeout as error:
-            # where the file system knows no such locks, the file itself is the lock
+            # if the file system does not support such locks, the file itself is the lock
             raise InputError(
-                f"Another process trains in {self.output_folder}, one that a killed command left behind perhaps: wait "
-                f"until it ends, or end it and continue with `--c`. Where there is none, delete {lock}."
+                f"Another process is training in {self.output_folder}, perhaps left behind by a killed command: wait "
+                f"until it ends, or stop it and continue with `--c`. If there is none, delete {lock}."
             ) from error
         with held, failures_of_the_device(self.output_folder):
             super().run_training()
@@ -127,11 +127,13 @@ class KShotTrainer(WithoutMirroring):
             content = self.refuse_damage(Path(filename_or_checkpoint))
             require_backbone_of(filename_or_checkpoint, content, self.configuration_manager.configuration)
             if SUPPORT_KEY not in content["init_args"]:
-                raise InputError(f"{filename_or_checkpoint} was written by an earlier version: train anew without --c.")
+                raise InputError(
+                    f"{filename_or_checkpoint} was written by an earlier version: train again without --c."
+                )
             if content["init_args"][SUPPORT_KEY] != self.support_sha256:
                 raise InputError(
-                    f"{filename_or_checkpoint} was trained on other support cases than those of {SPLITS_FILE} now: "
-                    "train anew without `--c`, which overwrites it, or restore the splits with `fseft splits`."
+                    f"{filename_or_checkpoint} was trained on support cases other than those in {SPLITS_FILE} now: "
+                    "train again without `--c`, which overwrites it, or restore the splits with `fseft splits`."
                 )
         super().load_checkpoint(filename_or_checkpoint)
 
@@ -144,8 +146,8 @@ class KShotTrainer(WithoutMirroring):
                 raise
             # there is no other copy of a running training's
             raise InputError(
-                f"{file} cannot be read, it may have been cut: delete it, and `--c` continues from "
-                "checkpoint_best.pth, or starts anew where there is none."
+                f"{file} cannot be read, it may be truncated: delete it, and `--c` continues from "
+                "checkpoint_best.pth, or starts from scratch if there is none."
             ) from error
 
     def save_checkpoint(self, filename: str) -> None:
@@ -162,7 +164,7 @@ class KShotTrainer(WithoutMirroring):
     # ---- the run file ----
 
     def describe_run(self) -> RunFile:
-        """What is known before the training; of one that was continued, with what was done before."""
+        """What is known before the training; for a continued one, including what was done before."""
         support, queries = self.do_split()
         run = RunFile(type(self).__name__, self.configuration_name, self.fold, support, queries, queries)
         network = self.network.module if self.is_ddp else self.network
@@ -230,7 +232,7 @@ class KShotTrainer(WithoutMirroring):
         if not validates():
             self.print_to_log_file("The final validation is skipped: fseft_final_validation is 0.")
             return
-        # nnU-Net averages over every segmentation that lies there, those of earlier draws as well
+        # nnU-Net averages over every segmentation in the folder, including those of earlier draws
         for file in Path(self.output_folder, "validation").glob(f"*{self.dataset_json['file_ending']}"):
             if file.name.removesuffix(self.dataset_json["file_ending"]) not in queries:
                 file.unlink()
@@ -239,7 +241,7 @@ class KShotTrainer(WithoutMirroring):
             self.validate_queries(save_probabilities)
         self.print_to_log_file(f"Validation results: {join(self.output_folder, 'validation', 'summary.json')}")
         try:
-            self.run = self.run or RunFile.load(self.output_folder)  # `--val` has not trained
+            self.run = self.run or RunFile.load(self.output_folder)  # with `--val` there was no training
         except InputError as error:
             self.print_to_log_file(f"The time of the validation is not kept: {error}")
         else:

@@ -40,7 +40,7 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
 
     The online validation, and with it checkpoint_best, looks at the support alone. Without worker processes
     (`nnUNet_n_proc_DA=0`) patches are a function of fold and epoch, so that `--c` continues as if nothing had happened;
-    workers draw theirs anew.
+    workers draw new ones.
     """
 
     def get_tr_and_val_datasets(self):
@@ -136,7 +136,7 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
 
     @staticmethod
     def close_loaders(*loaders: object) -> None:
-        """End the workers of loaders that are not used any more, if they have any."""
+        """End the workers of loaders that are no longer used, if they have any."""
         for loader in loaders:
             if isinstance(loader, (MultiThreadedAugmenter, NonDetMultiThreadedAugmenter)):
                 loader._finish()

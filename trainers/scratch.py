@@ -12,7 +12,7 @@ from fsefs_nnunet.trainers.patch_trainer import PatchTrainer
 class FSEFTTrainer_Scratch(PatchTrainer):
     """nnUNetTrainer on the support cases, for two kinds of configurations of FSEFTPlanner's plans.
 
-    `3d_fullres_<K>shot_scratch` is the backbone's architecture with random weights, where the backbone is one of
+    `3d_fullres_<K>shot_scratch` is the backbone's architecture with random weights, if the backbone is one of
     nnU-Net's; `3d_fullres_<K>shot_nnunet` is what nnU-Net plans for the data.
     No mirroring, as with the adapters: organs have sides.
     """
@@ -22,8 +22,8 @@ class FSEFTTrainer_Scratch(PatchTrainer):
         keys = self.configuration_manager.configuration
         if "fseft_shots" not in keys or is_k_shot(keys):
             raise InputError(
-                f"{configuration!r} of plans {self.plans_manager.plans_name!r} is no baseline: make plans with `fseft "
-                "plan_and_preprocess -d ID` and train one of 3d_fullres_1shot_scratch, _5shot_scratch, ..."
+                f"{configuration!r} of plans {self.plans_manager.plans_name!r} is not a baseline: make plans with "
+                "`fseft plan_and_preprocess -d ID` and train one of 3d_fullres_1shot_scratch, _5shot_scratch, ..."
             )
         self.num_iterations_per_epoch = 10
         self.num_val_iterations_per_epoch = 1

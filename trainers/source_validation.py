@@ -108,7 +108,7 @@ class SourceValidation(nnUNetTrainer):
         return rows
 
     def add_rows(self, file: Path, rows: list[dict]) -> None:
-        """A training that went on from an earlier epoch has measured later ones already: they are replaced."""
+        """A training that continued from an earlier epoch has already measured later ones: they are replaced."""
         earlier = []
         if os.path.exists(file):
             with open(file, newline="") as f:

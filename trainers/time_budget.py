@@ -34,7 +34,7 @@ class StoppableTrainer(nnUNetTrainer):
 
 
 class OverTheBudget:
-    """A schedule over epochs, run over the share of the budget that is used; the epoch plays no part."""
+    """A schedule over epochs, run over the share of the budget that is used; the epoch is ignored."""
 
     def __init__(self, scheduler, num_epochs: int, progress: Callable[[], float]):
         self.scheduler, self.num_epochs, self.progress = scheduler, num_epochs, progress
@@ -46,11 +46,16 @@ class OverTheBudget:
 class TimeBudgetTrainer(StoppableTrainer):
     """Ends training, and its schedule of learning rates with it, after `fseft_train_minutes` (environment variable).
 
-    Without the variable, `fseft_minutes` of the configuration counts; without both, it is the trainer that it derives
-    from. What counts is the time from the first epoch on, with
-    drawing and saving: wall time or, where `fseft_train_clock` is "cpu", CPU time of this process and its workers. The
-    checkpoints keep it, so a continued training goes on where it was.
+    uses_all_of_budget: whether a training goes on until the time is over; otherwise it ends with its epochs if they
+    take less.
+
+    Without the variable, `fseft_minutes` of the configuration counts; without either, it is the trainer that it derives
+    from. The time counts from the first epoch, including drawing and saving: wall time or, if `fseft_train_clock` is
+    "cpu", CPU time of this process and its workers. The checkpoints keep it, so a continued training resumes where it
+    was.
     """
+
+    uses_all_of_budget = True
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -66,7 +71,7 @@ class TimeBudgetTrainer(StoppableTrainer):
             seconds = 0.0
         if not 0 < seconds < math.inf:
             raise InputError(
-                "fseft_train_minutes (environment variable) or fseft_minutes (plans) must be a positive number, it is "
+                "fseft_train_minutes (environment variable) or fseft_minutes (plans) must be a positive number, not "
                 f"{minutes!r}."
             )
         return seconds
@@ -75,7 +80,7 @@ class TimeBudgetTrainer(StoppableTrainer):
         """Name of the clock that the budget is read from."""
         clock = os.environ.get("fseft_train_clock", "wall")
         if clock not in CLOCKS:
-            raise InputError(f'The environment variable fseft_train_clock must be "wall" or "cpu", it is {clock!r}.')
+            raise InputError(f'The environment variable fseft_train_clock must be "wall" or "cpu", not {clock!r}.')
         return clock
 
     def seconds_trained(self) -> dict[str, float]:
@@ -85,7 +90,7 @@ class TimeBudgetTrainer(StoppableTrainer):
         return {name: self.seconds_before[name] + now[name] - started[name] for name in CLOCKS}
 
     def used_seconds(self) -> float:
-        """Of the budget, the same for all processes of DDP: with their own, one would end before the others."""
+        """Seconds of the budget, the same for all processes of DDP: otherwise one would end before the others."""
         name = self.budget_clock()
         running = CLOCKS[name]() - self.started[name] if self.started else 0.0
         seconds = self.seconds_before[name] + running
@@ -97,16 +102,19 @@ class TimeBudgetTrainer(StoppableTrainer):
 
     def progress(self) -> float:
         """Share of the training that is done, in [0, 1]: of the epochs, or of the budget."""
+        of_epochs = self.current_epoch / self.num_epochs
         if self.budget_seconds() is None:
-            return self.current_epoch / self.num_epochs
-        return min(1.0, self.used_seconds() / self.budget_seconds())
+            return of_epochs
+        of_budget = min(1.0, self.used_seconds() / self.budget_seconds())
+        return of_budget if self.uses_all_of_budget else max(of_budget, of_epochs)
 
     def initialize(self):
         super().initialize()
         if self.budget_seconds() is not None:
-            self.budget_clock()  # a wrong one is refused before the training begins
+            self.budget_clock()  # an invalid one is refused before the training begins
             self.lr_scheduler = OverTheBudget(self.lr_scheduler, self.num_epochs, self.progress)
-            self.num_epochs = 1_000_000
+            if self.uses_all_of_budget:
+                self.num_epochs = 1_000_000
 
     def save_checkpoint(self, filename: str) -> None:
         self.my_init_kwargs[SECONDS_KEY] = self.seconds_trained()
@@ -124,7 +132,11 @@ class TimeBudgetTrainer(StoppableTrainer):
     def on_train_start(self):
         super().on_train_start()
         self.stop_at_budget()  # a training that was continued after its end
-        self.started = {name: clock() for name, clock in CLOCKS.items()}
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """From here on, time counts; a second call changes nothing."""
+        self.started = self.started or {name: clock() for name, clock in CLOCKS.items()}
 
     def on_epoch_end(self):
         super().on_epoch_end()
@@ -135,5 +147,6 @@ class TimeBudgetTrainer(StoppableTrainer):
         self.seconds_before, self.started = self.seconds_trained(), None
 
     def stop_at_budget(self) -> None:
-        if self.budget_seconds() is not None and self.used_seconds() >= self.budget_seconds():
+        used_up = self.budget_seconds() is not None and self.used_seconds() >= self.budget_seconds()
+        if used_up and self.current_epoch:  # preparations alone may take the time, but nothing is trained then
             raise StopTraining(f"the budget of {self.budget_seconds():.0f} s is used")

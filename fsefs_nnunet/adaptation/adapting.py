@@ -36,13 +36,14 @@ TEACHER, PUPIL = "context", "ft_long"  # of students
 HIGHEST_ID = 999  # of datasets
 COMPARED = ("fseft", "context")  # methods that leave-one-out compares
 SHARE = 0.2  # of the time that the comparison may take
+SHARE_OF_TEACHER = 1 / 3  # of the time that a student's teacher may take
 PLANNING = "fseft_adapt_is_planning.json"  # there while it does: an interrupted planning is done again
 START_SECONDS = 20  # of a training's command before its first epoch, and of saving
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked for: the arguments of `fseft adapt`."""
+    """What is requested: the arguments of `fseft adapt`."""
 
     dataset: str
     shots: int
@@ -73,26 +74,28 @@ class Task:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is trained and why; beside the splits, so that the same call, and that of another fold, do the same.
+    """What is trained and why; kept next to the splits, so that the same call, or one for another fold, does the same.
 
     method: of the registry, or a student.
     why: sentences.
-    minutes: left for the training; None for methods that stop by themselves, and for a student's teacher.
+    minutes: left for the training; of a student, those that its teacher may take.
     """
 
     method: str
     why: list[str]
-    minutes: float | None
+    minutes: float
 
     @classmethod
     def load(cls, file: Path) -> Decision:
-        """Raises InputError for a file that is damaged or of another version."""
+        """Raises InputError for a file that is damaged or was written by another version."""
         try:
             decision = cls(**json.loads(file.read_text("utf-8")))
         except (ValueError, TypeError):
             decision = None
         if decision is None or decision.method not in {STUDENT, *METHODS}:
-            raise InputError(f"{file} is damaged or of another version: delete it to have `fseft adapt` choose again.")
+            raise InputError(
+                f"{file} is damaged or was written by another version: delete it to have `fseft adapt` choose again."
+            )
         return decision
 
 
@@ -152,7 +155,7 @@ def adapt(task: Task, images: Path | None = None, output: Path | None = None) ->
 
 
 def train(training: Training, support: list[str] = ()) -> Path:
-    """support: of the present splits, where there may be a model of others.
+    """support: of the current splits, if there may be a model of other ones.
 
     Raises:
         InputError: for such a model.
@@ -161,17 +164,17 @@ def train(training: Training, support: list[str] = ()) -> Path:
     folder = experiment.model(training.trainer, training.configuration) / f"fold_{training.fold}"
     if support and (folder / RUN_FILE).exists() and sorted(RunFile.load(folder).support) != sorted(support):
         raise InputError(
-            f"{folder} was trained on other support cases than those of {SPLITS_FILE} now: delete it, or restore the "
+            f"{folder} was trained on support cases other than those in {SPLITS_FILE} now: delete it, or restore the "
             "splits with `fseft splits`."
         )
     return experiment.train(training.trainer, training.configuration, training.fold, fseft_final_validation="0")
 
 
 def plan_if_needed(task: Task) -> None:
-    """Draw folds, plan and preprocess by the defaults, unless there are plans.
+    """Draw folds, plan and preprocess with the defaults, unless there are plans.
 
     Raises:
-        InputError: where the plans do not serve: planning anew could change what the user chose.
+        InputError: if the plans are not suitable: planning again could change what the user chose.
     """
     _, _, preprocessed = dataset_folders(task.dataset)
     file = preprocessed / f"{task.plans}.json"
@@ -215,7 +218,7 @@ def possible_methods(task: Task, contract: BackboneContract, configurations: dic
 
 
 def decide(task: Task, support: list[str], started: float) -> Decision:
-    """Choose by the table and, of what trains on stored features, by leaving one out."""
+    """Choose by the table and, among methods that train on stored features, by leaving one out."""
     name, raw, preprocessed = dataset_folders(task.dataset)
     plans = read_json(preprocessed / f"{task.plans}.json")
     stock_file = preprocessed / "nnUNetPlans.json"
@@ -244,18 +247,18 @@ def decide(task: Task, support: list[str], started: float) -> Decision:
             method = max(found, key=found.get)
             why.append(f"Leave-one-out Dice on the support: {', '.join(f'{m} {d:.3f}' for m, d in found.items())}.")
     if method == STUDENT:
-        return Decision(method, [*why, "Chosen: a student of the context adapter."], None)
+        left = round(SHARE_OF_TEACHER * minutes_left(task, started), 2)
+        return Decision(method, [*why, "Chosen: a student of the context adapter."], left)
     row = METHODS[method]
-    if row.learns_from == BANK:
-        return Decision(method, [*why, f"Chosen: {row.title}, which stops by itself."], None)
     if row.plans:
         OwnExperiment.of(name, row.plans, task.device).preprocess_missing()
     left = minutes_left(task, started)
-    return Decision(method, [*why, f"Chosen: {row.title}, for {left:.1f} minutes."], left)
+    most = " at most" if row.learns_from == BANK else ""
+    return Decision(method, [*why, f"Chosen: {row.title}, for {left:.1f} minutes{most}."], left)
 
 
 def minutes_left(task: Task, started: float) -> float:
-    """Raises InputError where nothing is left."""
+    """Raises InputError if nothing is left."""
     used = (monotonic() - started + START_SECONDS) / 60
     if used >= task.minutes:
         raise InputError(
@@ -276,7 +279,7 @@ def prepare(task: Task, decision: Decision) -> Training:
 def prepare_student(task: Task, support: list[str], started: float) -> Training:
     """Train the teacher, make the student's dataset and its configuration.
 
-    Where that takes all of the time, the teacher is what is left.
+    If that takes all of the time, the teacher is the result.
     """
     teacher, student = METHODS[TEACHER], METHODS[PUPIL]
     experiment = OwnExperiment.of(dataset_folders(task.dataset)[0], task.plans, task.device)
@@ -300,7 +303,7 @@ def prepare_student(task: Task, support: list[str], started: float) -> Training:
 
 
 def student_id(teacher: Teacher) -> int:
-    """Of the teacher's student, begun or finished; else the highest id that is free."""
+    """The id of the teacher's student, unfinished or finished; otherwise the highest free id."""
     raw = dataset_folders(teacher.dataset)[1].parent
     for file in (*raw.glob(f"Dataset*Student/{SUMMARY}"), *raw.glob(".Dataset*Student.part/options.json")):
         content = read_json(file)

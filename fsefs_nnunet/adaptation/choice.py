@@ -1,4 +1,4 @@
-"""Which method `fseft adapt` takes: the best one of the most similar situation that was measured."""
+"""Which method `fseft adapt` chooses: the best one of the most similar situation that was measured."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from functools import cache
 from importlib.resources import files
 from math import log2
 
-STUDENT = "student"  # beside the methods of the registry: one of `fseft student` after the context adapter
+STUDENT = "student"  # besides the methods of the registry: one of `fseft student` after the context adapter
 STUDENT_AHEAD = 0.01
-GPU_MINUTE = 20.0  # minutes of a CPU's core that a GPU's stands for, where no cell was measured on one
+GPU_MINUTE = 20.0  # minutes of a CPU core that a GPU minute counts as, if no cell was measured on a GPU
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Situation:
     """
     shots: labelled cases.
     minutes: for everything, of one core or one GPU.
-    device: "cpu", or what the GPU is called.
+    device: "cpu", or the name of the GPU.
     voxels: of the median volume, after preprocessing.
     pile: cases without labels that a student could learn from.
     """
@@ -66,7 +66,7 @@ def nearest(situation: Situation, cells: tuple[Measured, ...]) -> Measured:
 def ranking(cell: Measured, possible: set[str]) -> list[tuple[str, float]]:
     """The methods of a cell that are `possible`, the best first, with their Dice there.
 
-    A student, which needs a teacher and a dataset of its own, comes first only where it is ahead by STUDENT_AHEAD.
+    A student, which needs a teacher and a dataset of its own, comes first only if it is ahead by STUDENT_AHEAD.
     """
 
     def worth(item: tuple[str, float]) -> float:

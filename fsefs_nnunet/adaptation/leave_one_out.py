@@ -1,4 +1,4 @@
-"""What trains on stored features, compared on the support alone: each case is segmented by a training on the others."""
+"""Methods on stored features, compared on the support alone: each case is segmented by a training on the others."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def left_out_dice(method: str, support: Support, case: str) -> tuple[float, floa
 
 @contextmanager
 def results_elsewhere() -> Iterator[None]:
-    """nnU-Net's folder of results is a temporary one."""
+    """Within the block, nnU-Net's folder of results is a temporary one."""
     before = os.environ.get("nnUNet_results")
     with TemporaryDirectory() as folder:
         os.environ["nnUNet_results"] = folder
@@ -100,7 +100,7 @@ def results_elsewhere() -> Iterator[None]:
 
 
 def compare(methods: Sequence[str], support: Support, seconds: float) -> dict[str, float]:
-    """Mean Dice of the cases that are left out, by method; {} where it would take more than `seconds`."""
+    """Mean Dice of the cases that are left out, by method; {} if it would take more than `seconds`."""
     found: dict[str, list[float]] = {method: [] for method in methods}
     trainings, used = list(product(support.cases, methods)), 0.0
     with results_elsewhere(), backbones_stay_loaded():

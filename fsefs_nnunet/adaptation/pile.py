@@ -63,7 +63,7 @@ def choose_pile(teacher: Teacher, folder: Path | None, transductive: bool) -> Pi
     support = support_cases(splits, teacher.keys["fseft_shots"], teacher.fold)
     if sorted(RunFile.load(teacher.checkpoint.parent).support) != sorted(support):
         raise InputError(
-            f"{teacher.checkpoint.parent} was trained on other support cases than those of {SPLITS_FILE} now: train it "
+            f"{teacher.checkpoint.parent} was trained on support cases other than those in {SPLITS_FILE} now: train it "
             "again, or restore the splits with `fseft splits`."
         )
     if folder is None:
@@ -78,7 +78,9 @@ def choose_pile(teacher: Teacher, folder: Path | None, transductive: bool) -> Pi
         found = list_images(folder, dataset_json).require_sound()
         unlabelled = {f"pile_{case}": files for case, files in found.items()}
         if twice := sorted(unlabelled.keys() & set(support)):
-            raise InputError(f"{name} has a support case {twice[0]}, the name of one of the pile's: rename its files.")
+            raise InputError(
+                f"{name} has a support case {twice[0]}, also the name of one of the pile's: rename its files."
+            )
     known = [Known("support", case, labelled[case]["images"]) for case in support]
     known += known_queries(raw, preprocessed, dataset_json, splits, labelled, teacher.fold)
     check_images(unlabelled, teacher.reader, {case: labelled[case]["images"] for case in support})
@@ -86,12 +88,12 @@ def choose_pile(teacher: Teacher, folder: Path | None, transductive: bool) -> Pi
     for case, other in seen.items():
         if other.role == "support":
             raise InputError(
-                f"{unlabelled[case][0]} is the support case {other.case}, whose label is known: take it out of the "
+                f"{unlabelled[case][0]} is the support case {other.case}, whose label is known: remove it from the "
                 "pile."
             )
         if not transductive:
             raise InputError(
-                f"{unlabelled[case][0]} is the query or test case {other.case}: take it out of the pile, or add "
+                f"{unlabelled[case][0]} is the query or test case {other.case}: remove it from the pile, or add "
                 "--transductive if the student may see what it is to segment."
             )
     return Pile({case: labelled[case] for case in support}, unlabelled, bool(seen))
@@ -101,7 +103,7 @@ def check_images(pile: dict[str, list[str]], reader: BaseReaderWriter, support: 
     """Read every image before the first one is labelled, which takes much longer.
 
     Raises:
-        InputError: for images that planning would refuse, once all are labelled.
+        InputError: for images that planning would refuse after all of them are labelled.
     """
 
     def check(case: str) -> None:

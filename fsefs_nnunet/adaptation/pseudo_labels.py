@@ -1,4 +1,4 @@
-"""A raw dataset of the support's true labels and of what a trained model says of unlabelled cases, its pile."""
+"""A raw dataset of the support's true labels and of a trained model's labels for unlabelled cases, its pile."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_student_dataset(teacher: Teacher, pile: Pile, dataset_id: int, least: 
     Images are links. conversion.json says what the dataset was made of.
 
     Raises:
-        InputError: for an id that another dataset has, and a dataset that was begun with other options.
+        InputError: for an id that another dataset has, and a dataset that was started with other options.
     """
     name, raw, _ = dataset_folders(teacher.dataset)
     dataset_json = read_dataset_json(raw / "dataset.json")
@@ -69,10 +69,10 @@ def write_student_dataset(teacher: Teacher, pile: Pile, dataset_id: int, least: 
     if (target / SUMMARY).exists():
         if read_json(target / SUMMARY).get(OPTIONS) != whole:
             raise InputError(
-                f"{target} was made of another teacher, pile or probability: delete it in all folders of nnU-Net's, or "
-                "choose another id."
+                f"{target} was made with another teacher, pile or probability: delete it in all of nnU-Net's folders, "
+                "or choose another id."
             )
-        print(f"{target} is complete and unchanged: it is used again.")
+        print(f"{target} is complete and unchanged: it is reused.")
         return target
     target = new_dataset(dataset_id, target.name.split("_", 1)[1])
     building, ending = UnfinishedDataset(target, options), dataset_json["file_ending"]
@@ -93,7 +93,7 @@ def write_student_dataset(teacher: Teacher, pile: Pile, dataset_id: int, least: 
             kept = sure_labels(segmentation, probabilities, predictor.label_manager.has_regions, least, ignore)
             link_images(files, building.folder, case, ending)
             with replacing(building.folder / "labelsTr" / f"{case}{ending}") as part:
-                named = part.with_name(part.name + ending)  # the reader goes by the ending
+                named = part.with_name(part.name + ending)  # the reader depends on the ending
                 reader.write_seg(kept, str(named), properties)
                 os.replace(named, part)
             record = {"files": whole["pile"][case], "ignored": float((kept == ignore).mean())}

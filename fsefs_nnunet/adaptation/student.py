@@ -21,7 +21,7 @@ from fsefs_nnunet.nnunet.experiment import lacks_cases
 
 
 def require_student(trainer: str) -> None:
-    """Raises InputError for a trainer that is none of ours, or takes what a model has labelled for true."""
+    """Raises InputError for a trainer that is not ours, or that takes what a model has labelled as true."""
     require_trainer(trainer)
     if method_of_trainer(trainer).learns_from == BANK:
         raise InputError(
@@ -39,7 +39,7 @@ def make_student(
     device: torch.device,
     num_processes: int,
 ) -> str:
-    """Label the pile, write the student's dataset, plan and preprocess it; what is done is not done again.
+    """Label the pile, write the student's dataset, plan and preprocess it; completed steps are skipped.
 
     The only fold of the dataset lists the true cases first: `3d_fullres_<K>shot` is the student without a pile,
     `3d_fullres_allshot` the one with it.
@@ -48,7 +48,7 @@ def make_student(
         The dataset's name.
 
     Raises:
-        InputError: as choose_pile and write_student_dataset do, and for a teacher that is no adapted model.
+        InputError: as choose_pile and write_student_dataset do, and for a teacher that is not an adapted model.
     """
     keys = teacher.keys
     if "fseft_backbone" not in keys:

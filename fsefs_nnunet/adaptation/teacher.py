@@ -1,4 +1,4 @@
-"""A trained fold that labels what has no labels."""
+"""A trained fold that labels unlabelled cases."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Teacher:
 
     @cached_property
     def plans_manager(self) -> PlansManager:
-        """Raises InputError for a model that is not there."""
+        """Raises InputError if the model is missing."""
         plans, *others = (self.folder / "plans.json", self.folder / "dataset.json", self.checkpoint)
         for file in (plans, *others):
             if not file.exists():
@@ -56,7 +56,7 @@ class Teacher:
 
     @property
     def keys(self) -> dict:
-        """Of the configuration, with what it inherits."""
+        """The configuration's keys, with those that it inherits."""
         return self.plans_manager.get_configuration(self.configuration).configuration
 
     @cached_property

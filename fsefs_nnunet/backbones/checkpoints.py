@@ -16,8 +16,8 @@ from fsefs_nnunet.files import replacing
 
 
 def _numpy_types() -> list:
-    """What checkpoints hold beside tensors: numpy scalars in the log."""
-    # numpy pickles its scalars under the name of its private module, which was another one before version 2
+    """What checkpoints hold besides tensors: numpy scalars in the log."""
+    # numpy pickles its scalars under the name of its private module, which was renamed in version 2
     from numpy._core import multiarray
 
     dtypes = {type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")}
@@ -28,7 +28,7 @@ def read_checkpoint(file: Path) -> dict:
     """Load a PyTorch file as data alone.
 
     Raises:
-        InputError: if the file is missing, unreadable, damaged, or wants to run code; names the file and the remedy.
+        InputError: if the file is missing, unreadable, damaged, or tries to run code; names the file and the remedy.
     """
     file = Path(file)
     if not file.exists():
@@ -48,7 +48,7 @@ def read_checkpoint(file: Path) -> dict:
         ) from error
     except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(_damaged(file)) from error
-    except Exception as error:  # bytes that are no pickle raise whatever they like
+    except Exception as error:  # unpickling arbitrary bytes may raise anything
         raise InputError(_why_not_opened(file, error)) from error
 
 
@@ -57,14 +57,14 @@ def _damaged(file: Path) -> str:
 
 
 def _why_not_opened(file: Path, error: Exception) -> str:
-    """In our words: PyTorch's advise to load the file anyway."""
+    """In our own words, since PyTorch's advise loading the file anyway."""
     name = re.search(r"GLOBAL (\S+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and name:
         return (
             f"{file} was not opened: it holds more than weights, {name[1]}, and could run code. Take it from its "
             "publisher again; if it is your own, save its state_dict alone."
         )
-    return f"{file} was not opened: it is no PyTorch checkpoint. Take the checkpoint from its publisher again."
+    return f"{file} was not opened: it is not a PyTorch checkpoint. Take the checkpoint from its publisher again."
 
 
 def _refuse_torchscript(file: Path) -> None:
@@ -91,6 +91,6 @@ def refuse_web_page(file: Path) -> None:
 
 
 def add_to_checkpoint(file: str | Path, **content) -> None:
-    """Add entries, or replace them, atomically; nnU-Net's loaders look at their own alone."""
+    """Add entries, or replace them, atomically; nnU-Net's loaders only read their own."""
     with replacing(file) as part:
         torch.save({**read_checkpoint(Path(file)), **content}, part)

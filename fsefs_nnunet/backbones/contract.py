@@ -1,4 +1,4 @@
-"""What a foundation model expects of its input and gives to an adapter."""
+"""What a foundation model expects of its input and provides to an adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CT_PROPERTIES = ("percentile_00_5", "percentile_99_5", "mean", "std")  # what nn
 
 @dataclass(frozen=True)
 class BackboneContract:
-    """The JSON beside a backbone's weights. What it wants of an image is said in the words of nnU-Net's plans.
+    """The JSON next to a backbone's weights. What it expects of an image is stated in the terms of nnU-Net's plans.
 
     "Axis" is an axis of the network's input, in this order: what the reader gives (nnU-Net's readers give z, y, x),
     transposed by `transpose_forward`. Channels count by position, as channel_names in a dataset.json.
@@ -28,7 +28,7 @@ class BackboneContract:
     architecture: how to build it; "kind" is a key of architectures.ARCHITECTURES. "head" (false: none),
         "linear_head" (false: more than a 1^3 convolution) and "encoder_only" (true: an untrained decoder) are read
         here; the rest is the architecture's own.
-    classes: names of the universal head's rows, in order; of what it was trained on, where it has no linear head.
+    classes: names of the universal head's rows, in order; of what it was trained on, if it has no linear head.
     softmax: the head's rows compete and row 0 is the background; otherwise each is a sigmoid of its own.
     channel_names: what it was trained on, per channel; "any" for whatever there is.
     image_reader_writer: nnU-Net's reader; only those "WithReorient" turn images to RAS.
@@ -39,15 +39,15 @@ class BackboneContract:
         and percentile_99_5, subtracts mean and divides by std.
     resampling_fn_data, resampling_fn_data_kwargs: how images are resampled.
     patch_size: largest window, voxels per axis.
-    field_of_view_mm: how much of a patient the windows of its training showed, from and to, along an axis; None: where
-        it has a spacing, that says it.
+    field_of_view_mm: how much of a patient the windows of its training showed, from and to, along an axis; None: given
+        by the spacing, if it has one.
     smallest_window: smallest window that it was trained on, voxels per axis.
     divisor: what a window must be a multiple of, voxels per axis.
     sha256: of the weights file.
     z_scores_as_hu: the line by which z-scores of another modality become Hounsfield units for a CT backbone: mean +
         std z, clipped to [low, high].
-    source: file, sha256 and left_out of what was imported, where it was one file: its name, its hash, and the names of
-        the tensors that are not here by why they are not.
+    source: file, sha256 and left_out of what was imported, if it was one file: its name, its hash, and the names of
+        the tensors that were left out, by reason.
     """
 
     id: str
@@ -108,8 +108,8 @@ class BackboneContract:
         except (OSError, json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
             known = ", ".join(f.name for f in fields(cls))
             raise InputError(
-                f"{file} is no backbone contract ({error}): import the backbone again, or repair the file, whose keys "
-                f"are {known}."
+                f"{file} is not a backbone contract ({error}): import the backbone again, or repair the file, whose "
+                f"keys are {known}."
             ) from error
 
     def own_channel(self, channel: int) -> int:
@@ -120,12 +120,12 @@ class BackboneContract:
         """Raises InputError if it cannot take as many channels as `file`, a dataset.json, names."""
         if len(names) != self.input_channels and self.input_channels > 1:
             raise InputError(
-                f"{file} has {len(names)} channel(s), backbone {self.id!r} takes {self.input_channels}: "
+                f"{file} has {len(names)} channel(s), but backbone {self.id!r} takes {self.input_channels}: "
                 "choose another backbone or convert the dataset."
             )
 
     def unseen_channels(self, names: Sequence[str]) -> list[int]:
-        """Of a dataset's channels `names`, those of another modality: CT where it has none, or the other way round."""
+        """Those of a dataset's channels `names` that are of another modality: CT where it has none, or vice versa."""
         if self.normalization_schemes is None:
             return []
         known = [self.channel_names[self.own_channel(channel)] for channel in range(len(names))]
@@ -144,20 +144,20 @@ class BackboneContract:
         for channel in self.unseen_channels(names):
             known = self.channel_names[self.own_channel(channel)]
             raise InputError(
-                f"Channel {channel} of {file} is {names[channel]!r}, backbone {self.id!r} was trained with {known!r} "
-                f"there: choose another backbone, or name the channel {known!r} if it holds the same{remedy}."
+                f"Channel {channel} of {file} is {names[channel]!r}, but backbone {self.id!r} was trained with "
+                f"{known!r} there: choose another backbone, or name the channel {known!r} if it holds the same{remedy}."
             )
         for channel, name in enumerate(names):
             open_to_all = self.normalization_schemes is None
             if open_to_all and is_ct(name) and not self.intensities_of(channel + 1)[str(channel)]:
-                raise InputError(f"Backbone {self.id!r} was not trained on CT, {file} names CT: choose another.")
+                raise InputError(f"Backbone {self.id!r} was not trained on CT, but {file} names CT: choose another.")
 
     def normalization_of(
         self, names: Sequence[str], other_modality: bool = False
     ) -> tuple[list[str], list[bool]] | None:
         """nnU-Net's schemes for channels `names`, and whether they use the nonzero mask; None: nnU-Net's choice.
 
-        other_modality: z-score the channels that the backbone has never seen the like of.
+        other_modality: z-score the channels of a modality that the backbone has never seen.
         """
         if self.normalization_schemes is None:
             return None
@@ -176,7 +176,7 @@ class BackboneContract:
         return self.normalization_schemes[self.own_channel(channel)] == "CTNormalization"
 
     def intensities_of(self, channels: int) -> dict[str, dict[str, float]]:
-        """`foreground_intensity_properties_per_channel` for so many channels; empty where there are none."""
+        """`foreground_intensity_properties_per_channel` for this many channels; empty if there are none."""
         known = self.foreground_intensity_properties_per_channel
         return {str(channel): dict(known.get(str(self.own_channel(channel)), {})) for channel in range(channels)}
 

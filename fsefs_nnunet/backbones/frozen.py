@@ -33,10 +33,10 @@ def backbones_stay_loaded() -> Iterator[None]:
 class FrozenBackbone(nn.Module):
     """Holds a backbone outside of PyTorch's registry of modules.
 
-    It follows `.to()` and always stays in eval mode without gradients, but it is in nobody's `parameters()` or
+    It follows `.to()` and always stays in eval mode without gradients, but it is in no module's `parameters()` or
     `state_dict()`: optimisers, checkpoints and parameter counts see the adapter alone.
 
-    A backbone of one channel takes images of several, one channel after the other: their features lie side by side in
+    A backbone of one channel takes images of several, one channel after the other: their features are concatenated in
     each map, the first channel's first.
     """
 
@@ -50,14 +50,14 @@ class FrozenBackbone(nn.Module):
     ):
         """
         Args:
-            stages: of the architecture, with "+image" behind it if the image is to be a map, too.
+            stages: of the architecture, followed by "+image" if the image is to be a map, too.
             channels: of the images; default: as many as the backbone was trained with.
             z_scores_as_hu: channels of the images that are z-scored, since the backbone has never seen their modality,
                 and the line by which they become Hounsfield units, see BackboneContract.
 
         Raises:
-            InputError: for an unknown backbone, damaged weights or others than `sha256`, and channels that it cannot
-                take.
+            InputError: for an unknown backbone, damaged weights or weights other than `sha256`, and channels that it
+                cannot take.
         """
         super().__init__()
         self.contract, self.stages = find_backbone(backbone_id), stages
@@ -65,8 +65,8 @@ class FrozenBackbone(nn.Module):
         self.channels = channels or own
         if self.channels != own and own > 1:
             raise InputError(
-                f"Backbone {backbone_id!r} takes {own} image channel(s), the dataset has {channels}: choose another "
-                "backbone or convert the dataset."
+                f"Backbone {backbone_id!r} takes {own} image channel(s), but the dataset has {channels}: choose "
+                "another backbone or convert the dataset."
             )
         self.passes = self.channels // own
         self.__dict__["module"] = self._shared_module(sha256) if type(self) is FrozenBackbone else self._load(sha256)
@@ -92,7 +92,7 @@ class FrozenBackbone(nn.Module):
 
     @property
     def out_channels(self) -> int:
-        """Of all maps together."""
+        """Channels of all maps together."""
         return sum(feature_map.channels for feature_map in self.maps)
 
     @property

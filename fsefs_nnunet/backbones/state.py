@@ -23,7 +23,7 @@ def mismatch(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> 
 def copy_exactly(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
     """Copy `weights` into the tensors of `own`. Raises InputError unless every one matches in name and shape."""
     if how := mismatch(own, weights):
-        raise InputError(f"The weights do not fit the architecture: {how}: another backbone.")
+        raise InputError(f"The weights do not fit the architecture: {how}. They belong to another backbone.")
     for name, tensor in own.items():
         tensor.copy_(weights[name])
 

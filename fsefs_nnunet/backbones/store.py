@@ -1,4 +1,4 @@
-"""Where backbones lie: the embedded ones in the package, the user's in a folder; safetensors plus a JSON contract."""
+"""Where backbones are kept: the embedded ones in the package, the user's in a folder; safetensors and JSON contract."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _is_stray(file: Path) -> bool:
     if not _can_name_a_backbone(file.stem):
         return True
     if file.with_suffix(".safetensors").exists():
-        return False  # whatever it holds: a damaged contract is to be told
+        return False  # whatever it holds: a damaged contract must be reported
     try:
         BackboneContract.load(file)
     except InputError:
@@ -53,7 +53,7 @@ def find_backbone(backbone_id: str) -> BackboneContract:
     """The contract of a backbone.
 
     Raises:
-        InputError: for an unknown id, with the known ones, and for a file that is no contract, or that of another id.
+        InputError: for an unknown id, with the known ones, and for a file that is not a contract or has another id.
     """
     known = known_backbones()
     if backbone_id not in known:
@@ -89,8 +89,8 @@ def load_weights(contract: BackboneContract, expected_sha256: str | None = None)
 
     if expected_sha256 and expected_sha256 != contract.sha256:
         raise InputError(
-            f"These plans were made with backbone {contract.id!r} of SHA-256 {expected_sha256[:12]}, here lies "
-            f"{contract.sha256[:12]}: import the former again, or plan and train anew with this one."
+            f"These plans were made with backbone {contract.id!r} of SHA-256 {expected_sha256[:12]}, but here "
+            f"it has {contract.sha256[:12]}: import the former again, or plan and train again with this one."
         )
     file = weights_file(contract.id)
     if not file.exists():
@@ -118,10 +118,10 @@ def check_id(backbone_id: str) -> None:
 def save_backbone(contract: BackboneContract, weights: dict[str, torch.Tensor], folder: Path) -> BackboneContract:
     """Write weights and contract, the contract last and atomically, so that a backbone is listed only when whole.
 
-    Two that write the same id take turns.
+    Processes that write the same id take turns.
 
     Raises:
-        InputError: if the folder cannot be written or is full; nothing half-written stays.
+        InputError: if the folder cannot be written or is full; nothing half-written is left.
     """
     from filelock import FileLock
     from safetensors import SafetensorError
@@ -131,7 +131,7 @@ def save_backbone(contract: BackboneContract, weights: dict[str, torch.Tensor], 
     file, card = folder / f"{contract.id}.safetensors", folder / f"{contract.id}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # the weights take their name first; in between, readers find others than the old contract's: refused, not mixed
+        # the weights are renamed first; in between, readers refuse them, since they are not the old contract's
         with FileLock(folder / f"{contract.id}.lock"), replacing(card) as new_card, replacing(file) as new_file:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, new_file)
             contract = replace(contract, sha256=sha256_of(new_file))
@@ -155,7 +155,7 @@ def remove_backbone(backbone_id: str) -> list[Path]:
     folder = user_folder()
     own = [name for name, file in known_backbones().items() if file.parent == folder]
     if backbone_id not in own:
-        raise InputError(f"{folder} holds no backbone {backbone_id!r}; of yours there are: {', '.join(own) or 'none'}.")
+        raise InputError(f"{folder} holds no backbone {backbone_id!r}; your own are: {', '.join(own) or 'none'}.")
     files = [folder / f"{backbone_id}.{ending}" for ending in ("json", "safetensors", "lock", "download.lock")]
     gone = [file for file in files if file.exists()]
     try:
@@ -163,6 +163,6 @@ def remove_backbone(backbone_id: str) -> list[Path]:
             file.unlink()
     except OSError as error:
         raise InputError(
-            f"{file} cannot be deleted ({error.strerror}): delete it with the rights that it asks for."
+            f"{file} cannot be deleted ({error.strerror}): delete it with the required permissions."
         ) from error
     return gone

@@ -1,4 +1,4 @@
-"""How near a dataset is to what a backbone was trained on, and which others in the store are nearer."""
+"""How close a dataset is to what a backbone was trained on, and which others in the store are closer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fsefs_nnunet.cases.field_of_view import middle_of, spacing_of_view
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import match_labels
 
-COARSER = 2.0  # voxels up to so many times as long as those of the training
+COARSER = 2.0  # voxels up to this many times as long as those of the training
 NEAR_THE_MIDDLE = 0.8  # of the training's fields of view
 
 
@@ -83,7 +83,7 @@ def remarks(
 def field_of_view_remark(
     contract: BackboneContract, window: Sequence[int], spacing: Sequence[float], extent: Sequence[float]
 ) -> str | None:
-    """A sentence where a window shows much less of a patient than in the training, with a spacing to compare.
+    """A sentence if a window shows much less of a patient than in the training, with a spacing to compare.
 
     Args:
         window, spacing: as planned, voxels and mm per axis.

@@ -15,12 +15,12 @@ HEAD = "decoder.seg_layers."
 
 @torch.no_grad()
 def start_from(network: nn.Module, backbone_id: str, classes: list[str]) -> str:
-    """Copy the weights of a backbone into a U-Net of nnU-Net's, tensor by tensor, where name and shape are the same.
+    """Copy the weights of a backbone into one of nnU-Net's U-Nets, tensor by tensor, where name and shape are the same.
 
     Rows of the last head are copied by the names of their classes.
 
     Args:
-        network: with the names of PlainConvUNet or ResidualEncoderUNet.
+        network: with the parameter names of PlainConvUNet or ResidualEncoderUNet.
         classes: of the head's rows.
 
     Returns:
@@ -57,7 +57,7 @@ def _copy_head(
     head = network.decoder.seg_layers[-1]
     last = f"{HEAD}{len(network.decoder.seg_layers) - 1}"
     known = weights.get(f"{last}.weight")
-    # rows that compete mean something else than sigmoids do
+    # rows that compete mean something different from sigmoids
     if contract.softmax or known is None or known.shape[1:] != head.weight.shape[1:]:
         return []
     matches = match_labels(classes, contract.head_classes)

@@ -33,7 +33,7 @@ _TANG = "Tang et al., Self-Supervised Pre-Training of Swin Transformers for 3D M
 
 @dataclass(frozen=True)
 class Training:
-    """How a published backbone saw its images in training; the words are those of BackboneContract.
+    """How a published backbone saw its images in training; the terms are those of BackboneContract.
 
     hu_window: clipped to and, unless `intensities` say otherwise, mapped to [0, 1]; None: another scheme than CT's.
     intensities: mean and standard deviation of CTNormalization.
@@ -61,7 +61,7 @@ class Training:
 
 
 ABDOMINAL_CT = Training(spacing=(1.5, 1.5, 1.5), hu_window=(-175.0, 250.0), window=(96, 96, 96))
-# Crops of a body, squeezed to 144^3: no spacing is theirs. At 2 mm the liver is found best in a whole CT.
+# Crops of a body, squeezed to 144^3, have no spacing of their own. At 2 mm the liver is found best in a whole CT.
 BODY_CT = Training(
     spacing=(2.0, 2.0, 2.0),
     hu_window=(-1024.0, 3071.0),
@@ -72,7 +72,7 @@ BODY_CT = Training(
 BRAIN_T1 = Training(
     spacing=(1.0, 1.0, 1.0),
     hu_window=None,
-    scheme="ZScoreNormalization",  # each window is whitened anew
+    scheme="ZScoreNormalization",  # each window is whitened on its own
     window=(96, 96, 96),
     smallest_window=(32, 32, 32),
     channel_names=("T1",),
@@ -99,8 +99,8 @@ class PublishedBackbone:
     classes: what it was trained on; with `head`, the rows of its head, in order.
     encoder_only: the file has no decoder.
     package: the Python package, and the extra, that holds the file.
-    file: the publisher's name of it. link: where it can be had without a browser. page: where else.
-    size, sha256: of the file, 0 and "" where nobody has said them.
+    file: the publisher's name of it. link: for a download without a browser. page: where else.
+    size, sha256: of the file; 0 and "" if unknown.
     """
 
     id: str

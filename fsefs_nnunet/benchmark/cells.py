@@ -1,4 +1,4 @@
-"""One cell of the grid: trained, predicted and evaluated by commands, and remembered beside its training."""
+"""One cell of the grid: trained, predicted and evaluated by commands, and stored next to its training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Cell:
     """
     name: one of METHODS.
     shots, fold: 0 for zero-shot, which has neither.
-    others: cells of other methods, the longest of which a training from scratch may take.
+    others: cells of other methods; a training from scratch may take as long as the longest of them.
     """
 
     study: Study
@@ -74,14 +74,14 @@ class Cell:
 
     @property
     def predictions(self) -> Path:
-        """Those of nnU-Net's final validation where they are what is wanted."""
+        """Folder of the predictions: those of nnU-Net's final validation if they are what is needed."""
         if self.study.target.is_queries and self.method.trainer and not self.method.transductive:
             return self.folder / "validation"
         return self.folder / f"benchmark_{self.name}_{self.study.target.name}"
 
     @property
     def file(self) -> Path:
-        """Of the result."""
+        """The file of the result."""
         return self.folder / f"benchmark_{self.name}_{self.study.target.name}.json"
 
     @property
@@ -92,13 +92,13 @@ class Cell:
             return False
         try:
             read_json(summary)
-        except InputError:  # nnU-Net was killed while it wrote
+        except InputError:  # nnU-Net was killed while writing
             return False
         return summary.stat().st_mtime >= self.checkpoint.stat().st_mtime
 
     @property
     def run_facts(self) -> RunFile:
-        """Of the training. Raises InputError where it left none."""
+        """Facts of the training. Raises InputError if it left none."""
         return RunFile.load(self.folder)
 
     @property
@@ -107,13 +107,13 @@ class Cell:
 
     @property
     def weights(self) -> str:
-        """SHA-256 of the trained weights, of the backbone where nothing is trained; "" where there is none."""
+        """SHA-256 of the trained weights, or of the backbone if nothing is trained; "" if there is none."""
         if self.method.trainer is None:
             return self.study.backbone["sha256"]
         return sha256_of_weights(self.checkpoint) if self.checkpoint.exists() else ""
 
     def check(self) -> None:
-        """Raises InputError if plans or splits have no such cell, or what lies in its place is of other ones."""
+        """Raises InputError if plans or splits have no such cell, or if results of other ones are in its place."""
         if self.method.trainer is None:
             return
         support, name = self.support, self.experiment.plans
@@ -134,8 +134,8 @@ class Cell:
             )
         if (self.folder / RUN_FILE).exists() and self.run_facts.support != support:
             raise InputError(
-                f"{self.folder} was trained on {self.run_facts.support}, the splits now say {support}: move it away, "
-                "or draw the splits as before with `fseft splits`."
+                f"{self.folder} was trained on {self.run_facts.support}, but the splits now say {support}: move it "
+                "away, or draw the splits as before with `fseft splits`."
             )
         if self.study.scratch_minutes or all(other.checkpoint.exists() for other in self.others):
             self.check_budget()
@@ -154,18 +154,18 @@ class Cell:
         return max((cell.run_facts.training_seconds for cell in self.others if cell.checkpoint.exists()), default=0.0)
 
     def check_budget(self) -> None:
-        """Raises InputError if the training from scratch that lies there had another time than `budget`."""
+        """Raises InputError if the existing training from scratch had a time other than `budget`."""
         if not self.method.suffix or not self.checkpoint.exists():
             return
         then, now = self.run_facts.budget_seconds or 0.0, self.budget()
         if now and abs(then - now) > 0.01 * now:
             raise InputError(
-                f"{self.folder} was trained {f'for {then:.0f} s' if then else 'without a limit of time'}, now it would "
-                f"get {now:.0f} s: move it away, or give --methods and --scratch_minutes as before."
+                f"{self.folder} was trained {f'for {then:.0f} s' if then else 'without a time limit'}, but now it "
+                f"would get {now:.0f} s: move it away, or give --methods and --scratch_minutes as before."
             )
 
     def finished(self) -> Result | None:
-        """The result of an earlier run, if it is of these images, labels and metrics and the weights that lie there."""
+        """The result of an earlier run, if it belongs to these images, labels and metrics and the current weights."""
         try:
             result = Result.load(self.file)
             metrics = {tuple(of_class) for of_case in result.cases.values() for of_class in of_case.values()}
@@ -229,8 +229,8 @@ class Cell:
         if self.method.suffix:
             if not self.budget():
                 raise InputError(
-                    f"{self.method.title} is trained as long as the longest other method of its shots and fold, and "
-                    "none is there: add one to --methods, or give --scratch_minutes."
+                    f"{self.method.title} is trained as long as the longest other method of its shots and fold, but "
+                    "there is none: add one to --methods, or give --scratch_minutes."
                 )
             environment["fseft_train_minutes"] = f"{self.budget() / 60:.4f}"
         if self.method.plans:

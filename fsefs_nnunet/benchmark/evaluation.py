@@ -32,8 +32,8 @@ LOWER_IS_BETTER = (DISTANCE, SIZE_ERROR)
 def write_summary(predictions: Path, target: Target, label_manager, reader) -> None:
     """The summary.json that `nnUNetv2_evaluate_folder` writes into `predictions`.
 
-    By nnU-Net's own functions, but here: its command starts processes that import torch, which takes a minute for a
-    grid's cell on a busy machine, the counting a second.
+    Uses nnU-Net's own functions in this process: its command starts processes that import torch, which takes a minute
+    for a grid's cell on a busy machine, while the counting takes a second.
     """
     manager, ending = label_manager, target.dataset_json["file_ending"]
     classes = manager.foreground_regions if manager.has_regions else manager.foreground_labels
@@ -55,7 +55,7 @@ def write_summary(predictions: Path, target: Target, label_manager, reader) -> N
 def evaluate(predictions: Path, target: Target, reader) -> CaseMetrics:
     """Dice as nnU-Net's summary.json in `predictions` has it, surface metrics from the files.
 
-    The size error is |predicted - true| / true voxels, NaN where the reference has none of the class.
+    The size error is |predicted - true| / true voxels, NaN if the reference has none of the class.
 
     reader: nnU-Net's reader of these files.
 
@@ -69,7 +69,7 @@ def evaluate(predictions: Path, target: Target, reader) -> CaseMetrics:
     }
     if odd := sorted(set(counted) ^ set(target.cases)):
         raise InputError(
-            f"{predictions} is of other cases than the benchmark's, e.g. {odd[0]!r}: the splits were drawn anew since. "
+            f"{predictions} holds other cases than the benchmark's, e.g. {odd[0]!r}: the splits were redrawn since. "
             f"Move {predictions.parent} away."
         )
     require_monai()
@@ -87,7 +87,7 @@ def _metrics_of(
     (predicted, _), (reference, properties) = (reader.read_seg(str(file)) for file in files)
     if predicted.shape != reference.shape:
         raise InputError(
-            f"{files[0]} has shape {predicted.shape[1:]}, {files[1]} {reference.shape[1:]}: not of one case."
+            f"{files[0]} has shape {predicted.shape[1:]}, {files[1]} {reference.shape[1:]}: these are different cases."
         )
     if "ignore" in labels:
         predicted[reference == labels["ignore"]] = 0

@@ -17,17 +17,17 @@ from fsefs_nnunet.methods.registry import METHODS, choose
 
 
 def plan_cells(study: Study, shots: list[int | str], num_folds: int, methods: list[str]) -> list[Cell]:
-    """The grid: shots outside, then folds, then methods; first of all zero-shot, which has neither shots nor folds.
+    """The grid: shots first, then folds, then methods; before all of them zero-shot, which has neither shots nor folds.
 
-    Zero-shot stands beside the others wherever the backbone's own head knows a label, chosen or not.
+    Zero-shot is included whenever the backbone's own head knows a label, whether chosen or not.
 
     Args:
         shots: default: those of the plans.
-        num_folds: so many of the splits, from 0.
+        num_folds: this many of the splits, from 0.
         methods: names of METHODS; default: all.
 
     Raises:
-        InputError: for a cell that the plans or splits do not have, or in whose place lies one of other plans.
+        InputError: for a cell that the plans or splits do not have, or if one of other plans is in its place.
     """
     chosen = choose(methods)
     if num_folds < 1:
@@ -71,10 +71,10 @@ def run_cells(study: Study, cells: list[Cell], command: list[str]) -> None:
                     continue
                 print(f"[{number}/{len(cells)}] {cell.title}{_left(cells, results, failures, spent)}", flush=True)
                 results[cell] = cell.run(spent.get(cell, Spent()))
-            except Exception as error:  # of one cell, the others go on: libraries raise whatever they like
+            except Exception as error:  # libraries may raise anything; the other cells continue
                 results.pop(cell, None)
                 failures[cell] = str(error)
-                print(f"This one failed, the others go on: {error}", flush=True)
+                print(f"This one failed, the others continue: {error}", flush=True)
                 continue
             write_results([results[c] for c in cells if c in results], output, study.setting)
         if results:
@@ -84,7 +84,7 @@ def run_cells(study: Study, cells: list[Cell], command: list[str]) -> None:
             text = (output / "table.md").read_text("utf-8")
             print(f"\n{text}\n{output}: report.html, table.md, results.csv, figure.png.")
     except KeyboardInterrupt:
-        raise InputError("Interrupted. The same command goes on; what is done is not done again.") from None
+        raise InputError("Interrupted. The same command continues; completed cells are skipped.") from None
     if failures:
         raise InputError(
             f"{len(failures)} of {len(cells)} cells failed: {'; '.join(cell.title for cell in failures)}. "
@@ -93,7 +93,7 @@ def run_cells(study: Study, cells: list[Cell], command: list[str]) -> None:
 
 
 def _left(cells: list[Cell], results: dict[Cell, Result], failures: dict[Cell, str], spent: dict[Cell, Spent]) -> str:
-    """Estimate of the time left: each cell as long as those of its method took, else as long as all others did.
+    """Estimate of the time left: each cell takes as long as those of its method, or else as all others.
 
     spent: what cells took already.
     """

@@ -13,11 +13,11 @@ from fsefs_nnunet.files import write_atomically
 from fsefs_nnunet.methods.registry import METHODS
 
 NOTES = (
-    "Metrics are means over cases, then classes; in brackets behind the standard deviation over the folds is the worst "
-    "fold. Where a class is in the label or in the prediction alone, its surface Dice is 0 and its HD95 the volume's "
-    "diagonal; the size error, |S^ - S| / S, counts the cases that show the class. Seconds are wall time of the "
-    "training; the feature bank, which all methods share, is filled by the first that needs it. Peak memory is that of "
-    "the training process."
+    "Metrics are means over cases, then classes; the standard deviation over the folds is followed by the worst fold "
+    "in brackets. If a class is only in the label or only in the prediction, its surface Dice is 0 and its HD95 the "
+    "volume's diagonal; the size error, |S^ - S| / S, counts the cases that show the class. Seconds are wall time of "
+    "the training; the feature bank, which all methods share, is filled by the first that needs it. Peak memory is "
+    "that of the training process."
 )
 
 

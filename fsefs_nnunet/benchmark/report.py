@@ -71,6 +71,6 @@ def _section(cell: Cell) -> dict:
         images = {case: files[0] for case, files in target.image_files().items()}
         section["overlays"] = ranked_overlays(predictions, images, target.labels, target.dataset_json)
         section["no_overlay"] = "No case shows a class, neither labelled nor predicted."
-    except Exception as error:  # readers of broken files raise whatever they like
+    except Exception as error:  # readers may raise anything for broken files
         section["no_overlay"] = f"An image cannot be drawn: {error}"
     return section | {"size_section": size_section(cell.folder, predictions)}

@@ -19,9 +19,9 @@ class Result:
     weights: SHA-256 of what predicted.
     images, labels: SHA-256 of what it predicted from and was compared with, as Target has them.
     seconds: wall time of the training; the first that needs the feature bank fills it.
-    volume_seconds: of adapting to a volume, their mean; 0.0 where nothing adapts to it.
-    budget_seconds: what the training was limited to; 0.0 where it was not.
-    peak_memory_gb: of the training process; NaN where the system does not say.
+    volume_seconds: mean time of adapting to a volume; 0.0 without adaptation.
+    budget_seconds: what the training was limited to; 0.0 if it was not.
+    peak_memory_gb: of the training process; NaN if the system does not say.
     wall_seconds: what the benchmark spent on it.
     windows: through the frozen backbone, in predictions from shared features that it began; those of its training are
         in the run file.
@@ -48,11 +48,11 @@ class Result:
 
     @classmethod
     def load(cls, file: Path) -> Result:
-        """Raises InputError if the file is another."""
+        """Raises InputError if the file is not one of these."""
         try:
             return cls(**_replaced(json.loads(file.read_text("utf-8")), lambda x: float("nan") if x is None else x))
         except (json.JSONDecodeError, TypeError) as error:
-            raise InputError(f"{file} is no result of this version of `fseft benchmark`: run it again.") from error
+            raise InputError(f"{file} is not a result of this version of `fseft benchmark`: run it again.") from error
 
 
 def _replaced(content, change):

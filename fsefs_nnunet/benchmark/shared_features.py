@@ -23,11 +23,11 @@ from fsefs_nnunet.inference.prediction import QueryPredictor
 from fsefs_nnunet.inference.support import memories_of
 from fsefs_nnunet.inference.trained_model import TrainedModel
 
-MADE_OF_FILE = "made_of.json"  # beside predictions: the SHA-256 of weights and images, and the cases
+MADE_OF_FILE = "made_of.json"  # next to predictions: the SHA-256 of weights and images, and the cases
 
 
 def share_features(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, Spent]]:
-    """Train and predict what of `cells` is not done.
+    """Train and predict those of `cells` that are not done.
 
     Returns:
         Why cells failed; what was spent on each.
@@ -48,7 +48,7 @@ def share_features(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, Spent
         start = time()
         failed, windows = _predict_together(group)
         for cell, reason in failed.items():
-            print(f"{cell.title} failed, the others go on: {reason}", flush=True)
+            print(f"{cell.title} failed, the others continue: {reason}", flush=True)
         failures |= failed
         for cell in group:
             seconds[cell] += (time() - start) / len(group)
@@ -141,7 +141,7 @@ def _predict_together(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, in
                 looks_again = len(waiting) > 1 or waiting[0].method.transductive
                 reader = predictors[waiting[0]]
                 volume = reader.volume_of(reader.load(files), folder if looks_again else None)
-            except Exception as error:  # readers of broken files raise whatever they like
+            except Exception as error:  # readers may raise anything for broken files
                 failures |= dict.fromkeys(predictors, f"{files[0]} was not segmented: {error}")
                 break
             for cell in waiting:
@@ -172,7 +172,7 @@ def _segmented(cell: Cell, case: str) -> bool:
 
 
 def _keep_what_these_weights_predicted(cell: Cell) -> None:
-    """Clear the predictions of other weights or cases; an interrupted run of these goes on."""
+    """Clear the predictions of other weights or cases; an interrupted run of these continues."""
     mark = cell.predictions / MADE_OF_FILE
     target = cell.study.target
     made_of = json.dumps({"weights": cell.weights, "cases": target.cases, "images": target.images_sha256})

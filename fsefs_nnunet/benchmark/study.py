@@ -46,11 +46,11 @@ class Study:
 
     @property
     def setting(self) -> str:
-        """What the table is of, in a sentence."""
+        """What the table shows, in a sentence."""
         where = "labelled queries" if self.target.is_queries else f"cases of {self.target.images}"
         return (
             f"{self.experiment.dataset}, plans {self.experiment.plans}, evaluated on {len(self.target.cases)} {where}, "
-            "whose labels serve nothing else."
+            "whose labels are used for nothing else."
         )
 
     def reader(self):
@@ -90,7 +90,9 @@ def open_study(
     folder_of("nnUNet_results")
     file = preprocessed / f"{plans_name}.json"
     if not file.exists():
-        raise InputError(f"{file} is missing: `fseft plan_and_preprocess -d ID` makes it, -p chooses other plans.")
+        raise InputError(
+            f"{file} is missing: make it with `fseft plan_and_preprocess -d ID`, or choose other plans with -p."
+        )
     splits = load_splits(preprocessed / SPLITS_FILE)
     target = test_set(*test, raw) if test else queries(splits, raw, preprocessed)
     # images, labels or a GPU that are missing are reported before the first training

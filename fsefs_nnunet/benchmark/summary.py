@@ -82,7 +82,7 @@ def _rows(frame: pd.DataFrame) -> list[dict]:
 def comparisons(results: list[Result]) -> list[dict]:
     """Every method against one, pair by pair: Dice of the same case, averaged over the folds that both have.
 
-    The one is the adapter with the size prior where it is among the results, else the first. p is that of Wilcoxon's
+    The one is the adapter with the size prior if it is among the results, else the first. p is that of Wilcoxon's
     signed-rank test, two-sided.
     """
     trained = [r.method for r in results if METHODS[r.method].trainer]

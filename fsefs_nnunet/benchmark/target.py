@@ -55,8 +55,8 @@ class Target:
         """Check the reference segmentations of a test set; planning has checked those of the queries.
 
         Raises:
-            InputError: where one does not lie on its image, as nnU-Net's `reader` has both, or holds other values than
-                dataset.json names.
+            InputError: if one does not lie on its image's grid, as nnU-Net's `reader` reads both, or holds values that
+                dataset.json does not name.
         """
         if self.is_queries:
             return
@@ -71,41 +71,41 @@ class Target:
 
     @cached_property
     def images_sha256(self) -> str:
-        """Of the images' sizes and dates: scans are too large to be read for it."""
+        """Hash of the images' sizes and dates: scans are too large to be read for it."""
         files = [Path(file) for files in self.image_files().values() for file in files]
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return sha256(repr(stats).encode()).hexdigest()
 
     @cached_property
     def labels_sha256(self) -> str:
-        """Of the reference segmentations' content. Raises InputError if one is missing."""
+        """Hash of the reference segmentations' content. Raises InputError if one is missing."""
         digest, ending = sha256(), self.dataset_json["file_ending"]
         for case in self.cases:
             file = self.labels / f"{case}{ending}"
             if not file.exists():
-                raise InputError(f"{file} is missing: `fseft plan_and_preprocess -d ID` puts it there.")
+                raise InputError(f"{file} is missing: `fseft plan_and_preprocess -d ID` writes it.")
             digest.update(file.read_bytes())
         return digest.hexdigest()
 
     def image_folder(self, work: Path) -> Path:
-        """A folder of the cases' images alone; of queries, new links to them below `work`, or copies."""
+        """A folder with only the cases' images; for queries, new links to them below `work`, or copies."""
         if not self.is_queries:
             return self.images
         folder = work / "fseft_query_images"
-        shutil.rmtree(folder, ignore_errors=True)  # of other splits, or of another dataset
+        shutil.rmtree(folder, ignore_errors=True)  # left by other splits, or by another dataset
         folder.mkdir()
         for case, files in self.image_files().items():
             for channel, file in enumerate(files):
                 link = folder / f"{case}_{channel:04d}{self.dataset_json['file_ending']}"
                 try:
                     os.symlink(Path(file).resolve(), link)
-                except OSError:  # not every file system has links
+                except OSError:  # not every file system supports links
                     shutil.copy(file, link)
         return folder
 
 
 def queries(splits: dict, raw: Path, preprocessed: Path) -> Target:
-    """Raises InputError where the splits keep no labelled query."""
+    """Raises InputError if the splits keep no labelled query."""
     if not splits["queries"]:
         raise InputError(
             "The splits keep no labelled case as query: give a test set with -i IMAGES -l LABELS, or draw others with "
@@ -127,7 +127,7 @@ def test_set(images: Path, labels: Path, raw: Path) -> Target:
     for case in cases:
         label = labels / f"{case}{dataset_json['file_ending']}"
         if not label.exists():
-            raise InputError(f"{label} is missing: -l wants a reference segmentation of every case of -i.")
+            raise InputError(f"{label} is missing: -l must contain a reference segmentation for every case of -i.")
     if images.resolve() == (raw / "imagesTr").resolve():
         raise InputError(f"{images} holds the cases that the adapters were trained on: give a test set with -i.")
     key = sha256(f"{images.resolve()}\n{labels.resolve()}".encode()).hexdigest()[:8]

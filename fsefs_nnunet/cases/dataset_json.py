@@ -16,11 +16,11 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import as_numbers, foreground, label_values
 
-MOST_TRIED = 6  # regions whose sequences are all tried for a right one
+MOST_TRIED = 6  # up to this many regions, every order is tried
 
 
 def channel_names(dataset_json: dict) -> dict[str, str]:
-    """By position. nnU-Net reads the older name of the key, too."""
+    """The names by position. Like nnU-Net, this also reads the older name of the key."""
     return dataset_json["modality"] if "modality" in dataset_json else dataset_json["channel_names"]
 
 
@@ -30,11 +30,11 @@ def shows_ct(dataset_json: dict) -> bool:
 
 
 def read_dataset_json(file: Path) -> dict:
-    """The content of `file`, with `channel_names` whatever the file calls them, and labels as numbers.
+    """The content of `file`, with the key `channel_names` whatever the file calls it, and labels as numbers.
 
     Raises:
-        InputError: if it cannot be read, or holds what nnU-Net or the 3D adapters cannot take. The text says what each
-            wrong line should be.
+        InputError: if it cannot be read, or contains something that nnU-Net or the 3D adapters do not support. The
+            message says what each wrong line should be.
     """
     content = _content(Path(file))
     if problems := list(_problems(content)):
@@ -42,12 +42,12 @@ def read_dataset_json(file: Path) -> dict:
     try:
         LabelManager(content["labels"], content.get("regions_class_order"))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # rules of newer versions of nnU-Net
-        raise InputError(f"{file}: nnU-Net refuses its labels: {error}") from error
+        raise InputError(f"{file}: nnU-Net rejects its labels: {error}") from error
     return {**content, "channel_names": channel_names(content), "labels": as_numbers(content["labels"])}
 
 
 def order_warnings(dataset_json: dict) -> list[str]:
-    """At most one sentence, of regions that hide each other: nnU-Net paints them one after the other."""
+    """At most one sentence, about regions that hide each other: nnU-Net paints them one after the other."""
     regions, order = _regions(dataset_json["labels"]), dataset_json.get("regions_class_order")
     if not any(isinstance(value, list) for value in dataset_json["labels"].values()) or not order:
         return []
@@ -56,19 +56,19 @@ def order_warnings(dataset_json: dict) -> list[str]:
         return []
     changes = ", ".join(f"{value} becomes {made}" for value, made in wrong.items())
     return [
-        f"By regions_class_order {order}, a segmentation that is right has other values than the label map: {changes}. "
+        f"With regions_class_order {order}, a correct segmentation has other values than the label map: {changes}. "
         f"{_order_remedy(dataset_json['labels'])}"
     ]
 
 
 def _regions(labels: dict) -> dict[str, list[int]]:
-    """The regions that nnU-Net paints: it leaves out what is background alone."""
+    """The regions that nnU-Net paints: all but those that are only background."""
     values = {name: value if isinstance(value, list) else [value] for name, value in foreground(labels).items()}
     return {name: value for name, value in values.items() if set(value) != {0}}
 
 
 def _hidden(regions: dict[str, list[int]], order: list[int]) -> dict[int, int]:
-    """Values that nnU-Net paints as others, and as which, where all regions are predicted right.
+    """Values that nnU-Net paints as other values even if all regions are predicted correctly, and as which.
 
     Values that lie in the same regions cannot be told apart, whatever the order: they may become each other.
     """
@@ -82,7 +82,7 @@ def _hidden(regions: dict[str, list[int]], order: list[int]) -> dict[int, int]:
 
 
 def _order_remedy(labels: dict) -> str:
-    """The lines of dataset.json with which every value is painted as itself, where there are such lines."""
+    """The lines of dataset.json with which every value is painted as itself, if there are such lines."""
     regions = _regions(labels)
     outer_first = sorted(regions, key=lambda name: -len(set(regions[name])))
     for names in permutations(outer_first) if len(outer_first) <= MOST_TRIED else [outer_first]:
@@ -102,14 +102,14 @@ def _content(file: Path) -> dict:
     try:
         raw = file.read_bytes()
         if raw.startswith(BOM_UTF8):
-            raise InputError(f"{file} starts with a byte order mark: save it as UTF-8 without (BOM).")
+            raise InputError(f"{file} starts with a byte order mark: save it as UTF-8 without BOM.")
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=partial(_named_once, file))
     except InputError:
         raise
     except (OSError, ValueError) as error:
         raise InputError(f"{file} is not an nnU-Net dataset.json ({error}): repair or replace it.") from error
     if not isinstance(content, dict):
-        raise InputError(f"{file} is not an nnU-Net dataset.json (it holds no object): repair or replace it.")
+        raise InputError(f"{file} is not an nnU-Net dataset.json (it is not an object): repair or replace it.")
     # nnU-Net opens it in the encoding of the locale
     encoding = locale.getpreferredencoding(False)
     try:
@@ -127,7 +127,7 @@ def _content(file: Path) -> dict:
 
 
 def _named_once(file: Path, pairs: list[tuple[str, object]]) -> dict:
-    """JSON takes the last one of two, as if the first had not been written."""
+    """JSON silently keeps the last of several entries with the same name."""
     twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
     if twice:
         raise InputError(f"{file} names {twice[0]!r} twice: give each its own name.")
@@ -170,7 +170,7 @@ def _of_channels(content: dict) -> Iterator[str]:
         yield f"{key} must map numbers to names: write {_line(key, {str(i): 'NAME' for i in range(len(names))})}."
     elif all(n.isdecimal() for n in names) and list(names) != sorted(names, key=int):
         ordered = {str(i): names[n] for i, n in enumerate(sorted(names, key=int))}
-        yield f"{key} is out of order, and nnU-Net goes by the order: write {_line(key, ordered)}."
+        yield f"{key} is out of order, and nnU-Net relies on the order: write {_line(key, ordered)}."
 
 
 def _of_ending(content: dict) -> Iterator[str]:
@@ -192,8 +192,8 @@ def _of_labels(labels: dict) -> Iterator[str]:
     bad = [name for name, value in labels.items() if not _is_value(value)]
     if bad:
         yield (
-            f"label {bad[0]!r} has the value {labels[bad[0]]!r}: write a whole number from 0 on, or a list of them for "
-            "a region."
+            f"label {bad[0]!r} has the value {labels[bad[0]]!r}: write an integer from 0 upwards, or a list of "
+            "integers for a region."
         )
         return
     if "ignore" in labels and type(labels["ignore"]) is not int:
@@ -207,14 +207,14 @@ def _of_labels(labels: dict) -> Iterator[str]:
     spelled = [name for name in labels if name != name.lower() and name.lower() in ("background", "ignore")]
     if spelled:
         right = spelled[0].lower()
-        yield f"nnU-Net knows {right!r} in small letters alone: write {_line(right, labels[spelled[0]])}."
+        yield f"nnU-Net only recognises {right!r} in lower case: write {_line(right, labels[spelled[0]])}."
         return
     if labels.get("background") != 0:
         found = f"background is {labels['background']}" if "background" in labels else "labels has no background"
         yield f"{found}: it must be {_line('background', 0)}, in the label maps as well."
         return
     if not foreground(labels):
-        yield "labels names nothing but background: add what is to be segmented."
+        yield "labels names nothing but background: add the structures to segment."
         return
     single = {name: value for name, value in labels.items() if not isinstance(value, list)}
     by_value: dict[int, str] = {}
@@ -262,7 +262,7 @@ def _of_regions(content: dict) -> Iterator[str]:
             f"{_order_remedy(labels)}"
         )
     elif unknown := [value for value in order if value not in {0, *label_values(labels)}]:
-        yield f"regions_class_order has {unknown[0]}, which is no value of the labels. {_order_remedy(labels)}"
+        yield f"regions_class_order has {unknown[0]}, which is not a value in labels. {_order_remedy(labels)}"
 
 
 def _is_value(value: object) -> bool:

@@ -19,14 +19,14 @@ def fitting_spacing(
 ) -> float | None:
     """The finest of SPACINGS at which a volume is at most MOST_WINDOWS windows long on each axis, else the coarsest.
 
-    Where it is known how much the windows of the training showed, it is coarser if a window shows the middle of that
-    range only then.
+    If it is known how much the windows of the training showed, a coarser spacing is returned where a window needs it to
+    show the middle of that range.
 
     Args:
         extent: of the volume, in mm per axis.
         own: its spacing, in mm per axis.
         window: the backbone's largest, in voxels per axis.
-        field_of_view_mm: what the windows of its training showed, from and to, along an axis.
+        field_of_view_mm: the range that the windows of its training showed along an axis, (from, to).
 
     Returns:
         mm; None if the volume fits at its own spacing, or would be no shorter at the one found.
@@ -48,5 +48,5 @@ def middle_of(field_of_view_mm: tuple[float, float]) -> float:
 
 
 def spacing_of_view(window: Sequence[int], field_of_view_mm: tuple[float, float]) -> float:
-    """Of SPACINGS, that at which `window` shows nearest to the middle of the training's range."""
+    """The one of SPACINGS at which `window` shows closest to the middle of the training's range."""
     return min(SPACINGS, key=lambda mm: abs(mm * max(window) - middle_of(field_of_view_mm)))

@@ -1,4 +1,4 @@
-"""nnU-Net's fingerprint of a dataset, taken with the reader of the plans and anew for files that were replaced."""
+"""nnU-Net's fingerprint of a dataset, extracted with the reader of the plans, and again if files were replaced."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from fsefs_nnunet.cases.readers import reoriented_axes, reorients
 from fsefs_nnunet.files import value_in, write_json
 
 FINGERPRINT_FILE = "dataset_fingerprint.json"
-MADE_OF = "fseft_made_of"  # our key in it, which nnU-Net does not read
+MADE_OF = "fseft_made_of"  # our key in the fingerprint, which nnU-Net does not read
 
 
 def require_fingerprint(
     name: str, preprocessed: Path, dataset_json: dict, cases: dict[str, dict], reader: type, num_processes: int
 ) -> None:
-    """Have the fingerprint of these cases in `preprocessed`.
+    """Make sure that `preprocessed` contains the fingerprint of these cases.
 
-    nnU-Net takes it with the reader that it would choose itself, and goes on with one that is there, whatever became of
-    the files since.
+    nnU-Net extracts it with the reader that it would choose itself, and keeps an existing one even if the files have
+    changed since.
     """
     file, made_of = preprocessed / FINGERPRINT_FILE, state_of(cases, stock_reorients(dataset_json))
     if value_in(file, MADE_OF) == made_of:
@@ -33,18 +33,18 @@ def require_fingerprint(
     extractor.dataset_json = {**dataset_json, "overwrite_image_reader_writer": reader.__name__}
     extractor.dataset = cases
     fingerprint = extractor.run(overwrite_existing=True)
-    # in the axes of nnU-Net's own, which its stock planner may read
+    # in the axes of nnU-Net's own reader, since its stock planner may read the file
     fingerprint = in_axes(fingerprint, cases, reorients(reader.__name__), stock_reorients(dataset_json))
     write_json(file, {**fingerprint, MADE_OF: made_of})
 
 
 def stock_reorients(dataset_json: dict) -> bool:
-    """Whether the reader that nnU-Net's own commands take turns images to RAS."""
+    """Whether the reader that nnU-Net's own commands use reorients images to RAS."""
     return reorients(dataset_json.get("overwrite_image_reader_writer", ""))
 
 
 def in_axes(fingerprint: dict, cases: dict[str, dict], reoriented: bool, wanted: bool) -> dict:
-    """`fingerprint` in the axes of a reader that reorients images or does not, from those of one that does or not."""
+    """`fingerprint` converted between the axes of readers that reorient images and of readers that do not."""
     if reoriented == wanted:
         return fingerprint
     made = {"spacings": [], "shapes_after_crop": []}
@@ -57,8 +57,8 @@ def in_axes(fingerprint: dict, cases: dict[str, dict], reoriented: bool, wanted:
 
 
 def state_of(cases: dict[str, dict], reoriented: bool) -> str:
-    """A hash of what a fingerprint is of: names, sizes, dates and headers of all files, since scans are too large to be
-    read for it, and whether its axes are those of a reader that reorients images.
+    """A hash of what a fingerprint describes: names, sizes, dates and headers of all files, since scans are too large
+    to be read for it, and whether its axes are those of a reader that reorients images.
     """
     states = {case: [_state(Path(f)) for f in (*files["images"], files["label"])] for case, files in cases.items()}
     return hashlib.sha256(json.dumps([states, reoriented], sort_keys=True).encode()).hexdigest()

@@ -32,8 +32,8 @@ def dataset_folders(dataset_id: int | str) -> tuple[str, Path, Path]:
     """Name, raw and preprocessed folder of a dataset, by its id or its name.
 
     Raises:
-        InputError: where nnU-Net's environment variables are missing, there is no such dataset, or its id is not its
-            own.
+        InputError: if nnU-Net's environment variables are missing, there is no such dataset, or its id is used by
+            another one, too.
     """
     raw, preprocessed = folder_of("nnUNet_raw"), folder_of("nnUNet_preprocessed")
     if not raw.is_dir():
@@ -48,7 +48,7 @@ def dataset_folders(dataset_id: int | str) -> tuple[str, Path, Path]:
 
 
 def model_folder(dataset_id: int | str, trainer: str, plans: str, configuration: str) -> Path:
-    """Of a trained model in nnUNet_results. Raises InputError without that variable, and for an unknown dataset."""
+    """The folder of a trained model in nnUNet_results. Raises InputError if that is not set, or without the dataset."""
     results = folder_of("nnUNet_results")
     named = str(dataset_id).startswith("Dataset") and (results / str(dataset_id)).is_dir()
     name = dataset_id if named else dataset_name(dataset_id, "nnUNet_results")
@@ -56,9 +56,9 @@ def model_folder(dataset_id: int | str, trainer: str, plans: str, configuration:
 
 
 def dataset_name(dataset_id: int | str, variable: str) -> str:
-    """DatasetXXX_Name of an id or a name; `variable` names the folder where it should lie.
+    """DatasetXXX_Name of an id or a name; `variable` names the folder where it should be.
 
-    nnU-Net goes from names to ids and back, so that names need an id of their own in all its folders.
+    nnU-Net converts names to ids and back, so every name needs an id of its own in all its folders.
 
     Raises:
         InputError: if there is no such dataset, or there are two.
@@ -70,8 +70,8 @@ def dataset_name(dataset_id: int | str, variable: str) -> str:
         raise InputError(f"No dataset {text} in {where}: give an id, 4 for example, or a name, Dataset004_Name.")
     if not 0 < int(number) < 1000 or not (text.isdecimal() or len(number) == 3):
         raise InputError(
-            f"{text} is not an nnU-Net dataset name: these are DatasetXXX_Name, with an id from 001 to 999 in three "
-            "digits. Rename its folder."
+            f"{text} is not an nnU-Net dataset name: these are DatasetXXX_Name, with a three-digit id from 001 to "
+            "999. Rename its folder."
         )
     roots = [Path(os.environ[v]) for v in VARIABLES if os.environ.get(v)]
     there = [path for root in roots if root.is_dir() for path in sorted(root.glob("Dataset*")) if path.is_dir()]
@@ -97,7 +97,7 @@ def labelled_cases(raw: Path, dataset_json: dict) -> list[str]:
 
 
 def training_files(raw: Path, dataset_json: dict) -> dict[str, dict]:
-    """Each training case's "images" and "label" by name, as nnU-Net finds them, without leftovers of a copy from macOS.
+    """Each training case's "images" and "label" by name, as nnU-Net finds them, without leftovers of macOS.
 
     Raises:
         InputError: if there is none, or one that nnU-Net would ignore or fail on.
@@ -126,7 +126,7 @@ def _require_printable(raw: Path, names: list[str]) -> None:
 
 
 def _listed_files(raw: Path, dataset_json: dict) -> dict[str, dict]:
-    """Of the key "dataset" of dataset.json: paths from the dataset's folder; environment variables may be in them."""
+    """Files in "dataset" of dataset.json: relative to the dataset's folder; may contain environment variables."""
     file, entries = raw / "dataset.json", dataset_json["dataset"]
     channels = len(dataset_json["channel_names"])
     if not isinstance(entries, dict) or not entries:
@@ -158,12 +158,12 @@ def warnings_of_cases(raw: Path, dataset_json: dict, cases: dict[str, dict]) -> 
     made = []
     stated = dataset_json.get("numTraining")
     if stated is not None and int(stated) != len(cases):
-        made.append(f"numTraining of {raw / 'dataset.json'} is {stated}, {len(cases)} labelled cases were found.")
+        made.append(f"numTraining of {raw / 'dataset.json'} is {stated}, but {len(cases)} labelled cases were found.")
     if "dataset" not in dataset_json:
         ending = dataset_json["file_ending"]
         stems = [file.name.removesuffix(ending) for file in (raw / "labelsTr").glob(f"*{ending}")]
         if lonely := [stem for stem in sorted(stems) if stem not in cases and not is_leftover(stem)]:
-            made.append(f"{raw / 'labelsTr'} has {len(lonely)} label map(s) without image: {several(lonely)}.")
+            made.append(f"{raw / 'labelsTr'} has {len(lonely)} label map(s) without an image: {several(lonely)}.")
     return made
 
 
@@ -177,7 +177,7 @@ def require_label_file(file: str) -> None:
 
 
 def made_folder(preprocessed: Path) -> Path:
-    """A folder below nnUNet_preprocessed, there from now on. Raises InputError if it cannot be written to."""
+    """Create a folder below nnUNet_preprocessed. Raises InputError if it cannot be written to."""
     try:
         preprocessed.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -9,7 +9,7 @@ from fsefs_nnunet.errors import InputError, several
 
 
 def shared_part(a: Header, b: Header, samples: int = 16) -> float:
-    """Part of the field of view of `a` that `b` shows as well, by points spread evenly over it."""
+    """Fraction of the field of view of `a` that `b` shows as well, estimated from evenly spread points."""
     axes = [(np.arange(samples) + 0.5) / samples * n - 0.5 for n in a.shape]
     points = np.stack([*(axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")), np.ones(samples**3)])
     seen = (np.linalg.inv(b.affine) @ a.affine @ points)[:3]
@@ -18,13 +18,13 @@ def shared_part(a: Header, b: Header, samples: int = 16) -> float:
 
 
 def offset_in_mm(label: Header, image: Header, reorients: bool) -> float:
-    """How far `label` lies from `image`, whose voxels nnU-Net pairs one by one; 0 where the grids are the same.
+    """How far `label` lies from `image`, whose voxels nnU-Net pairs one by one; 0 if the grids are the same.
 
     Args:
         reorients: whether the reader turns both to RAS before it pairs them.
 
     Raises:
-        InputError: if it would pair voxels that do not belong together, or the headers do not say.
+        InputError: if it would pair voxels that do not belong together, or the headers do not define it.
     """
     a, b = (label.turned(), image.turned()) if reorients else (label, image)
     if a.shape != b.shape:
@@ -34,7 +34,7 @@ def offset_in_mm(label: Header, image: Header, reorients: bool) -> float:
         return 0.0
     centre = np.append((np.array(a.shape) - 1) / 2, 1)
     shift = ((a.affine - b.affine) @ centre)[:3]
-    reach = np.abs(b.voxels(a.corners - b.corners - shift)).max()  # what is left once the centres lie on each other
+    reach = np.abs(b.voxels(a.corners - b.corners - shift)).max()  # what remains once the centres coincide
     if reach > HALF_VOXEL or label.codes != image.codes:
         raise InputError(_mismatch(label, image))
     return 0.0 if guessed else float(np.linalg.norm(shift))
@@ -48,8 +48,8 @@ def _mismatch(label: Header, image: Header) -> str:
     text = f"{label.file} does not lie on the grid of {image.file}: {found}."
     if tuple(label.shape) == tuple(image.shape):
         text += (
-            " Both store as many voxels: if one of them lost its header and the voxels belong to each other in the "
-            "order of the files, `fseft rewrite_header LOST --from OTHER` gives it the other's."
+            " Both have the same shape: if one of them lost its header and the voxels correspond in the order in which "
+            "they are stored, `fseft rewrite_header LOST --from OTHER` copies the other's header."
         )
     return f"{text} If both headers are right, resample the first to the second. See documentation/broken_files.md."
 
@@ -61,5 +61,5 @@ def shift_warnings(offsets_mm: dict[str, float]) -> list[str]:
         return []
     return [
         f"The headers of {several(shifted)} place files of one case up to {max(shifted.values()):.3g} mm apart. Their "
-        "voxels are paired one by one, as nnU-Net pairs them: look at them with nnUNetv2_plot_overlay_pngs."
+        "voxels are paired one by one, as in nnU-Net: check them with nnUNetv2_plot_overlay_pngs."
     ]

@@ -1,4 +1,4 @@
-"""Where a volume's voxels lie in the patient, by its header alone, and whether headers agree with each other.
+"""Where a volume's voxels lie in the patient, from its header alone, and whether headers agree with each other.
 
 Affines map voxels i, j, k as stored to mm to the patient's right, front and head (RAS+), as nibabel gives them.
 """
@@ -26,7 +26,7 @@ from fsefs_nnunet.files import refused_if_unwritable
 HALF_VOXEL = 0.5
 PIXDIM_TOLERANCE = 0.01  # relative: some programs round pixdim to a few digits
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-# of a patient, or a part of one, along the longest axis; what lies outside is a spacing in other units than mm
+# extent of a patient, or part of one, along the longest axis; anything outside this range has a spacing not in mm
 SMALLEST_MM, LARGEST_MM = 2.0, 5000.0
 
 
@@ -34,9 +34,9 @@ SMALLEST_MM, LARGEST_MM = 2.0, 5000.0
 class Header:
     """shape and spacing (mm) are of i, j, k as stored; affine: (4, 4).
 
-    pixdim: the spacing that nnU-Net's readers take, mm; differs from `spacing` where the header contradicts itself.
-    knows_sides: False where the header does not say where the axes lead, and left and right are a guess.
-    forms_agree: False where a NIfTI header's sform and qform place the voxels differently; `affine` is the sform.
+    pixdim: the spacing that nnU-Net's readers use, mm; differs from `spacing` if the header contradicts itself.
+    knows_sides: False if the header does not define where the axes point, and left and right are a guess.
+    forms_agree: False if a NIfTI header's sform and qform place the voxels differently; `affine` is the sform.
     """
 
     file: str
@@ -66,17 +66,17 @@ class Header:
 
     @property
     def corners(self) -> np.ndarray:
-        """(8, 3), mm of the corner voxels' centres, in one order."""
+        """(8, 3): centres of the corner voxels in mm, in a fixed order."""
         ijk = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in self.shape))], float)
         return (ijk @ self.affine.T)[:, :3]
 
     def voxels(self, mm: np.ndarray) -> np.ndarray:
-        """Lengths (n, 3) in mm of the patient as voxels along i, j, k."""
+        """Convert lengths (n, 3) in mm along the patient's axes to voxels along i, j, k."""
         return mm @ np.linalg.inv(self.affine[:3, :3]).T
 
     def is_on_grid_of(self, other: Header) -> bool:
-        """Whether the voxels of both are the same, in the order in which they are stored: headers of image and label
-        map often differ by rounding, up to half a voxel is the same.
+        """Whether the voxels of both coincide, in the order in which they are stored. Headers of image and label map
+        often differ by rounding, so up to half a voxel is tolerated.
         """
         if tuple(self.shape) != tuple(other.shape):
             return False
@@ -84,7 +84,7 @@ class Header:
 
     @property
     def codes(self) -> str:
-        """Where the axes lead, "RAS" for example."""
+        """Where the axes point, e.g. "RAS"."""
         return "".join(nib.aff2axcodes(self.affine))
 
     @property
@@ -92,7 +92,7 @@ class Header:
         return f"{times(self.spacing)} mm"
 
     def turned(self) -> Header:
-        """The grid as nnU-Net's reorienting readers give it: axes to the right, the front and the head."""
+        """The grid as nnU-Net's reorienting readers give it: axes pointing to the right, the front and the head."""
         turn = nib.io_orientation(self.affine)
         shape = np.empty(3, int)
         shape[turn[:, 0].astype(int)] = self.shape
@@ -106,10 +106,10 @@ def times(values: Iterable[float]) -> str:
 
 
 def read_header(file: str | Path) -> Header:
-    """Read no voxels.
+    """Read a file's header, but no voxels.
 
     Raises:
-        InputError: if the file cannot be read, is no single volume, or its spacing is not positive.
+        InputError: if the file cannot be read, is not a single volume, or its spacing is not positive.
     """
     if str(file).lower().endswith((".nii", ".nii.gz")):
         header = _nifti_header(str(file))
@@ -125,8 +125,8 @@ def read_header(file: str | Path) -> Header:
     longest = max(header.field_of_view)
     if not SMALLEST_MM <= longest <= LARGEST_MM:
         raise InputError(
-            f"{file} shows {longest:.3g} mm by its header, voxels of {header.mm}: give the spacing in mm, or leave the "
-            "case out."
+            f"{file} spans {longest:.3g} mm according to its header, with voxels of {header.mm}: give the spacing in "
+            "mm, or leave the case out."
         )
     return header
 
@@ -134,7 +134,7 @@ def read_header(file: str | Path) -> Header:
 def _nifti_header(file: str) -> Header:
     with refused_if_unreadable(file):
         image = nib.load(file)
-        with nib.openers.ImageOpener(file) as stream:  # nibabel replaces a spacing of 0 by 1 without a word
+        with nib.openers.ImageOpener(file) as stream:  # nibabel silently replaces a spacing of 0 by 1
             raw = type(image.header).from_fileobj(stream, check=False)
         codes = int(raw["sform_code"]), int(raw["qform_code"])
     _require_volume(file, image.shape)
@@ -151,7 +151,7 @@ def _nifti_header(file: str) -> Header:
 def _forms_agree(image: nib.Nifti1Image, header: Header) -> bool:
     try:
         return replace(header, affine=image.get_qform()).is_on_grid_of(header)
-    except nib.spatialimages.HeaderDataError:  # of a quaternion that is none
+    except nib.spatialimages.HeaderDataError:  # an invalid quaternion
         return False
 
 
@@ -171,7 +171,7 @@ def _itk_header(file: str) -> Header:
 
 
 def _says_axes(file: str, reader: sitk.ImageFileReader) -> bool:
-    """Whether a file says where its axes lead; ITK takes them to lead to the left, the back and the head otherwise."""
+    """Whether a file defines where its axes point; otherwise ITK assumes left, back and head."""
     if file.lower().endswith(".nrrd"):
         return "NRRD_space" in reader.GetMetaDataKeys()
     return not file.lower().endswith(".gipl")  # a format that has no field for it
@@ -179,7 +179,7 @@ def _says_axes(file: str, reader: sitk.ImageFileReader) -> bool:
 
 def _require_volume(file: str, shape: tuple[int, ...]) -> None:
     if len(shape) == 4 and shape[3] == 1:
-        raise InputError(f"{file} has 4 dimensions, the last of length 1: save it without.")
+        raise InputError(f"{file} has 4 dimensions, the last of length 1: save it without that one.")
     if len(shape) != 3:
         raise InputError(f"{file} has {len(shape)} dimensions: give one file per volume and channel.")
 
@@ -197,7 +197,7 @@ def refused_if_unreadable(*files: str) -> Iterator[None]:
 
 
 def _require_numbers(file: str, kind: str) -> None:
-    """Raises InputError for voxels of a kind (NumPy's letter) that readers reduce to numbers without a word."""
+    """Raises InputError for voxels of a kind (NumPy's letter) that readers silently reduce to numbers."""
     if kind in "cV":
         colours = "several values per voxel (a colour image?): save one channel"
         held = "complex numbers: save their magnitude" if kind == "c" else colours
@@ -207,15 +207,15 @@ def _require_numbers(file: str, kind: str) -> None:
 def pixdim_remedy(header: Header) -> str:
     return (
         f"{header.file} has a spacing of {times(header.pixdim)} mm in pixdim and of {times(header.sizes)} mm in its "
-        "sform: nnU-Net takes one or the other. If the sform is right, write the header anew: "
+        "sform: nnU-Net uses one or the other. If the sform is right, rewrite the header: "
         f"fseft rewrite_header {shlex.quote(header.file)}"
     )
 
 
 def rewrite_header(file: Path, other: Path | None = None) -> None:
-    """Let the header of a volume agree with its affine, or with that of `other`; all else stays as it is.
+    """Make the header of a volume agree with its affine, or with that of `other`; everything else is kept.
 
-    A link becomes a file of its own.
+    A link is replaced by a file.
 
     Raises:
         InputError: if a file cannot be read or written, the shapes differ, or nothing defines the orientation.
@@ -236,8 +236,8 @@ def rewrite_header(file: Path, other: Path | None = None) -> None:
             os.replace(made, file)
         except PermissionError:
             raise
-        except (OSError, RuntimeError) as error:  # of a full disk, SimpleITK's is no OSError
-            raise InputError(f"{file} cannot be written anew ({' '.join(str(error).split())}).") from error
+        except (OSError, RuntimeError) as error:  # for a full disk, SimpleITK does not raise an OSError
+            raise InputError(f"{file} cannot be rewritten ({' '.join(str(error).split())}).") from error
 
 
 def _require_shape(file: Path, shape: tuple[int, ...], header: Header) -> None:
@@ -248,11 +248,11 @@ def _require_shape(file: Path, shape: tuple[int, ...], header: Header) -> None:
 
 
 def _write_nifti_header(file: Path, header: Header, made: Path) -> None:
-    """The geometry alone changes: not the type of the voxels, their scaling, units or extensions."""
+    """Only the geometry changes, not the type of the voxels, their scaling, units or extensions."""
     with refused_if_unreadable(str(file)):
         with nib.openers.ImageOpener(file) as stream:
             content = stream.read()
-        # as it is stored; that of an image that was loaded has lost where the voxels begin, and their scaling
+        # the header as stored: that of a loaded image has lost the offset of the voxels and their scaling
         new = type(nib.load(file).header).from_fileobj(BytesIO(content), check=False)
     _require_shape(file, new.get_data_shape(), header)
     code = int(new["sform_code"])
@@ -280,14 +280,14 @@ def warnings_of(headers: Iterable[Header]) -> list[str]:
     made = []
     if unknown := [h for h in headers if not h.knows_sides]:
         made.append(
-            f"{several(h.file for h in unknown)}: the header does not define the orientation. The axes are taken for "
-            f"{unknown[0].codes}, left and right are a guess."
+            f"{several(h.file for h in unknown)}: the header does not define the orientation. The axes are assumed to "
+            f"be {unknown[0].codes}; left and right are a guess."
         )
     if torn := [h.file for h in headers if not h.forms_agree]:
-        made.append(f"{several(torn)}: sform and qform of the header disagree, the sform counts.")
+        made.append(f"{several(torn)}: sform and qform of the header disagree, the sform is used.")
     if odd := [h.file for h in headers if not h.pixdim_agrees]:
         made.append(
-            f"{several(odd)}: pixdim of the header disagrees with the sform, whose spacing is taken; nnUNetv2_predict "
-            "takes pixdim's (documentation/broken_files.md)."
+            f"{several(odd)}: pixdim of the header disagrees with the sform, whose spacing is used; nnUNetv2_predict "
+            "uses pixdim's (documentation/broken_files.md)."
         )
     return made

@@ -40,15 +40,15 @@ class Fault(NamedTuple):
 class ImageFolder:
     """Cases of a folder in nnU-Net's naming, `<case>_0000<file ending>` and so on for each channel.
 
-    cases: those that are whole, one file per channel.
-    faults: of all others, why they are not; by case, or by the name of a file that belongs to none.
+    cases: those that are complete, with one file per channel.
+    faults: why the others are not; by case, or by file name for a file that belongs to no case.
     """
 
     cases: dict[str, list[str]] = field(default_factory=dict)
     faults: dict[str, Fault] = field(default_factory=dict)
 
     def require_sound(self) -> dict[str, list[str]]:
-        """The cases. Raises InputError where the folder holds anything else."""
+        """The cases. Raises InputError if the folder contains anything else."""
         if self.faults:
             first, *others = map(str, self.faults.values())
             raise InputError(first + (f" {len(others)} more file(s) have faults." if others else ""))
@@ -56,19 +56,19 @@ class ImageFolder:
 
 
 def is_leftover(name: str) -> bool:
-    """Of a copy from macOS (`._scan.nii.gz`, `.DS_Store`), or otherwise hidden."""
+    """Whether a file was left by macOS (`._scan.nii.gz`, `.DS_Store`) or is otherwise hidden."""
     return name.startswith(".")
 
 
 def list_images(folder: Path, dataset_json: dict) -> ImageFolder:
-    """What lies in `folder`; hidden files, and such that are no volumes by their names, are left out.
+    """The content of `folder`; hidden files, and those that are not volumes by their names, are ignored.
 
     Raises:
         InputError: if there is no such folder, or it holds no image at all.
     """
     folder, ending, channels = Path(folder), dataset_json["file_ending"], len(channel_names(dataset_json))
     if not folder.is_dir():
-        found = "is a file, one image perhaps: give its folder" if folder.is_file() else "does not exist"
+        found = "is a file, perhaps an image: give its folder" if folder.is_file() else "does not exist"
         raise InputError(f"{folder} {found}. Expected a folder of images named <case>_0000{ending}.")
     names = sorted(path.name for path in folder.iterdir() if not is_leftover(path.name))
     listed, numbers, others = ImageFolder(), {}, []
@@ -86,14 +86,15 @@ def list_images(folder: Path, dataset_json: dict) -> ImageFolder:
     for case, found in sorted(numbers.items()):
         files = [f"{case}_{channel:04d}{ending}" for channel in range(channels)]
         if again := [name for of_case, name in others if of_case == case]:
-            listed.faults[case] = Fault(folder / files[0], f"is there twice, as {several(again)} as well: keep one.")
+            listed.faults[case] = Fault(folder / files[0], f"exists twice, also as {several(again)}: keep one.")
         elif fault := _fault(folder, files, {number: f"{case}_{number:04d}{ending}" for number in found}):
             listed.faults[case] = fault
         else:
             listed.cases[case] = [str(folder / file) for file in files]
     for name in (name for case, name in others if case not in numbers):
         what = (
-            f"does not end with {ending}, the file_ending of dataset.json: convert it, move it away, or correct that."
+            f"does not end with {ending}, the file_ending of dataset.json: convert it, move it away, or correct the "
+            "key."
         )
         listed.faults[name] = Fault(folder / name, what)
     if not listed.cases and not listed.faults:
@@ -105,16 +106,16 @@ def list_images(folder: Path, dataset_json: dict) -> ImageFolder:
 
 
 def _fault(folder: Path, wanted: list[str], found: dict[int, str]) -> Fault | None:
-    """Why a case is not whole: the names of its channels' files, and those that lie there by their number."""
+    """Why a case is not complete, or None; `wanted`: its channels' file names, `found`: existing ones by number."""
     for name in wanted:
         if name not in found.values():
             there = several(n for n in found.values() if n not in wanted)
-            there = f" Found {there}, which may be meant." if there else ""
+            there = f" Found {there}, which may be the missing file." if there else ""
             return Fault(folder / name, f"is missing: every case needs {len(wanted)} channel(s).{there}")
         if not (folder / name).exists():
             return broken_link(folder / name)
     if extra := [name for number, name in sorted(found.items()) if number >= len(wanted)]:
-        return Fault(folder / extra[0], f"is a channel too many: the dataset has {len(wanted)}. Move it away.")
+        return Fault(folder / extra[0], f"is one channel too many: the dataset has {len(wanted)}. Move it away.")
     return None
 
 
@@ -127,7 +128,7 @@ def broken_link(file: Path) -> Fault:
 
 
 def read_headers(files: Sequence[str], reader_name: str) -> tuple[list[Header], float]:
-    """Of the channels of one image, and how far the others lie from the first, in mm.
+    """Headers of the channels of one image, and how far the others lie from the first, in mm.
 
     Raises:
         InputError: as read_header, and if the channels do not lie on one grid.
@@ -138,27 +139,27 @@ def read_headers(files: Sequence[str], reader_name: str) -> tuple[list[Header], 
 
 
 def _spacings_differ(headers: Sequence[Header]) -> str | None:
-    """What to do about channels whose spacings differ by rounding, which nnU-Net's readers refuse without a word."""
+    """What to do about channels whose spacings differ by rounding, which nnU-Net's readers reject without saying so."""
     first = headers[0]
     for other in headers[1:]:
         one, two = (np.sort((*header.pixdim, *header.sizes)) for header in (first, other))
         if not np.allclose(one, two):
             files = [shlex.quote(header.file) for header in (first, other)]
             return (
-                f"{other.file} has another spacing than {first.file}, nnU-Net expects one of all channels. Write both "
-                f"anew: fseft rewrite_header {files[0]} && fseft rewrite_header {files[1]} --from {files[0]}"
+                f"{other.file} and {first.file} differ in spacing, nnU-Net expects the same for all channels. Rewrite "
+                f"both: fseft rewrite_header {files[0]} && fseft rewrite_header {files[1]} --from {files[0]}"
             )
     return None
 
 
 def read_image(reader, files: list[str]) -> tuple[np.ndarray, dict]:
-    """Image (channels, X, Y, Z) and properties, as nnU-Net's `reader` gives them.
+    """Image (channels, X, Y, Z) and properties, as nnU-Net's `reader` returns them.
 
-    The spacing is that of the affine where the header contradicts itself.
+    The spacing is that of the affine if the header contradicts itself.
 
     Raises:
-        InputError: if a channel cannot be read, lies on another grid than the first, or holds NaN or infinite values,
-            some of which normalisation would hide.
+        InputError: if a channel cannot be read, lies on a different grid from the first, or holds NaN or infinite
+            values, some of which normalisation would hide.
     """
     name = type(reader).__name__
     headers, _ = read_headers(files, name)
@@ -174,7 +175,7 @@ def read_image(reader, files: list[str]) -> tuple[np.ndarray, dict]:
 
 
 def is_constant(image: np.ndarray) -> bool:
-    """Whether every channel of an image (channels, X, Y, Z) holds one value alone."""
+    """Whether every channel of an image (channels, X, Y, Z) holds a single value."""
     return all(channel.min() == channel.max() for channel in image)
 
 
@@ -188,13 +189,11 @@ def lacks_air(image: np.ndarray) -> bool:
 
 
 def offset_warning(files: Iterable[str]) -> str:
-    return (
-        f"{several(files)}: no value below 0, as CTs in HU have: another modality, or stored with an offset (of 1024)?"
-    )
+    return f"{several(files)}: no value below 0, unlike CT in HU: another modality, or stored with an offset (of 1024)?"
 
 
 def require_whole_numbers(values: Iterable[float], file: str | Path) -> None:
-    """Raises InputError if the values of a label map are not, which nnU-Net would cut to the next smaller number."""
+    """Raises InputError if the values of a label map are not integers, which nnU-Net would round down."""
     if any(math.isnan(value) for value in values):
         raise InputError(f"{file} holds NaN: repair the label map, or leave the case out.")
     if odd := sorted(value for value in values if not float(value).is_integer()):
@@ -213,12 +212,12 @@ def check_label(reader, file: str, shape: Sequence[int], values: set[int]) -> se
     with refused_if_unreadable(file):
         labels, _ = reader.read_seg(file)
     if labels.shape[1:] != tuple(shape):
-        raise InputError(f"{file} has {labels.shape[1:]} voxels, its image {tuple(shape)}: repair it.")
+        raise InputError(f"{file} has {labels.shape[1:]} voxels, but its image {tuple(shape)}: repair it.")
     found = values_in(labels)
     require_whole_numbers(found, file)
     if unknown := sorted(found - values):
         raise InputError(
-            f"{file} holds the values {several(f'{value:g}' for value in unknown)}, dataset.json names "
+            f"{file} holds the values {several(f'{value:g}' for value in unknown)}, but dataset.json names "
             f"{', '.join(map(str, sorted(values)))}: renumber the label map, or complete the labels of dataset.json."
         )
     return {int(value) for value in found}

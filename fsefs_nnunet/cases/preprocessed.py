@@ -63,7 +63,7 @@ def require_labels(cases: Iterable[tuple[str, np.ndarray]], ignore_label: int | 
     """Raises InputError if no label map of the support shows anything but background and what is ignored.
 
     Args:
-        cases: names and preprocessed label maps (1, X, Y, Z), in which nnU-Net marks what it cropped by -1.
+        cases: names and preprocessed label maps (1, X, Y, Z), in which nnU-Net marks what it cropped with -1.
     """
     names, shown = [], False
     for name, segmentation in cases:
@@ -71,8 +71,8 @@ def require_labels(cases: Iterable[tuple[str, np.ndarray]], ignore_label: int | 
         shown |= bool(foreground_of(segmentation, ignore_label).any())
     if not shown:
         raise InputError(
-            f"The support cases {several(names, 10)} show no labelled structure, there is nothing to learn from: label "
-            "them, take another fold, or draw others with `fseft splits -d ID --seed N`."
+            f"The support cases {several(names, 10)} show no labelled structure, so there is nothing to learn from: "
+            "label them, use another fold, or draw others with `fseft splits -d ID --seed N`."
         )
 
 
@@ -86,6 +86,6 @@ def require_finite(image: np.ndarray, files: Sequence[str]) -> None:
     for channel, file in zip(image, files):
         if not np.isfinite(channel).all():
             raise InputError(
-                f"{file} holds NaN or infinite values: repair the raw image, or leave the case out; what was "
-                "preprocessed of it has to be made anew."
+                f"{file} holds NaN or infinite values: repair the raw image, or leave the case out; then "
+                "preprocess it again."
             )

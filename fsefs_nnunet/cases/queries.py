@@ -1,4 +1,4 @@
-"""Unlabelled query volumes: preprocessed as nnU-Net does at prediction, kept beside the training cases."""
+"""Unlabelled query volumes: preprocessed as nnU-Net does at prediction, kept next to the training cases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fsefs_nnunet.errors import InputError
 class UnlabelledQueries:
     """Folder `<data identifier>_queries` of the preprocessed dataset: `<case>.npy` (channels, X, Y, Z) float32.
 
-    It lies beside nnU-Net's folder, since nnU-Net wants nothing but its own cases in there and clears it.
+    It lies next to nnU-Net's folder, since nnU-Net expects nothing but its own cases in there and clears it.
     """
 
     def __init__(self, preprocessed_folder: str | Path):
@@ -41,18 +41,18 @@ class UnlabelledQueries:
     def preprocess(
         self, images: dict[str, list[str]], plans_manager, configuration_manager, dataset_json: dict
     ) -> None:
-        """Preprocess `images`, case -> one file per channel, and forget the queries of earlier calls.
+        """Preprocess `images`, case -> one file per channel, replacing the queries of earlier calls.
 
         Raises:
-            InputError: if an image cannot be read, or holds NaN, infinite values or one value alone; the earlier
-                queries stay then.
+            InputError: if an image cannot be read, or holds NaN, infinite values or a single value; the earlier
+                queries are kept in that case.
         """
         reader = plans_manager.image_reader_writer_class()
         headers = [header for files in images.values() for header in read_headers(files, type(reader).__name__)[0]]
         for warning in warnings_of(headers):
             print(f"Warning: {warning}")
         made = self.folder.with_name(f"{self.folder.name}.part")
-        shutil.rmtree(made, ignore_errors=True)  # of a call that was interrupted
+        shutil.rmtree(made, ignore_errors=True)  # left by an interrupted call
         made.mkdir(parents=True)
         preprocessor = configuration_manager.preprocessor_class(verbose=False)
         try:

@@ -1,4 +1,4 @@
-"""nnU-Net's readers: which one gives the axes and orientation of another from files of an ending."""
+"""nnU-Net's readers: which one gives the same axes and orientation as another for files with a given ending."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer
 from fsefs_nnunet.cases.headers import Header
 from fsefs_nnunet.errors import InputError
 
-# Both turn images to RAS and give the same array and spacing (tests/test_readers.py), from different file types.
+# Both reorient images to RAS and give the same array and spacing (tests/test_readers.py), from different file types.
 REORIENTING = ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
 
 
@@ -20,7 +20,7 @@ def find_reader(wanted: str, file_ending: str) -> type:
     """nnU-Net's reader class for files of `file_ending`, e.g. ".nii.gz", that gives the axes of the reader `wanted`.
 
     Raises:
-        InputError: if none does, or this SimpleITK turns images to another orientation than nibabel.
+        InputError: if none does, or this SimpleITK reorients images differently from nibabel.
     """
     readers = [recursive_find_reader_writer_by_name(name) for name in (REORIENTING if reorients(wanted) else [wanted])]
     readers.sort(key=lambda reader: reader.__name__ != wanted)
@@ -33,8 +33,8 @@ def find_reader(wanted: str, file_ending: str) -> type:
         )
     if fitting[0].__name__ == "SimpleITKIOWithReorient" and not _simpleitk_means_ras():
         raise InputError(
-            f"This SimpleITK does not turn {file_ending!r} images to RAS: convert the dataset to .nii.gz, or install "
-            "SimpleITK 2.5."
+            f"This SimpleITK does not reorient {file_ending!r} images to RAS: convert the dataset to .nii.gz, or "
+            "install SimpleITK 2.5."
         )
     return fitting[0]
 
@@ -44,19 +44,19 @@ def reorients(reader_name: str) -> bool:
 
 
 def _simpleitk_means_ras() -> bool:
-    """ITK has named orientations by where axes come from as well as by where they lead: RAS leads right, front, up."""
+    """ITK has named orientations by where axes come from and also by where they point: RAS points right, front, up."""
     turned = sitk.DICOMOrient(sitk.Image([1, 1, 1], sitk.sitkUInt8), "RAS")
     return np.allclose(turned.GetDirection(), np.diag([-1, -1, 1]).ravel())  # ITK's world is left, back, up
 
 
 def reoriented_axes(header: Header) -> list[int]:
-    """For each axis z, y, x that a reorienting reader gives, the one that a plain reader gives of the file."""
+    """For each axis z, y, x of a reorienting reader's array, the corresponding axis of a plain reader's."""
     stored = np.argsort(nib.io_orientation(header.affine)[:, 0])  # of x, y, z, counted in i, j, k
     return [2 - int(axis) for axis in stored[::-1]]
 
 
 def spacing_of(header: Header, reader_name: str) -> list[float]:
-    """mm per axis z, y, x of the array that a reader gives; of the affine where pixdim disagrees with it."""
+    """mm per axis z, y, x of the array that a reader gives; that of the affine if pixdim disagrees with it."""
     return [float(x) for x in in_axes_of(header.spacing, header, reader_name)]
 
 

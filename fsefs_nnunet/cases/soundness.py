@@ -1,5 +1,5 @@
-"""The training cases of a raw dataset, read once before anything is made of them: nnU-Net takes some of what misleads a
-training without a word, and what it cannot read ends in a traceback of its workers'.
+"""The training cases of a raw dataset, checked once before anything is made of them: nnU-Net silently accepts faults
+that mislead a training, and ends with a traceback of its workers for what it cannot read.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ def check_training_cases(
     num_threads: int,
     accept_positive_ct: bool = False,
 ) -> None:
-    """Refuse cases that cannot be trained on, and print what a user should know of the others.
+    """Refuse cases that cannot be trained on, and print what a user should know about the others.
 
     Args:
         cases: as `training_files` gives them.
         reader: nnU-Net's, the one of the plans.
-        accept_positive_ct: whether CTs without a value below 0 are taken as they are.
+        accept_positive_ct: whether CTs without a value below 0 are accepted as they are.
 
     Raises:
-        InputError: naming the case, where a file cannot be read; headers contradict themselves or each other; an image
-            holds NaN or one value alone; a label map holds values of which dataset.json says nothing; no label map
-            shows any label; a CT cannot be in HU.
+        InputError: naming the case, if a file cannot be read, headers contradict themselves or each other, an image
+            holds NaN or a single value, a label map holds values that dataset.json does not name, no label map shows
+            any label, or a CT cannot be in HU.
     """
     values = label_values(dataset_json["labels"])
 
@@ -71,8 +71,8 @@ def check_training_cases(
     if shows_ct(dataset_json) and (odd := [cases[case]["images"][0] for case, one in found.items() if one.lacks_air]):
         if not accept_positive_ct:
             raise InputError(
-                f"{offset_warning(odd)} Subtract it and save the images in HU; if they are right as they are, "
-                "`fseft plan --accept_positive_ct` takes them (with nnU-Net's commands: export "
+                f"{offset_warning(odd)} Subtract it and save the images in HU; if they are correct as they are, "
+                "`fseft plan --accept_positive_ct` accepts them (with nnU-Net's commands: export "
                 "fseft_accept_positive_ct=1)."
             )
         print(f"Warning: {offset_warning(odd)}")
@@ -87,10 +87,10 @@ def check_training_cases(
 
 
 def check_all(check: Callable[[str], Result], cases: Collection[str], num_threads: int, text: str) -> dict[str, Result]:
-    """What `check` gives of each case.
+    """The result of `check` for each case.
 
     Raises:
-        InputError: the first one of a case, with the names of all other cases that were refused.
+        InputError: the first one raised for a case, with the names of all other cases that were refused.
     """
 
     def attempt(case: str) -> Result | InputError:
@@ -110,23 +110,23 @@ def check_all(check: Callable[[str], Result], cases: Collection[str], num_thread
 
 
 def require_one_scale(headers: dict[str, Header]) -> None:
-    """Raises InputError where one image's field of view is another order of magnitude along all axes: cm for mm.
+    """Raises InputError if one image's field of view differs by an order of magnitude along all axes: cm for mm.
 
     Args:
-        headers: of an image of each case.
+        headers: by case, of one of its images.
     """
     sizes = {case: np.sort(header.field_of_view) for case, header in headers.items()}
     usual = np.median(list(sizes.values()), 0)
     for case, mm in sizes.items():
         if is_far_off(mm, usual):
             raise InputError(
-                f"{headers[case].file} shows {times(mm)} mm by its header, the dataset's images {times(usual)} mm: is "
-                "its spacing in mm? Repair its header, or leave the case out."
+                f"{headers[case].file} spans {times(mm)} mm according to its header, the dataset's images "
+                f"{times(usual)} mm: is its spacing in mm? Repair its header, or leave the case out."
             )
 
 
 def is_far_off(mm: np.ndarray, usual: np.ndarray) -> bool:
-    """Whether a field of view is another order of magnitude along all axes; both sorted, (3,)."""
+    """Whether a field of view differs by an order of magnitude along all axes; both sorted, (3,)."""
     return bool((mm > FAR_OFF * usual).all() or (mm * FAR_OFF < usual).all())
 
 
@@ -134,7 +134,7 @@ def check_headers(images: list[str], label: str, reader_name: str) -> tuple[list
     """The headers of a case's images and label map, and how far these lie from the first image, in mm.
 
     Raises:
-        InputError: where one is missing or contradicts itself, or they do not belong to each other.
+        InputError: if one is missing or contradicts itself, or they do not belong to each other.
     """
     require_label_file(label)
     headers, offset = read_headers(images, reader_name)
@@ -151,5 +151,5 @@ def check_voxels(images: list[str], label: str, values: set[int], reader: type) 
     if is_constant(image):
         raise InputError(f"{images[0]} is constant ({image[0].min():g}): repair it, or leave the case out.")
     shape, without_air = image.shape[1:], lacks_air(image)
-    del image  # a label map is read as large
+    del image  # a label map takes as much memory while it is read
     return Voxels(without_air, check_label(reader(), label, shape, values))

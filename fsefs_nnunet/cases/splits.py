@@ -1,8 +1,8 @@
-"""K-shot folds, stored as `splits_fseft.json` beside nnU-Net's own splits_final.json, never inside it.
+"""K-shot folds, stored as `splits_fseft.json` next to nnU-Net's own splits_final.json, never inside it.
 
 A file holds {"seed", "num_folds", "queries", "unlabelled_queries", "folds"}. The queries are the same for all folds and
 numbers of shots. A fold is the rest of the labelled cases in random order; its first K are the support of K shots, so
-the support of 1 shot lies in that of 5. fold 'all' is nnU-Net's: every labelled case is support.
+the support of 1 shot is contained in that of 5. Fold 'all' is nnU-Net's: every labelled case is support.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def make_splits(
     num_folds: int = NUM_FOLDS,
     seed: int = SEED,
 ) -> dict:
-    """Draw queries and folds; the order of the cases given does not matter, and more folds keep the first ones.
+    """Draw queries and folds; the order of the given cases does not matter, and adding folds keeps the first ones.
 
     Args:
-        shots: the numbers K that are wanted; max(shots) labelled cases are never queries.
-        num_queries: at most so many labelled cases become queries, fewer if the support needs them.
+        shots: the numbers K that are needed; max(shots) labelled cases are never queries.
+        num_queries: at most this many labelled cases become queries, fewer if the support needs them.
 
     Raises:
         InputError: for a case given twice, too few labelled cases, or a number out of range.
@@ -45,7 +45,7 @@ def make_splits(
         raise InputError(f"The numbers of shots are {shots}: give at least one, each 1 or more.")
     if max(shots) > len(labelled):
         raise InputError(
-            f"{max(shots)} shots need as many labelled cases, there are {len(labelled)}: "
+            f"{max(shots)} shots need as many labelled cases, but there are {len(labelled)}: "
             "label more or ask for fewer shots."
         )
     if num_queries < 0 or num_folds < 1:
@@ -71,14 +71,14 @@ def fitting_shots(requested: Sequence[int | str], num_labelled: int) -> Sequence
     if requested:
         too_many = [k for k in requested if k != "all" and k > num_labelled]
         if too_many:
-            raise InputError(f"{max(too_many)} shots need as many labelled cases, the dataset has {num_labelled}.")
+            raise InputError(f"{max(too_many)} shots need as many labelled cases, but the dataset has {num_labelled}.")
         return requested
     return [k for k in DEFAULT_SHOTS if k == "all" or k <= num_labelled]
 
 
 def extended(splits: dict, num_folds: int, unlabelled: list[str]) -> dict:
-    """The same draws with other unlabelled queries and as many folds: those that are there stay, further ones are
-    those that `make_splits` would have drawn.
+    """The same draws with other unlabelled queries and this many folds: existing folds are kept, further ones are those
+    that `make_splits` would have drawn.
     """
     folds, queries = splits["folds"], splits["queries"]
     more = make_splits([*folds[0], *queries], unlabelled, [len(folds[0])], len(queries), num_folds, splits["seed"])
@@ -112,7 +112,7 @@ def support_cases(splits: dict, shots: int | str, fold: int | str) -> list[str]:
         return list(pool)
     if shots not in range(1, len(pool) + 1):
         raise InputError(
-            f"{shots} shots of a pool of {len(pool)} cases: ask for 1 to {len(pool)} or 'all', "
+            f"{shots} shots from a pool of {len(pool)} cases: ask for 1 to {len(pool)} or 'all', "
             "or make a larger pool with `fseft splits -d ID --shots K`."
         )
     return pool[:shots]
@@ -143,8 +143,8 @@ def load_splits(file: str | Path) -> dict:
     """Read what save_splits wrote.
 
     Raises:
-        InputError: if there is no such file, or it is another; edits by hand must keep the folds permutations of one
-            pool without queries.
+        InputError: if there is no such file, or it holds something else; after edits by hand, the folds must still be
+            permutations of one pool without queries.
     """
     file = Path(file)
     if not file.is_file():
@@ -153,9 +153,9 @@ def load_splits(file: str | Path) -> dict:
         splits = json.loads(file.read_text("utf-8"))
         problem = _problem(splits)
     except json.JSONDecodeError as error:
-        problem = f"no JSON ({error})"
+        problem = f"it is not JSON ({error})"
     if problem:
-        raise InputError(f"{file} holds no K-shot folds, {problem}: make it anew with `fseft splits -d ID`.")
+        raise InputError(f"{file} does not hold K-shot folds, {problem}: make it again with `fseft splits -d ID`.")
     return splits
 
 
@@ -166,7 +166,7 @@ def _problem(splits: object) -> str | None:
         return f"its keys are not {sorted(keys)}"
     folds, queries = splits["folds"], [splits["queries"], splits["unlabelled_queries"]]
     if not isinstance(folds, list) or not folds or splits["num_folds"] != len(folds):
-        return f'"folds" is no list of {splits["num_folds"]} folds'
+        return f'"folds" is not a list of {splits["num_folds"]} folds'
     if not all(isinstance(part, list) and all(isinstance(case, str) for case in part) for part in [*folds, *queries]):
         return "folds and queries are not lists of case names"
     if any(sorted(fold) != sorted(folds[0]) for fold in folds):

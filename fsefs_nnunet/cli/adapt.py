@@ -13,8 +13,8 @@ def register(verb) -> None:
     parser = verb(
         "adapt",
         adapt,
-        "From a raw dataset to an adapted model, and predictions if asked for: plan what is not planned, choose the "
-        "method by what was measured in the most similar situation, and train it within a time. The same call "
+        "From a raw dataset to an adapted model, and predictions if requested: plan what is not planned, choose the "
+        "method by what was measured in the most similar situation, and train it within a time limit. The same call "
         "continues after an interruption.",
     )
     add_dataset(parser)
@@ -31,7 +31,7 @@ def register(verb) -> None:
         "-b", default="phantom", metavar="BACKBONE", help="see `fseft backbones list`; default: phantom"
     )
     parser.add_argument(
-        "--other_modality", action="store_true", help="as in fseft plan_and_preprocess: MR to a CT backbone for example"
+        "--other_modality", action="store_true", help="as in fseft plan_and_preprocess: e.g. MR for a CT backbone"
     )
     parser.add_argument("-i", type=Path, metavar="FOLDER", help="images to segment, in nnU-Net's naming")
     parser.add_argument("-o", type=Path, metavar="FOLDER", help="where their segmentations go")

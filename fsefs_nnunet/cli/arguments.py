@@ -7,7 +7,7 @@ import math
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-d", required=True, metavar="DATASET", help="id or name of a nnU-Net raw dataset")
+    parser.add_argument("-d", required=True, metavar="DATASET", help="id or name of an nnU-Net raw dataset")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -24,19 +24,19 @@ def positive_float(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return value
 
 
 def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def name_argument(text: str) -> str:
     if not text or set(text) & set("/\\"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no name: it becomes a part of file names")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name: it becomes part of file names")
     return text
 
 

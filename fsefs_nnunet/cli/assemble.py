@@ -8,7 +8,9 @@ from fsefs_nnunet.cli.arguments import add_processes
 
 
 def register(verb) -> None:
-    parser = verb("assemble", assemble, "One partially labelled dataset from several, for FSEFTPretrainer.")
+    parser = verb(
+        "assemble", assemble, "Combine several datasets into one partially labelled dataset, for FSEFTPretrainer."
+    )
     parser.add_argument("-d", required=True, nargs="+", metavar="DATASET", help="ids or names of nnU-Net raw datasets")
     parser.add_argument("-o", required=True, type=int, metavar="ID", help="id of the assembly, not yet taken")
     parser.add_argument(

@@ -16,32 +16,32 @@ if TYPE_CHECKING:
 def register(verb) -> None:
     parser = verb("backbones", backbones, "List, import, download, verify and remove backbones.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("list", help="what is here, and the public ones that can be had")
-    parser = actions.add_parser("info", help="everything that is known of one")
-    parser.add_argument("id", help="as `fseft backbones list` names it")
-    parser = actions.add_parser("import", help="a public checkpoint, or a nnU-Net model as folder or zip")
+    actions.add_parser("list", help="the backbones that are here, and the public ones that can be obtained")
+    parser = actions.add_parser("info", help="everything that is known about one")
+    parser.add_argument("id", help="as listed by `fseft backbones list`")
+    parser = actions.add_parser("import", help="import a public checkpoint, or an nnU-Net model as folder or zip")
     parser.add_argument(
         "id",
-        help="name that the backbone gets; that of a public one says what the file must hold; totalsegmentator: lists "
-        "the models that TotalSegmentator has installed, or imports them",
+        help="name of the new backbone; that of a public one determines what the file must hold; totalsegmentator: "
+        "lists the models that TotalSegmentator has installed, or imports them",
     )
     parser.add_argument(
         "path",
         nargs="?",
-        help="checkpoint file, model folder, or zip of nnUNetv2_export_model_to_zip; of totalsegmentator: a name or "
-        "number of its list, a folder, or all; not needed where a Python package holds the file",
+        help="checkpoint file, model folder, or zip of nnUNetv2_export_model_to_zip; for totalsegmentator: a name or "
+        "number from its list, a folder, or all; not needed if a Python package holds the file",
     )
-    parser.add_argument("-f", default="", metavar="FOLD", help="of a nnU-Net model; default: the first one")
+    parser.add_argument("-f", default="", metavar="FOLD", help="of an nnU-Net model; default: the first one")
     parser.add_argument("-chk", default="checkpoint_final.pth", metavar="FILE", help="default: checkpoint_final.pth")
     parser.add_argument("-c", default="", metavar="CONFIGURATION", help="which model of a zip that holds several")
     _add_folder(parser)
-    parser = actions.add_parser("download", help="fetch a public checkpoint, resuming, and import it")
-    parser.add_argument("id", help="of a public one in `fseft backbones list`")
+    parser = actions.add_parser("download", help="fetch or resume a public checkpoint, and import it")
+    parser.add_argument("id", help="of a public one from `fseft backbones list`")
     _add_folder(parser)
-    parser = actions.add_parser("verify", help="compare weights with the SHA-256 that was recorded")
+    parser = actions.add_parser("verify", help="compare weights with the recorded SHA-256")
     parser.add_argument("id", nargs="*", help="default: all that are here")
     parser = actions.add_parser("remove", help="delete a backbone that you imported")
-    parser.add_argument("id", help="as `fseft backbones list` names it")
+    parser.add_argument("id", help="as listed by `fseft backbones list`")
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def backbones(args: argparse.Namespace) -> None:
         shelf.verify(args.id)
     elif args.action == "remove":
         for file in store.remove_backbone(args.id):
-            print(f"{file} is deleted.")
+            print(f"{file} was deleted.")
     else:
         target = Path(args.o) if args.o else store.user_folder()
         where = f"fseft_backbones={target} " if args.o else ""
@@ -71,7 +71,7 @@ def backbones(args: argparse.Namespace) -> None:
 
 
 def _obtain(args: argparse.Namespace, target: Path) -> Iterable[BackboneContract]:
-    """Download or import into folder `target`; nothing where a list is asked for."""
+    """Download or import into folder `target`; nothing if a list is requested."""
     from fsefs_nnunet.backbones.published import obtaining, totalsegmentator
     from fsefs_nnunet.backbones.published.downloading import by_hand
     from fsefs_nnunet.backbones.published.packaged import packaged_file

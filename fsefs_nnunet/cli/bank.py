@@ -15,10 +15,10 @@ def register(verb) -> None:
     what.add_argument("--verify", action="store_true", help="hash all features, and remove entries that are damaged")
     what.add_argument("--export", metavar="FILE", help="write all banks into a file, for another machine")
     what.add_argument(
-        "--import", dest="import_from", metavar="FILE", help="take the banks of a file; the images must be the same"
+        "--import", dest="import_from", metavar="FILE", help="import the banks in a file; the images must be the same"
     )
     what.add_argument(
-        "--clear", nargs="*", metavar="KEY", help="remove the banks of these keys, which the list shows; of all without"
+        "--clear", nargs="*", metavar="KEY", help="remove the banks with these keys (see the list), or all of them"
     )
 
 

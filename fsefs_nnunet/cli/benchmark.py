@@ -18,7 +18,7 @@ def register(verb) -> None:
     parser = verb(
         "benchmark",
         benchmark,
-        "Train and compare methods, shots and folds on your dataset: table, figure, report. What is done stays done.",
+        "Train and compare methods, shots and folds on your data: table, figure, report. Completed cells are skipped.",
     )
     add_dataset(parser)
     parser.add_argument(
@@ -50,14 +50,16 @@ def benchmark(args: argparse.Namespace) -> None:
     from fsefs_nnunet.benchmark.study import open_study
 
     if (args.i is None) != (args.l is None):
-        raise InputError("-i IMAGES and -l LABELS belong together: give both for a test set, none for the queries.")
+        raise InputError(
+            "-i IMAGES and -l LABELS belong together: give both for a test set, or neither for the queries."
+        )
     test = (Path(args.i).resolve(), Path(args.l).resolve()) if args.i else None
     study = open_study(args.d, args.p, test, args.o, args.device, args.scratch_minutes)
     run_cells(study, plan_cells(study, args.shots, args.folds, args.methods), command_of(args, study))
 
 
 def command_of(args: argparse.Namespace, study: Study) -> list[str]:
-    """What to type to get the same again, from any folder."""
+    """The command line that gives the same again, from any folder."""
     device = study.experiment.device
     command = ["fseft", "benchmark", "-d", args.d, "-p", args.p, "-device", device, "--folds", str(args.folds)]
     for flag, chosen in (("--shots", args.shots), ("--methods", args.methods)):

@@ -9,7 +9,7 @@ from fsefs_nnunet.datasets.tables import tables
 
 
 def register(verb) -> None:
-    parser = verb("convert", convert, "A public dataset, as it is downloaded, to a nnU-Net raw dataset.")
+    parser = verb("convert", convert, "Convert a public dataset, as downloaded, to an nnU-Net raw dataset.")
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(tables()['sources'])}")
     parser.add_argument("-i", required=True, metavar="FOLDER", help="the unpacked download")
     parser.add_argument("-d", required=True, type=int, metavar="ID", help="dataset id, not yet taken")
@@ -20,10 +20,10 @@ def register(verb) -> None:
         metavar="CLASS",
         help="names or groups, in the order of their numbers; default: all",
     )
-    parser.add_argument("--dry_run", action="store_true", help="say what would be converted, write nothing")
+    parser.add_argument("--dry_run", action="store_true", help="report what would be converted, write nothing")
     add_processes(parser)
     parser.add_argument(
-        "--resample_labels", action="store_true", help="bring labels on another grid to their image's (nearest)"
+        "--resample_labels", action="store_true", help="resample labels on another grid to their image's (nearest)"
     )
     parser.add_argument(
         "--image_header",

@@ -1,4 +1,4 @@
-"""`fseft <verb>`: one file beside this per verb, which parses and calls. Heavy imports wait until a verb runs."""
+"""`fseft <verb>`: one file per verb next to this one, which parses and calls. Heavy imports wait until a verb runs."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fseft: {error.filename} cannot be accessed ({error.strerror}): check its permissions.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fseft: Interrupted. What was finished stays; run the same command again.", file=sys.stderr)
+        print("fseft: Interrupted. Finished work is kept; run the same command again.", file=sys.stderr)
         return 130
     return 0
 

@@ -58,15 +58,15 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify_dataset_integrity",
         action="store_true",
-        help="accepted for nnU-Net's sake, no effect: planning always checks every case",
+        help="accepted for compatibility with nnU-Net, no effect: planning always checks every case",
     )
     parser.add_argument(
-        "--accept_positive_ct", action="store_true", help="train on CTs without a value below 0, which are hardly in HU"
+        "--accept_positive_ct", action="store_true", help="train on CT without values below 0, hardly in HU"
     )
     parser.add_argument(
         "--other_modality",
         action="store_true",
-        help="show the backbone images of a modality that it has never seen, MR to a CT backbone for example: z-scored",
+        help="show the backbone z-scored images of a modality that it has never seen, e.g. MR for a CT backbone",
     )
 
 
@@ -80,19 +80,19 @@ def _add_splits(parser: argparse.ArgumentParser) -> None:
         "--num_queries",
         type=int,
         metavar="N",
-        help=f"labelled cases kept as queries at most; default: as drawn before, else {NUM_QUERIES}",
+        help=f"at most this many labelled cases are kept as queries; default: as drawn before, else {NUM_QUERIES}",
     )
     parser.add_argument(
         "--folds",
         type=int,
         metavar="N",
-        help=f"seeded draws of the support, those of before stay; default: as before, else {NUM_FOLDS}",
+        help=f"seeded draws of the support, earlier ones are kept; default: as before, else {NUM_FOLDS}",
     )
     parser.add_argument(
         "--seed",
         type=int,
         metavar="N",
-        help=f"default: as before, else {SEED}; this or --num_queries draws everything anew",
+        help=f"default: as before, else {SEED}; this or --num_queries draws everything again",
     )
 
 

@@ -13,7 +13,8 @@ def register(verb) -> None:
     parser = verb(
         "predict",
         predict,
-        "Segment images, adapting each fold's adapter to each of them under the size prior; flags as nnUNetv2_predict.",
+        "Segment images, adapting each fold's adapter to each image under the size prior. Flags are those of "
+        "nnUNetv2_predict.",
     )
     parser.add_argument("-i", required=True, metavar="FOLDER", help="images, in nnU-Net's naming")
     parser.add_argument("-o", required=True, metavar="FOLDER", help="segmentations, and CASE_sizes.json for each")
@@ -21,13 +22,13 @@ def register(verb) -> None:
     parser.add_argument("--inductive", action="store_true", help="do not adapt; needs no support features")
     parser.add_argument("--largest_component", action="store_true", help="keep the largest component of each class")
     parser.add_argument("--save_probabilities", action="store_true", help="as in nnUNetv2_predict")
-    parser.add_argument("--continue_prediction", "--c", action="store_true", help="leave out cases that are done")
+    parser.add_argument("--continue_prediction", "--c", action="store_true", help="skip cases that are done")
     parser.add_argument("-num_parts", type=int, default=1, metavar="N", help="split the cases into N parts; default: 1")
     parser.add_argument("-part_id", type=int, default=0, metavar="ID", help="which part this is, from 0; default: 0")
     parser = verb(
         "remember",
         remember,
-        "Write support features (at most 50 MB) into trained checkpoints: `fseft predict` can adapt anywhere then.",
+        "Write support features (at most 50 MB) into trained checkpoints, so that `fseft predict` can adapt anywhere.",
     )
     _add_model(parser)
 
@@ -57,14 +58,14 @@ def predict(args: argparse.Namespace) -> None:
     from fsefs_nnunet.inference.support import memories_of
 
     if not 0 <= args.part_id < args.num_parts:
-        raise InputError(f"-part_id {args.part_id} is none of 0 to {args.num_parts - 1}: parts count from 0.")
+        raise InputError(f"-part_id {args.part_id} is not one of 0 to {args.num_parts - 1}: parts count from 0.")
     model = _model(args)
     predictor = QueryPredictor(model, None if args.inductive else memories_of(model), args.save_probabilities)
     options = (args.continue_prediction, args.largest_component, args.num_parts, args.part_id)
     try:
         failures = predict_folder(predictor, Path(args.i), Path(args.o), *options)
     except KeyboardInterrupt:
-        raise InputError("Interrupted: --continue_prediction leaves out the cases that are done.") from None
+        raise InputError("Interrupted: --continue_prediction skips the cases that are done.") from None
     if failures:
         raise InputError(f"{len(failures)} case(s) failed:\n" + "\n".join(failures))
 

@@ -10,7 +10,7 @@ def register(verb) -> None:
     parser = verb(
         "rewrite_header",
         rewrite_header,
-        "Mend the geometry in headers: the spacing that the sform says, or the place of another file's voxels.",
+        "Repair the geometry in headers: take the spacing from the sform, or the position from another file.",
     )
     parser.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help=".nii, .nii.gz, .mha or .nrrd; a link becomes a file"
@@ -20,7 +20,7 @@ def register(verb) -> None:
         type=Path,
         dest="other",
         metavar="OTHER",
-        help="file of as many voxels in the same order, which says where they lie: an image, for its label map",
+        help="file with as many voxels in the same order that defines where they lie, e.g. the image of a label map",
     )
 
 
@@ -29,4 +29,4 @@ def rewrite_header(args: argparse.Namespace) -> None:
 
     for file in args.files:
         rewrite_header(file, args.other)
-        print(f"{file} is written.")
+        print(f"{file} was written.")

@@ -19,16 +19,18 @@ def register(verb) -> None:
         "train on it. The same call continues after an interruption.",
     )
     add_dataset(parser)
-    parser.add_argument(
-        "-c", required=True, metavar="CONFIGURATION", help="of the teacher, 3d_fullres_5shot for example"
-    )
+    parser.add_argument("-c", required=True, metavar="CONFIGURATION", help="of the teacher, e.g. 3d_fullres_5shot")
     parser.add_argument(
         "-tr", default="FSEFTTrainer_Context", metavar="TRAINER", help="of the teacher; default: FSEFTTrainer_Context"
     )
     parser.add_argument("-p", default="FSEFTPlans", metavar="PLANS", help="default: FSEFTPlans")
     parser.add_argument("-f", type=fold_argument, default=0, metavar="FOLD", help="of the teacher; default: 0")
     parser.add_argument(
-        "-o", required=True, type=int, metavar="ID", help="id of the student's dataset, free or begun by the same call"
+        "-o",
+        required=True,
+        type=int,
+        metavar="ID",
+        help="id of the student's dataset, free or used by the same call before",
     )
     parser.add_argument(
         "--pile",
@@ -42,7 +44,7 @@ def register(verb) -> None:
         type=positive_float,
         default=0.9,
         metavar="P",
-        help="voxels of which the teacher is less sure become nnU-Net's ignore label; default: 0.9",
+        help="voxels that the teacher is less sure of become nnU-Net's ignore label; default: 0.9",
     )
     parser.add_argument(
         "--transductive", action="store_true", help="allow queries and test cases in the pile; dataset.json says so"
@@ -51,7 +53,7 @@ def register(verb) -> None:
         "--student",
         default="FSEFTTrainer_FTLong",
         metavar="TRAINER",
-        help=f"FSEFTTrainer_UNet for example, {NONE}: do not train; default: FSEFTTrainer_FTLong",
+        help=f"e.g. FSEFTTrainer_UNet; {NONE}: do not train; default: FSEFTTrainer_FTLong",
     )
     parser.add_argument(
         "--minutes", type=positive_float, metavar="N", help="train for N minutes instead of the method's epochs"

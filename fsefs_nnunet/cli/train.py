@@ -30,7 +30,9 @@ def register(verb) -> None:
     once.add_argument("--val", action="store_true", help="only validate")
     parser.add_argument("--val_best", action="store_true", help="validate checkpoint_best.pth instead")
     parser.add_argument("--disable_checkpointing", action="store_true", help="write no checkpoints")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="JSON of the folders of what failed, and why")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="JSON with the folders of failed trainings, and why"
+    )
 
 
 def train(args: argparse.Namespace) -> None:

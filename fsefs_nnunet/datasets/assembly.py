@@ -43,13 +43,13 @@ class Member:
 
 
 def read_member(dataset_id: int | str) -> Member:
-    """Raises InputError where the dataset cannot take part."""
+    """Raises InputError if the dataset cannot take part."""
     name, raw, _ = dataset_folders(dataset_id)
     content = read_dataset_json(raw / "dataset.json")
     if any(isinstance(value, list) for value in content["labels"].values()) or "ignore" in content["labels"]:
-        raise InputError(f"{name} has regions or an ignore label: datasets with plain labels can be assembled.")
+        raise InputError(f"{name} has regions or an ignore label: only datasets with plain labels can be assembled.")
     if content["file_ending"] not in (".nii.gz", ".nii"):
-        raise InputError(f"{name} has {content['file_ending']} files: NIfTI is wanted.")
+        raise InputError(f"{name} has {content['file_ending']} files: NIfTI is expected.")
     labels: dict[str, int] = {}
     for label, value in content["labels"].items():
         if normalised(label) in labels:
@@ -64,7 +64,7 @@ def assemble(dataset_ids: list[int | str], dataset_id: int, template: str, num_p
     """Write the assembly of raw datasets and return its folder.
 
     template: "universal", the classes of FSEFT's public model, or "union", all labels of all datasets.
-    Images are links. Of images with the same voxels the first is kept, with its labels alone.
+    Images are links. Of images with the same voxels only the first is kept, with its labels.
 
     Raises:
         InputError: for datasets that do not fit together, an id that is taken, no space, an interrupt.
@@ -72,11 +72,11 @@ def assemble(dataset_ids: list[int | str], dataset_id: int, template: str, num_p
     members = [read_member(one) for one in dataset_ids]
     repeated = [name for name, n in Counter(member.name for member in members).items() if n > 1]
     if repeated or len(members) < 2:
-        raise InputError(f"-d {' '.join(map(str, dataset_ids))}: two datasets or more, each once.")
+        raise InputError(f"-d {' '.join(map(str, dataset_ids))}: give two datasets or more, each once.")
     for member in members[1:]:
         if [c.lower() for c in member.channels] != [c.lower() for c in members[0].channels]:
             raise InputError(
-                f"{member.name} has channels {', '.join(member.channels)}, {members[0].name} has "
+                f"{member.name} has channels {', '.join(member.channels)}, but {members[0].name} has "
                 f"{', '.join(members[0].channels)}: only datasets with the same channels can be assembled."
             )
     universal = list(TEMPLATE_29) if template == "universal" else None
@@ -130,7 +130,7 @@ def assemble(dataset_ids: list[int | str], dataset_id: int, template: str, num_p
 
 
 def short_names(members: list[Member]) -> dict[str, str]:
-    """Names of datasets without DatasetXXX_, where that tells them and their cases apart."""
+    """Names of datasets without DatasetXXX_, if they and their cases can still be told apart."""
     names = [member.name for member in members]
     short = [name.split("_", 1)[1] for name in names]
     cases = [f"{prefix}_{case}" for prefix, member in zip(short, members) for case in member.files]
@@ -147,7 +147,7 @@ def label_file(folder: Path, case: str) -> Path:
 
 
 def repeated_patients(digests: dict[str, str]) -> dict[str, str]:
-    """Cases whose voxels, by their hash, an earlier case has -> that case."""
+    """Cases whose voxels have the same hash as those of an earlier case -> that case."""
     first: dict[str, str] = {}
     return {case: first[d] for case, d in digests.items() if first.setdefault(d, case) != case}
 
@@ -162,7 +162,7 @@ def class_table(classes: list[str], sources: dict[str, dict]) -> str:
 
 
 def conflicts(members: list[Member], common: CommonLabels) -> list[str]:
-    """What the user should know of labels that do not simply go together."""
+    """What the user should know about labels that do not simply match."""
     lines = []
     for member in members:
         dropped = [name for name, value in common.values[member.name].items() if not value]
@@ -172,16 +172,16 @@ def conflicts(members: list[Member], common: CommonLabels) -> list[str]:
             sided = [part for part in tables()["unions"].get(whole, []) if part in member.labels]
             inside = [lesion for lesion in lesions if lesion in member.labels]
             if sided and inside:
-                lines.append(f"{member.name}: {', '.join(sided)} without {', '.join(inside)}, whose side is not told")
+                lines.append(f"{member.name}: {', '.join(sided)} without {', '.join(inside)}, whose side is unknown")
     for name in GENERIC:
         owners = [member.name for member in members if name in member.labels]
         if len(owners) > 1:
-            lines.append(f"{name} of {' and '.join(owners)} is taken for one class: rename it if it is not")
+            lines.append(f"{name} of {' and '.join(owners)} is treated as one class: rename it if it is not")
     return lines
 
 
 def header_warnings(members: list[Member]) -> list[str]:
-    """What the user should know of the files' headers. Raises InputError where label map and image do not belong."""
+    """What the user should know about the files' headers. Raises InputError if label map and image do not match."""
     headers, offsets = [], {}
     jobs = [(f"{member.name}/{case}", files) for member in members for case, files in member.files.items()]
     for case, files in tqdm(jobs, desc="checking headers"):
@@ -193,7 +193,7 @@ def header_warnings(members: list[Member]) -> list[str]:
 def add_case(folder: Path, name: str, files: dict, shows_ct: bool, values: dict[int, int]) -> None:
     """Link the images of a case, write its label map with the new values and, last, its record.
 
-    The record, whose presence says that the case is whole, holds the hash of the image's voxels.
+    The record, whose presence marks the case as complete, holds the hash of the image's voxels.
     """
     digest, without_air = hashlib.sha256(), False
     for i, file in enumerate(map(Path, files["images"])):

@@ -1,4 +1,4 @@
-"""A raw dataset under construction: hidden beside the others until it is whole, resumed where it stopped."""
+"""A raw dataset under construction: hidden next to the others until it is complete, resumed where it stopped."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ READER = "NibabelIOWithReorient"  # the public datasets mix orientations
 
 
 def new_dataset(dataset_id: int, name: str) -> Path:
-    """Folder of a raw dataset to be. Raises InputError for an id that is taken, in any of nnU-Net's folders."""
+    """Folder for a new raw dataset. Raises InputError for an id that is taken, in any of nnU-Net's folders."""
     raw = folder_of("nnUNet_raw")
     if not 0 < dataset_id < 1000:
-        raise InputError(f"{dataset_id} is no id of a dataset: nnU-Net's ids go from 1 to 999.")
+        raise InputError(f"{dataset_id} is not a dataset id: nnU-Net's ids go from 1 to 999.")
     taken = sorted(find_candidate_datasets(dataset_id))
     if taken:
         raise InputError(f"Dataset id {dataset_id} is taken by {', '.join(taken)}: choose another.")
@@ -34,8 +34,8 @@ def new_dataset(dataset_id: int, name: str) -> Path:
 class UnfinishedDataset:
     """The hidden folder `.DatasetXXX_Name.part`, which becomes `target` when all is written.
 
-    nnU-Net does not see it before. `options` say what it is made of: an interrupted construction goes on with the
-    same ones alone.
+    nnU-Net does not see it before. `options` say what it is made of: an interrupted construction is only continued
+    with the same ones.
     """
 
     def __init__(self, target: Path, options: dict):
@@ -44,7 +44,7 @@ class UnfinishedDataset:
         file = self.folder / "options.json"
         if file.exists() and read_json(file) != options:
             raise InputError(
-                f"{self.folder} is unfinished and was begun with other options, labels or cases: delete it first."
+                f"{self.folder} is unfinished and was started with other options, labels or cases: delete it first."
             )
         try:
             for name in ("imagesTr", "labelsTr", RECORDS):
@@ -55,7 +55,7 @@ class UnfinishedDataset:
             raise InputError(f"{target.parent} cannot be written to: {error}.") from error
 
     def leave_out(self, cases: set[str], ending: str) -> None:
-        """Remove what an earlier call has written of other cases than `cases`."""
+        """Remove what an earlier call wrote for cases other than `cases`."""
         for folder, parts in (("imagesTr", 5), ("labelsTr", 0)):  # a channel's number, _0000
             for file in (self.folder / folder).glob(f"*{ending}"):
                 stem = file.name.removesuffix(ending)

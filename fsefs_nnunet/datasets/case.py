@@ -43,7 +43,7 @@ class Job:
 
 
 def convert_case(job: Job, case: Case, test: bool = False) -> dict:
-    """Write one case and, last, its record, whose presence says that the case is whole. Returns the record.
+    """Write one case and, last, its record, whose presence marks the case as complete. Returns the record.
 
     A case that cannot be converted gets a record too, with the reason under "skipped", and leaves no file behind.
     """
@@ -73,7 +73,7 @@ def _write(job: Job, case: Case, folder: Path, label_file: Path | None) -> dict:
             raise InputError(f"{case.image} has {len(files)} channels instead of {len(job.channels)}.")
         image, *_ = [read_volume(file) for file in files]
         if len(image.shape) != 3:
-            raise InputError(f"{case.image} has {len(image.shape)} axes: a volume is wanted.")
+            raise InputError(f"{case.image} has {len(image.shape)} axes: a volume is expected.")
         headers, _ = read_headers(list(map(str, files)), READER)
         record = {
             "spacing": [round(float(x), 4) for x in headers[0].spacing],
@@ -86,7 +86,7 @@ def _write(job: Job, case: Case, folder: Path, label_file: Path | None) -> dict:
 
 
 def oddities(job: Job, image: nib.Nifti1Image, headers: list[Header]) -> list[str]:
-    """What a user should know of an image before it is trained on."""
+    """What a user should know about an image before it is trained on."""
     found = {
         "header without sform and qform: left and right are a guess": not all(h.knows_sides for h in headers),
         "sform and qform disagree, the sform counts": not all(h.forms_agree for h in headers),
@@ -123,7 +123,7 @@ def _write_label(job: Job, case: Case, image: nib.Nifti1Image, file: Path) -> di
 
 
 def _reusable(job: Job, labels: Labels, case: Case, image: nib.Nifti1Image) -> bool:
-    """The source's label file is what we would write."""
+    """Whether the source's label file is what we would write."""
     return (
         case.label.is_file()
         and case.label.name.endswith(job.ending)
@@ -135,7 +135,7 @@ def _reusable(job: Job, labels: Labels, case: Case, image: nib.Nifti1Image) -> b
 
 
 def renumbered(selection: Selection, labels: Labels, affine: np.ndarray, case: Case) -> np.ndarray:
-    """Label map in the dataset's numbers, sides told apart."""
+    """Label map in the dataset's numbers, with sides told apart."""
     data = renumber(labels.data, {0: 0, **selection.numbers})
     for pair in selection.pairs:
         mask = np.isin(labels.data, pair.values)

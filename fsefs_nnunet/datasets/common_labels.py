@@ -14,7 +14,7 @@ ALL = "all_classes"
 class CommonLabels:
     """labels: nnU-Net's, background included, wholes before their parts so that the parts are painted over them.
 
-    values: source -> its label -> value in the assembly, 0 where the template has no place for it.
+    values: source -> its label -> value in the assembly, 0 if the template has no place for it.
     annotated: source -> classes it annotates, the mask w of Eq. (1).
     """
 
@@ -25,13 +25,13 @@ class CommonLabels:
 
 
 def annotates(names: set[str], structure: str) -> bool:
-    """A source with labels `names` tells `structure`: by its own label, or by all of its parts."""
+    """Whether a source with labels `names` annotates `structure`: by its own label, or by all of its parts."""
     parts = tables()["unions"].get(structure)
     return structure in names or bool(parts and all(annotates(names, part) for part in parts))
 
 
 def target_class(names: set[str], name: str, classes: list[str]) -> str | None:
-    """Class that the voxels of label `name` go to: itself, the organ around a lesion, the whole of all its parts."""
+    """Class to which voxels of label `name` belong: itself, the organ around a lesion, the whole of all its parts."""
     if name in classes:
         return name
     for organ, lesions in tables()["lesions"].items():
@@ -48,11 +48,11 @@ def common_labels(sources: dict[str, list[str]], template: list[str] | None) -> 
 
     sources: source -> its labels' canonical names. template: classes in their order, None for all labels of all
     sources. A class that no source annotates is left out; wholes of which the template has all parts ("kidneys") are
-    added, so that a source that does not tell the sides counts too. Sigmoid outputs need one region of several values
-    at least: where no class is one, `all_classes` is added.
+    added, so that a source that does not separate the sides counts too. Sigmoid outputs need at least one region of
+    several values: if no class is one, `all_classes` is added.
 
     Raises:
-        InputError: for a source with no label in the template, and where only one class remains.
+        InputError: for a source with no label in the template, and if only one class remains.
     """
     have = {source: set(names) for source, names in sources.items()}
     goal = list(template or dict.fromkeys(name for names in sources.values() for name in names))
@@ -65,7 +65,7 @@ def common_labels(sources: dict[str, list[str]], template: list[str] | None) -> 
     }
     outside = [source for source in sources if not any(holders[source].values())]
     if outside:
-        raise InputError(f"No label of {outside[0]} is in the template: leave it out, or take --template union.")
+        raise InputError(f"No label of {outside[0]} is in the template: leave it out, or use --template union.")
     filled = {name for mapped in holders.values() for name in mapped.values()}
     value = {name: i for i, name in enumerate((name for name in classes if name in filled), 1)}
     if len(value) < 2:

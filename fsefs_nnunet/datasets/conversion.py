@@ -1,4 +1,4 @@
-"""`fseft convert`: a public dataset as it is downloaded -> a nnU-Net raw dataset."""
+"""`fseft convert`: a public dataset as it is downloaded -> an nnU-Net raw dataset."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def convert(
 
     Raises:
         InputError: for a folder that does not hold the dataset, unknown classes, an id that is taken, no space, an
-            interrupt, and where no case could be converted.
+            interrupt, and if no case could be converted.
     """
     source = find_source(name)
     folder = Path(folder).resolve()
@@ -83,9 +83,9 @@ def convert(
 
 
 def find_cases(source: Source, folder: Path) -> tuple[list[Case], list[Case]]:
-    """Cases with labels and images without. Raises InputError where the folder does not hold the dataset."""
+    """Cases with labels and images without. Raises InputError if the folder does not hold the dataset."""
     if not folder.is_dir():
-        raise InputError(f"-i {folder} is no folder: give the one with {source.layout}.")
+        raise InputError(f"-i {folder} is not a folder: give the one with {source.layout}.")
     cases = source.cases(folder)
     _refuse_repeated(cases)
     if any(case.image and case.label for case in cases):
@@ -98,7 +98,7 @@ def find_cases(source: Source, folder: Path) -> tuple[list[Case], list[Case]]:
 
 
 def _refuse_repeated(cases: list[Case]) -> None:
-    """Two of one name would write the same files."""
+    """Two cases of the same name would write the same files."""
     first: dict[str, Case] = {}
     for case in cases:
         other = first.setdefault(case.name, case)

@@ -1,4 +1,4 @@
-"""One function on many cases, in parallel, with an end that the user understands whatever happens."""
+"""One function on many cases, in parallel, with an error that the user understands whatever happens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run_jobs(function: Callable, jobs: Iterable[tuple], num_processes: int, text
     """Results of `function(*job)`, in parallel, with a progress bar.
 
     Raises:
-        InputError: the first one of a worker, where one was killed, for a full disk, and for an interrupt.
+        InputError: the first one of a worker, and if a worker is killed, the disk is full, or the user interrupts.
     """
     jobs = list(jobs)
     if not jobs:
@@ -43,11 +43,11 @@ def run_jobs(function: Callable, jobs: Iterable[tuple], num_processes: int, text
                     raise
     except BrokenProcessPool:
         raise InputError(
-            f"One of {num_processes} processes was killed, for want of memory as a rule: run the same command "
-            "again with a smaller -np to go on."
+            f"One of {num_processes} processes was killed, usually for lack of memory: run the same command "
+            "again with a smaller -np to continue."
         ) from None
     except KeyboardInterrupt:
-        raise InputError("Interrupted: run the same command again to go on.") from None
+        raise InputError("Interrupted: run the same command again to continue.") from None
 
 
 def _start_worker() -> None:
@@ -63,7 +63,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def full_disk_reported() -> Iterator[None]:
-    """Raises InputError where the disk is full."""
+    """Raises InputError if the disk is full."""
     try:
         yield
     except OSError as error:

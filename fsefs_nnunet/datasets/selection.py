@@ -33,7 +33,7 @@ class Selection:
 
     @property
     def unchanged(self) -> bool:
-        """The source's label maps are those of the dataset."""
+        """Whether the source's label maps are those of the dataset."""
         return not self.pairs and all(value == number for value, number in self.numbers.items())
 
 
@@ -43,14 +43,14 @@ def split_by_default(table: dict[str, int], split: list[str]) -> list[str]:
 
 
 def select(table: dict[str, int], wanted: list[str], split: list[str], groups: dict[str, list[str]]) -> Selection:
-    """Classes that the user asked for, in that order.
+    """Classes that the user requested, in that order.
 
     table: the source's labels by name, `split`: those of them that stand for both sides and are split unless the
-    whole is asked for by name, `groups`: named lists of classes. `wanted`: names of classes, sides or groups, "all";
-    empty for all. A lesion that is not wanted counts as the organ around it.
+    whole is requested by name, `groups`: named lists of classes. `wanted`: names of classes, sides or groups, "all";
+    empty for all. A lesion that is not requested counts as the organ around it.
 
     Raises:
-        InputError: for names that the table does not have, and for an organ beside its own sides.
+        InputError: for names that the table does not have, and for an organ together with its own sides.
     """
     sides = {side: whole for whole in tables()["sides"] if whole in table for side in tables()["sides"][whole]}
     offered = {normalised(name): name for name in [*table, *sides]}

@@ -7,9 +7,9 @@ import numpy as np
 
 
 def split_sides(mask: np.ndarray, affine: np.ndarray) -> np.ndarray | None:
-    """1 for the right and 2 for the left organ of `mask`, (X, Y, Z), uint8; None where it cannot be decided.
+    """1 for the right and 2 for the left organ of `mask`, (X, Y, Z), uint8; None if it cannot be decided.
 
-    The organs are the two largest components. Which is which says the patient's axis: `affine` maps voxels to mm, the
+    The organs are the two largest components, told apart along the patient's axis: `affine` maps voxels to mm, the
     first coordinate grows to the patient's right (NIfTI). Fragments go to the nearer organ's centre.
     Not decided: the second component has under a tenth of the first's voxels (one organ, or both grown together), or
     the line between the centres lies more than 60 degrees off the left-right axis (two pieces of one side).

@@ -38,11 +38,11 @@ def write_volume(folder: Path, target: Path) -> Path:
 def read_masks(folder: Path, series: Path, shape: tuple[int, ...]) -> Masks:
     """Masks in `folder` of the slices in `series`, which make a volume of `shape`.
 
-    They belong together in the order of their names; where a slice lies in the patient says its header alone, so both
+    They are paired in the order of their names; only the header of a slice says where it lies in the patient, so both
     are sorted by position afterwards.
 
     Raises:
-        InputError: for masks that cannot be read, and for those that are not one of each slice.
+        InputError: for masks that cannot be read, and unless there is one for each slice.
     """
     slices, order = _slices(series)
     masks = _by_name(folder, "png")
@@ -51,7 +51,7 @@ def read_masks(folder: Path, series: Path, shape: tuple[int, ...]) -> Masks:
     names = {file.stem for file in slices}
     strays = [file for file in masks if file.stem not in names]
     if 0 < len(strays) < len(masks):  # named as slices, so a slice and another mask are lost
-        raise InputError(f"{strays[0]} has no slice of its name in {series}: unpack both again.")
+        raise InputError(f"{strays[0]} has no slice with its name in {series}: unpack both again.")
     files = [masks[i] for i in order]
     try:
         stack = np.stack([sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for file in files])
@@ -85,7 +85,7 @@ def _slices(folder: Path) -> tuple[list[Path], np.ndarray]:
     steps = np.diff(np.array(positions)[order])
     if len(files) < 2 or steps.min() <= 0 or steps.max() > 1.5 * np.median(steps):
         raise InputError(
-            f"{folder} is no whole series: {len(files)} slices with gaps or in one place. Unpack it again."
+            f"{folder} is not a complete series: {len(files)} slices with gaps or in one place. Unpack it again."
         )
     return files, order
 

@@ -1,4 +1,4 @@
-"""What a converter knows of its dataset: where the files lie and what the labels are."""
+"""What a converter knows about its dataset: where the files lie and what the labels are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fsefs_nnunet.errors import InputError
 
 @dataclass(frozen=True)
 class Case:
-    """image, label: a file, or a folder of slices or masks; None where the download lacks it."""
+    """image, label: a file, or a folder of slices or masks; None if the download lacks it."""
 
     name: str
     image: Path | None
@@ -25,7 +25,7 @@ class Case:
 
 
 class Source:
-    """Base of the converters. A subclass says how files pair up, and how to read what is no plain NIfTI."""
+    """Base of the converters. A subclass says how files pair up, and how to read what is not plain NIfTI."""
 
     name: str
     layout: str  # what the folder holds, for messages

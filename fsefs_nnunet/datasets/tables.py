@@ -18,6 +18,6 @@ def tables() -> dict:
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """' Did you mean X?', or nothing where no name is near."""
+    """' Did you mean X?', or nothing if no name is close."""
     near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], 1, 0.5)
     return f" Did you mean {next(n for n in names if n.lower() == near[0])}?" if near else ""

@@ -32,7 +32,7 @@ _UNREADABLE = (
 
 
 def read_header(file: Path) -> nib.Nifti1Image:
-    """A NIfTI image whose voxels wait on disk. Raises InputError for a file that is missing or no NIfTI."""
+    """A NIfTI image whose voxels stay on disk. Raises InputError for a file that is missing or not NIfTI."""
     if not file.exists():
         raise InputError(f"{file} is missing: unpack the whole archive.")
     try:
@@ -51,7 +51,7 @@ def read_volume(file: Path) -> nib.Nifti1Image:
 
 
 def integers(image: nib.Nifti1Image, file: Path) -> np.ndarray:
-    """Voxels of a label map as integers. Raises InputError where they are none."""
+    """Voxels of a label map as integers. Raises InputError if they are not."""
     data = np.asanyarray(image.dataobj)
     if data.dtype.kind in "iu":
         return data
@@ -61,7 +61,7 @@ def integers(image: nib.Nifti1Image, file: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class OtherGrid:
-    """What becomes of label maps that do not lie on their image's grid, where the user wants it; else they are refused.
+    """What to do with label maps that do not lie on their image's grid; without a choice they are refused.
 
     image_header: those with the image's shape take its header, for their own was lost.
     resample: the others are resampled (nearest neighbour).
@@ -88,14 +88,14 @@ class Placed(NamedTuple):
 def on_grid(label: nib.Nifti1Image, image: nib.Nifti1Image, file: Path, other_grid: OtherGrid) -> Placed:
     """`label`, which was read from `file`, on the grid of `image`.
 
-    Headers of label and image often differ by rounding: up to half a voxel is the same grid.
+    Headers of label and image often differ by rounding: up to half a voxel counts as the same grid.
 
     Raises:
-        InputError: for another grid, unless the user says what to do; where resampling would lose labels; for more
-            axes than three, which nnU-Net does not read.
+        InputError: for another grid, unless the user says what to do; if resampling would lose labels; for more than
+            three axes, which nnU-Net does not read.
     """
     if len(label.shape) != 3:
-        raise InputError(f"{file} has {len(label.shape)} axes: a volume is wanted.")
+        raise InputError(f"{file} has {len(label.shape)} axes: a volume is expected.")
     grids = _grid(label), _grid(image)
     if grids[0].is_on_grid_of(grids[1]):
         return Placed(label)
@@ -131,7 +131,7 @@ def _grid(image: nib.Nifti1Image) -> Header:
 
 
 def _require_volumes(before: nib.Nifti1Image, after: nib.Nifti1Image, file: Path) -> None:
-    """Raises InputError where a label has lost a tenth of its volume: more than nearest neighbours take or give."""
+    """Raises InputError if a label has lost a tenth of its volume: more than nearest neighbours take or give."""
     then, now = (np.bincount(integers(image, file).clip(0).ravel()) for image in (before, after))
     voxels = [abs(np.linalg.det(image.affine[:3, :3])) / 1000 for image in (before, after)]
     for value in filter(None, np.flatnonzero(then).tolist()):
@@ -153,7 +153,7 @@ def renumber(data: np.ndarray, values: dict[int, int]) -> np.ndarray:
 
 def write_label(data: np.ndarray, image: nib.Nifti1Image, file: Path) -> None:
     """Label map (X, Y, Z) of up to 255 classes, with the geometry of its image."""
-    file.unlink(missing_ok=True)  # a link of an earlier run would be written through
+    file.unlink(missing_ok=True)  # writing to a link of an earlier run would change its target
     header = image.header.copy()
     header.set_data_dtype(np.uint8)
     header.set_slope_inter(1, 0)
@@ -161,7 +161,7 @@ def write_label(data: np.ndarray, image: nib.Nifti1Image, file: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> bool:
-    """Make `target` a link to `source`, or a copy where there are no links; True for a link.
+    """Make `target` a link to `source`, or a copy if links are not supported; True for a link.
 
     Between .nii and .nii.gz the bytes are (un)compressed, nothing else changes.
     """

@@ -55,7 +55,7 @@ def save_overlay(
     for mask in masks.values():
         if mask.shape != image.shape:
             raise ValueError(
-                f"{image_file} has shape {image.shape} and a segmentation of it {mask.shape}: not one case."
+                f"{image_file} has shape {image.shape} and a segmentation of it {mask.shape}: they are different cases."
             )
     low, high = window or np.nanpercentile(image, [1, 99])
     image, masks = _without_air(image, masks, low)

@@ -74,7 +74,7 @@ def ranked_overlays(predictions: Path, images: dict[str, str], labels: Path, dat
 
     images: the first channel of each case.
 
-    None of a folder where no case shows a class, labelled or predicted.
+    Empty if no case shows a class, labelled or predicted.
     """
     ending = dataset_json["file_ending"]
     dice = case_dice(predictions / "summary.json")
@@ -112,5 +112,5 @@ def size_section(fold: Path, predictions: Path) -> dict:
         }
         for name, of_class in expected.items()
     ]
-    caption = "Sizes of the segmentations, and of the labels, which serve this evaluation alone."
+    caption = "Sizes of the segmentations, and of the labels, which only this evaluation uses."
     return {"charts": {caption: plot_sizes(expected, predicted, labelled)}, "rows": rows}

@@ -24,8 +24,7 @@ def surface_metrics(
 ) -> tuple[float, float]:
     """Normalised surface Dice (arXiv 1809.04430) and 95th percentile of the Hausdorff distance in mm.
 
-    Where one mask alone is empty they are 0 and the volume's diagonal, the largest distance that there can be; where
-    both are, NaN.
+    If only one mask is empty, they are 0 and the volume's diagonal, the largest possible distance; if both are, NaN.
 
     Args:
         prediction, reference: boolean volumes of one shape.
@@ -49,7 +48,7 @@ def surface_metrics(
     masks = [torch.from_numpy(mask[organs])[None, None] for mask in (prediction, reference)]
     options = {"include_background": True, "spacing": list(map(float, spacing))}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI warns of an argument that it gives itself
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI warns about an argument that it passes itself
         surface_dice = compute_surface_dice(*masks, [tolerance_mm], use_subvoxels=True, **options)
         distance = compute_hausdorff_distance(*masks, percentile=95, **options)
     return float(surface_dice), float(distance)

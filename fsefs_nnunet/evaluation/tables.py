@@ -83,7 +83,7 @@ def counted_sizes(
     """Predicted and reference size in ml of each label by case, from the voxels that nnU-Net counted.
 
     Args:
-        summary_json_file: with the predictions beside it, whose headers say how large a voxel is.
+        summary_json_file: with the predictions next to it, whose headers say how large a voxel is.
         labels: names and values as in dataset.json.
         reader: nnU-Net's reader of these files.
     """

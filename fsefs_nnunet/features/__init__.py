@@ -1,1 +1,1 @@
-"""The feature bank: what a frozen backbone gives of each volume, stored, and crops of it."""
+"""The feature bank: the frozen backbone's features of each volume, stored, and crops of them."""

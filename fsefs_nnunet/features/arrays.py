@@ -1,4 +1,4 @@
-"""Flat arrays in .npy files, mapped where the file system can map files."""
+"""Flat arrays in .npy files, mapped if the file system can map files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def new_files(files: Sequence[Path], sizes: Sequence[int], dtype: type) -> Itera
 
 
 def new_array(file: Path, size: int, dtype: type) -> np.ndarray:
-    """A flat array in a new .npy `file`, mapped; in memory where the file system cannot map files.
+    """A flat array in a new .npy `file`, mapped; in memory if the file system cannot map files.
 
     Raises:
         OSError: if the disk cannot hold it. Space is reserved at once, since a mapped file that runs out of it later
@@ -49,7 +49,7 @@ def new_array(file: Path, size: int, dtype: type) -> np.ndarray:
 
 
 def mapped(npy: Path) -> np.ndarray:
-    """Content of an .npy file, mapped copy-on-write; in memory where the file system cannot map files."""
+    """Content of an .npy file, mapped copy-on-write; in memory if the file system cannot map files."""
     try:
         return np.load(npy, mmap_mode="c")
     except OSError:

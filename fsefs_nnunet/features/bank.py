@@ -1,4 +1,4 @@
-"""FeatureBank: what the frozen backbone gives of each volume, stored for all folds, shots, seeds and adapters."""
+"""FeatureBank: the frozen backbone's features of each volume, stored for all folds, shots, seeds and adapters."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Request:
     """A volume whose features are needed.
 
     files: those that hold the image; as long as their sizes and modification times match, they are not read.
-    content: computes a hash of their content, for the case that sizes or times differ.
+    content: computes a hash of their content, in case sizes or times differ.
     image: loads the preprocessed image (channels, X, Y, Z).
     layout: what to keep of the volume.
     made: for a view, everything that it depends on besides the files.
@@ -182,7 +182,7 @@ class FeatureBank:
         damaged = [n for n in names if any((self.folder / f"{n}{ending}").exists() for ending in (".npy", ".json"))]
         if damaged:
             log(
-                f"{len(damaged)} entries were not whole, or their files were altered, and are computed again: "
+                f"{len(damaged)} entries were incomplete, or their files were altered, and are computed again: "
                 f"{', '.join(damaged)}."
             )
         small = sum(any(n < w for n, w in zip(r.layout.shape, self.patch_size)) for r in missing)
@@ -223,7 +223,7 @@ class FeatureBank:
         for request in missing:
             if not self._open(request):
                 name = self._key(request).name
-                raise OSError(f"{self.folder / name}.npy does not read as it was written: the disk may be failing.")
+                raise OSError(f"{self.folder / name}.npy does not read back as written: the disk may be failing.")
         return len(missing)
 
     @contextmanager

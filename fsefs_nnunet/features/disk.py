@@ -32,7 +32,7 @@ def cap_in_gb(planned: float | None) -> float | None:
     """What the banks of a dataset may take: the environment variable fseft_bank_gb, else `planned`; None: no cap.
 
     Raises:
-        InputError: if it is no number from 0 on.
+        InputError: if it is not a number from 0 upwards.
     """
     cap = os.environ.get("fseft_bank_gb") or planned
     if cap is None:
@@ -58,7 +58,7 @@ def require_space(root: Path, needed: int, cap_gb: float | None) -> None:
 
 
 def has_space(root: Path, needed: int, cap_gb: float | None) -> bool:
-    """Whether `needed` more bytes in `root` leave the cap and half of the free disk alone."""
+    """Whether `needed` more bytes in `root` fit within the cap and half of the free disk."""
     used, free = _used_and_free(root)
     return needed <= free / 2 and (cap_gb is None or used + needed <= cap_gb * 1e9)
 
@@ -101,13 +101,13 @@ def clear_banks(root: Path, keys: Sequence[str]) -> list[Bank]:
     unknown = set(keys) - {bank.key for bank in banks}
     if unknown:
         raise InputError(
-            f"No feature bank {', '.join(sorted(unknown))} in {root}, there are: "
+            f"No feature bank {', '.join(sorted(unknown))} in {root}; there are: "
             f"{', '.join(bank.key for bank in banks) or 'none'}."
         )
     banks = [bank for bank in banks if not keys or bank.key in keys]
     for bank in banks:
         if _is_being_filled(bank.folder):
-            raise InputError(f"A training is filling {bank.folder}: wait until it has, or end it.")
+            raise InputError(f"A training is filling {bank.folder}: wait until it has finished, or stop it.")
     for bank in banks:
         shutil.rmtree(bank.folder)
     return banks
@@ -142,7 +142,7 @@ def clear(dataset_id: int | str, keys: Sequence[str]) -> None:
 
 
 def bank_folder(dataset_id: int | str) -> Path:
-    """Of all banks of a dataset."""
+    """The folder of all banks of a dataset."""
     return dataset_folders(dataset_id)[2] / BANK_FOLDER
 
 

@@ -23,7 +23,7 @@ def host_bytes(tiling: Tiling, channels: int) -> int:
 
 
 def free_host_bytes() -> int | None:
-    """Main memory that is free; None where the system does not say."""
+    """Main memory that is free; None if the system does not say."""
     try:
         with open("/proc/meminfo") as f:
             lines = dict(line.split(":") for line in f)
@@ -51,10 +51,10 @@ def memory_warnings(tiling: Tiling, channels: int, device: torch.device) -> list
     needed = host_bytes(tiling, channels)
     size = " x ".join(map(str, tiling.shape))
     estimate = f"The largest volume, {size} voxels, takes about {gigabytes(needed)} of main memory"
-    lines = [f"{estimate}, a slab of its features {gigabytes(tiling.slab_bytes)}; longer volumes take no larger slabs."]
+    lines = [f"{estimate}, a slab of its features {gigabytes(tiling.slab_bytes)}; longer volumes need no larger slabs."]
     free = free_host_bytes()
     if free is not None and needed > free:
-        lines.append(f"Warning: only {gigabytes(free)} of main memory are free: {REMEDY}")
+        lines.append(f"Warning: only {gigabytes(free)} of main memory is free: {REMEDY}")
     if device.type == "cuda" and blending_device(tiling, device) != device:
         on_device = gigabytes(torch.cuda.mem_get_info(device)[0])
         lines.append(f"The GPU has {on_device} free, so slabs lie in main memory, which is slower: {REMEDY}")

@@ -179,7 +179,7 @@ class Sums:
 def mean_and_deviation(
     voxels: np.ndarray | int, sums: np.ndarray, square_sums: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of channels (C,), float32. A channel that is constant has deviation 1: it is not scaled."""
+    """Of channels (C,), float32. A constant channel has deviation 1, so that it is not scaled."""
     mean = sums / voxels
     std = np.sqrt(np.maximum(square_sums / voxels - mean**2, 0))
     std = np.where(std > 1e-3 * max(std.max(), 1e-6), std, 1.0)

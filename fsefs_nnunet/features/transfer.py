@@ -66,25 +66,25 @@ def export_banks(dataset_id: int | str, file: Path) -> None:
     if not parts:
         raise InputError(f"There is no feature bank in {root}: a training fills it.")
     with refused_if_unwritable(file.parent), replacing(file) as unfinished:
-        with zipfile.ZipFile(unfinished, "w") as archive:  # without compression, which features do not profit from
+        with zipfile.ZipFile(unfinished, "w") as archive:  # uncompressed, since features do not benefit from it
             for part in tqdm(sorted(parts), desc="exporting"):
                 archive.write(part, f"{part.parent.name}/{part.name}")
     print(f"{file}: {len(parts)} files, {gigabytes(file.stat().st_size)}.")
 
 
 def import_banks(dataset_id: int | str, file: Path) -> None:
-    """Take the banks that `export_banks` wrote: what `fseft bank -d ID --import FILE` runs.
+    """Import the banks that `export_banks` wrote: what `fseft bank -d ID --import FILE` runs.
 
-    Existing entries stay. The first training compares the images that the entries were computed from with its own.
+    Existing entries are kept. The first training compares the images that the entries were computed from with its own.
 
     Raises:
-        InputError: if `file` is damaged or no such file, or no plans of the dataset name its backbone. Incomplete
+        InputError: if `file` is damaged or not such a file, or no plans of the dataset name its backbone. Incomplete
             entries are not imported.
     """
     root = bank_folder(dataset_id)
     with _opened(file) as archive, refused_if_unwritable(root.parent):
         if not all(map(_IN_A_BANK.fullmatch, archive.namelist())):
-            raise InputError(f"{file} is no file that `fseft bank --export` wrote.")
+            raise InputError(f"{file} was not written by `fseft bank --export`.")
         names = [PurePosixPath(name) for name in archive.namelist()]
         _require_backbones(archive, names, root.parent, file)
         missing = [name for name in names if not (root / name).exists()]
@@ -95,7 +95,7 @@ def import_banks(dataset_id: int | str, file: Path) -> None:
             with replacing(root / name) as part, archive.open(str(name)) as content, open(part, "wb") as f:
                 while block := content.read(1 << 20):
                     f.write(block)
-    print(f"{len(missing)} files imported into {root}; a training checks that they are of its own images.")
+    print(f"{len(missing)} files imported into {root}; a training checks that they belong to its own images.")
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise InputError(
-            f"{file} is damaged, or no file that `fseft bank --export` wrote ({error}): export again."
+            f"{file} is damaged, or was not written by `fseft bank --export` ({error}): export again."
         ) from error
     except FileNotFoundError as error:
         raise InputError(f"There is no {file}.") from error
@@ -121,7 +121,7 @@ def _require_backbones(archive: zipfile.ZipFile, names: list[PurePosixPath], pre
                 backbone = json.loads(archive.read(str(name)))["key"]["recipe"]["backbone"]
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
-                    f"{file} is damaged: its {name} describes no entry of a bank. Export again."
+                    f"{file} is damaged: its {name} does not describe an entry of a bank. Export again."
                 ) from error
             theirs[backbone] = name.parts[0].rsplit("_", 1)[0]
     ours = {}

@@ -1,7 +1,7 @@
 """Augmented views of support volumes, one window each, made like nnU-Net's patches.
 
-Stored features cannot be augmented as images can, so images are augmented before. A view costs the backbone a single
-window, a whole volume about a hundred.
+Stored features cannot be augmented as images can, so images are augmented beforehand. A view costs the backbone a
+single window, a whole volume about a hundred.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class SupportViews:
         Args:
             views: number for all cases together, divided evenly, at least one for each; 0: none.
             load_case: gives image and label map of a case, in memory or mapped; further items are ignored.
-            transforms_of: batchgeneratorsv2's training transforms for a patch of so many voxels.
+            transforms_of: batchgeneratorsv2's training transforms for a patch of this size.
             labels: foreground labels of the dataset.
             window: the backbone's.
             initial_patch: nnU-Net's size of a patch before its spatial transform.
-            cutmix: probability that a view shows a box of another case's view, where there are two cases or more.
+            cutmix: probability that a view shows a box of another case's view, if there are at least two cases.
         """
         of_each = max(views // len(cases), min(views, 1))
         self.names = {view_name(case, view): (case, view) for case in cases for view in range(of_each)}
@@ -153,7 +153,7 @@ def view_patch(
     initial_patch: Sequence[int],
     seed: Sequence[int],
 ) -> list[list[int]]:
-    """Where a view is cut, [first, stop) per axis: beyond the window, so that turning it finds image at its corners.
+    """Where a view is cut, [first, stop) per axis: beyond the window, so that rotating it finds image at its corners.
 
     The window lies in the volume, around a random voxel of a random class, as nnU-Net's patches of foreground.
 

@@ -24,7 +24,7 @@ class Slab:
     """Finished planes of a volume's maps.
 
     first, stop: padded voxels along the first axis.
-    maps: (C, (stop - first) / stride, Y / stride, Z / stride) float32 each, valid until the next slab is asked for.
+    maps: (C, (stop - first) / stride, Y / stride, Z / stride) float32 each, valid until the next slab is requested.
     """
 
     first: int
@@ -78,8 +78,8 @@ class _Batches:
                 if len(now) == 1:
                     size = " x ".join(map(str, self.tiling.window))
                     raise InputError(
-                        f"a window of {size} voxels takes more memory than the GPU has left: end what else runs there, "
-                        "choose a smaller backbone, or add -device cpu."
+                        f"a window of {size} voxels takes more memory than the GPU has left: stop other programs on "
+                        "it, choose a smaller backbone, or add -device cpu."
                     ) from error
                 self.size, starts = len(now) // 2, now + starts
                 torch.cuda.empty_cache()
@@ -112,7 +112,7 @@ class _Batches:
 def _checked(slab: Slab) -> Slab:
     if not _finite(slab.maps):
         raise InputError(
-            "the backbone gives NaN or infinite values for this image, which holds none: its weights may be damaged "
+            "the backbone returns NaN or infinite values for this image, which holds none: its weights may be damaged "
             "(`fseft backbones list` verifies them), or the image is far from what it was trained on."
         )
     return slab

@@ -14,7 +14,7 @@ from nnunetv2.postprocessing.remove_connected_components import remove_all_but_l
 
 from fsefs_nnunet.inference.trained_model import TrainedModel
 
-PART_FOLDER = ".fseft_part"  # nnU-Net takes every file in the output folder for a segmentation, but no folder
+PART_FOLDER = ".fseft_part"  # nnU-Net takes every file in the output folder for a segmentation, but ignores folders
 
 
 def export(
@@ -54,7 +54,7 @@ def export(
 def part_folder(output: Path, purpose: str) -> Iterator[Path]:
     """A temporary folder next to the segmentation `output`, named after it: others may be predicted at once."""
     folder = output.parent / f"{PART_FOLDER}_{output.name}_{purpose}"
-    shutil.rmtree(folder, ignore_errors=True)  # of a prediction that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # left by a prediction that was killed
     folder.mkdir()
     try:
         yield folder

@@ -19,16 +19,16 @@ from fsefs_nnunet.inference.overlap import overlapped
 from fsefs_nnunet.inference.prediction import QueryPredictor, Segmented
 from fsefs_nnunet.inference.weights import sha256_of_weights
 
-MADE_OF = "made_of"  # in a volume's report: with what it was predicted, so that only the same goes on from there
-WAITING = 2  # volumes beside the one at work: the next is read, the one before is written
-OF_ADAPTATION = ("loss", "predict_lambda", "predict_gamma", "predict_lr", "predict_steps")  # settings that it heeds
+MADE_OF = "made_of"  # in a volume's report: what it was predicted with, so that only the same is continued
+WAITING = 2  # volumes besides the current one: the next is being read, the previous one written
+OF_ADAPTATION = ("loss", "predict_lambda", "predict_gamma", "predict_lr", "predict_steps")  # settings it depends on
 
 
 def scale_warnings(headers: dict[str, list[Header]], plans: dict) -> list[str]:
-    """One sentence, of images whose field of view is far from that of the training cases, in cm for mm perhaps."""
+    """One sentence about images whose field of view is far from that of the training cases, perhaps in cm for mm."""
     shape, spacing = (np.array(plans[f"original_median_{key}_after_transp"]) for key in ("shape", "spacing"))
     odd = [h[0].file for h in headers.values() if is_far_off(np.sort(h[0].field_of_view), np.sort(shape * spacing))]
-    return [f"{several(odd)}: a field of view far from the training cases'. Is the spacing in mm?"] if odd else []
+    return [f"{several(odd)}: field of view far from that of the training cases. Is the spacing in mm?"] if odd else []
 
 
 def predict_folder(
@@ -42,7 +42,7 @@ def predict_folder(
 ) -> list[str]:
     """Segment every image of a folder in nnU-Net's naming; a volume that fails does not stop the others.
 
-    Beside each segmentation lies `<case>_sizes.json`; it is written last.
+    `<case>_sizes.json` is written next to each segmentation, as the last file.
 
     Returns:
         Why cases failed, one sentence each.
@@ -83,7 +83,7 @@ def predict_folder(
         report = {**segmented.report, MADE_OF: made_of}
         write_atomically(output / f"{case}_sizes.json", json.dumps(report, indent=1))
         if any(report["diverged"]):
-            tqdm.write(f"{found.cases[case][0]}: its adaptation diverged, the trained adapter segments it as it is.")
+            tqdm.write(f"{found.cases[case][0]}: its adaptation diverged; the trained adapter segments it unchanged.")
 
     def has_room() -> bool:
         free = free_host_bytes()

@@ -15,7 +15,7 @@ from fsefs_nnunet.errors import InputError
 
 @dataclass
 class ImagesToSegment:
-    """By case: files (one per channel) and their headers of those that can be tried, and why others failed already."""
+    """By case: files (one per channel) and headers of those that can be tried, and why the others failed."""
 
     cases: dict[str, list[str]] = field(default_factory=dict)
     headers: dict[str, list[Header]] = field(default_factory=dict)
@@ -52,7 +52,7 @@ def images_to_segment(
     for case in sorted({*listed.cases, *listed.faults})[part_id::num_parts]:
         if case in listed.faults:
             if case.removesuffix(dataset_json["file_ending"]) in listed.cases:
-                continue  # a label map beside its image
+                continue  # a label map next to its image
             made.failures[case] = not_segmented(listed.faults[case].file, listed.faults[case])
             continue
         files = listed.cases[case]

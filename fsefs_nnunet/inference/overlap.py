@@ -17,14 +17,14 @@ def overlapped(
     """Load, compute and write each of `cases`: while one is computed, the next is loaded and the one before written.
 
     Loading and writing have a thread each, not nnU-Net's processes: readers, resampling and PyTorch release Python's
-    lock, nothing is copied, and a thread starts at once.
+    global lock, nothing is copied, and a thread starts at once.
 
     Args:
         compute: of a case and what `load` gave; write: of a case and what `compute` gave.
-        has_room: whether there is memory for what waits; where there is none, one step follows the other.
+        has_room: whether there is memory for what waits; if there is none, the steps run one after the other.
 
     Yields:
-        Each case that is done with, and why it failed, None if it did not.
+        Each finished case, and why it failed, or None.
     """
     with ThreadPoolExecutor(1) as loading, ThreadPoolExecutor(1) as writing:
         loaded: Future | None = None
@@ -33,7 +33,7 @@ def overlapped(
             content = made = error = None
             try:
                 content = (loaded or loading.submit(load, case)).result()
-            except Exception as reason:  # readers of broken files raise whatever they like
+            except Exception as reason:  # readers may raise anything for broken files
                 error = reason
             loaded = loading.submit(load, following) if following is not None and has_room() else None
             if error is None:

@@ -103,7 +103,7 @@ class QueryPredictor:
         self.largest_bytes = 0  # of the image and the logits of a volume
 
     def predict(self, loaded: Loaded, output: Path) -> Segmented:
-        """Segment an image, which is to become `output`."""
+        """Segment an image, to be written to `output`."""
         with part_folder(output, "features") as folder:
             # without adaptation one look is enough
             return self.segment(self.volume_of(loaded, folder if self.memories is not None else None))

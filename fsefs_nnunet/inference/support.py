@@ -38,7 +38,7 @@ def stored_memory(model: TrainedModel, index: int) -> SupportMemory | None:
     memory = SupportMemory.from_state(stored, str(model.files[index]))
     if memory.features.shape[1] != model.network.backbone.out_channels:
         raise InputError(
-            f"The support features in {model.files[index]} have {memory.features.shape[1]} channels, the backbone "
+            f"The support features in {model.files[index]} have {memory.features.shape[1]} channels, but the backbone "
             f"gives {model.network.backbone.out_channels}: write them again with `fseft remember`."
         )
     return memory
@@ -95,5 +95,5 @@ def remember(model: TrainedModel) -> None:
         memory = memory_from_bank(model, i)
         before = file.stat()
         add_to_checkpoint(file, **{MEMORY_KEY: memory.state()})
-        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # its weights are those that were validated
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # its weights are still those that were validated
         print(f"{file}: {len(memory.features)} crops of support features, {os.path.getsize(file) / 1e6:.1f} MB.")

@@ -22,25 +22,25 @@ from fsefs_nnunet.methods.settings import Settings, is_k_shot
 from fsefs_nnunet.priors import prior_named
 from fsefs_nnunet.priors.prior import SupportLabels
 
-# beside what nnU-Net keeps: in a checkpoint's init_args, and what `fseft remember` adds to the checkpoint itself
+# besides what nnU-Net keeps: in a checkpoint's init_args, and what `fseft remember` adds to the checkpoint itself
 PRIOR_KEY, MEMORY_KEY = "fseft_prior", "fseft_support"
 
 
 def require_backbone_of(file: str | Path, checkpoint: dict, configuration: dict) -> None:
     """Raises InputError if `checkpoint`, read from `file`, was trained on other weights than `configuration` names.
 
-    configuration: of the present plans; a baseline's names no backbone.
+    configuration: of the current plans; a baseline's names no backbone.
     """
     if not is_k_shot(configuration):
         return
-    init = checkpoint["init_args"]  # with the plans of its training, whatever became of the file of plans
+    init = checkpoint["init_args"]  # holds the plans of its training, even if the plans file has changed since
     then = PlansManager(init["plans"]).get_configuration(init["configuration"]).configuration
     trained_on, present = (s["architecture"]["arch_kwargs"].get("sha256") for s in (then, configuration))
     if trained_on != present:
         raise InputError(
-            f"{file} was trained on backbone {then.get('fseft_backbone')!r} of SHA-256 {str(trained_on)[:12]}, the "
+            f"{file} was trained on backbone {then.get('fseft_backbone')!r} of SHA-256 {str(trained_on)[:12]}, but the "
             f"plans name {configuration['fseft_backbone']!r} of {str(present)[:12]}: restore plans and backbone, or "
-            "train anew, without --c."
+            "train again without --c."
         )
 
 
@@ -54,7 +54,7 @@ class TrainedModel:
         """folder: `TRAINER__PLANS__CONFIGURATION` in nnUNet_results. Raises InputError naming what is missing."""
         self.folder, self.device, self.folds = Path(folder), device, list(folds)
         if not (self.folder / "plans.json").exists():
-            raise InputError(f"{self.folder} is no trained model: train it, or check -d, -tr, -p and -c.")
+            raise InputError(f"{self.folder} does not contain a trained model: train it, or check -d, -tr, -p and -c.")
         self.files = [self.folder / f"fold_{fold}" / checkpoint for fold in self.folds]
         missing = [str(file) for file in self.files if not file.exists()]
         if missing:
@@ -86,7 +86,7 @@ class TrainedModel:
         trainer = checkpoints[0]["trainer_name"]
         self.method = method_of_trainer(trainer)
         if self.method is None:
-            raise InputError(f"{self.files[0]} was trained by {trainer}, which is none of ours: use nnUNetv2_predict.")
+            raise InputError(f"{self.files[0]} was trained by {trainer}, not one of ours: use nnUNetv2_predict.")
         self.priors = [
             prior_named(kept["name"]).from_state(kept["state"]) for kept in (init[PRIOR_KEY] for init in inits)
         ]

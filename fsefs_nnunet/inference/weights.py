@@ -1,4 +1,4 @@
-"""The SHA-256 of a checkpoint's weights: what stands beside them, as `fseft remember` adds to it, plays no part."""
+"""The SHA-256 of a checkpoint's weights alone, which does not change with what `fseft remember` adds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 
 
 def sha256_of_weights(checkpoint: Path) -> str:
-    """Computed once while the file stays as it is.
+    """Computed once, and again only if the file changes.
 
     Raises:
         InputError: for a damaged file.

@@ -56,7 +56,7 @@ class ZeroShotNetwork(nn.Module):
                 f"{', '.join(contract.head_classes) or 'no class'}: choose another backbone, or adapt this one."
             )
         known = [contract.classes.index(name) for name in self.matches.values()]
-        # rows that compete are all needed: the backbone's background among them
+        # rows that compete are all needed, including the backbone's background
         self.head_rows = list(range(len(contract.head_classes))) if contract.softmax else known
         self.rows = {self.names.index(name): self.head_rows.index(k) for name, k in zip(self.matches, known)}
 
@@ -71,7 +71,7 @@ class ZeroShotNetwork(nn.Module):
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
         """image (B, channels, X, Y, Z) -> the head's logits (B, out_channels, X, Y, Z), one map.
 
-        Of several channels, the head of a backbone of one channel sees the first.
+        If there are several channels, the head of a backbone of one channel sees only the first.
         """
         features = self.backbone(image[:, : self.backbone.contract.input_channels])[0]
         with torch.autocast(image.device.type, enabled=False):  # rounded logits would tie
@@ -80,7 +80,7 @@ class ZeroShotNetwork(nn.Module):
     def outputs(self, logits: Iterable[torch.Tensor]) -> torch.Tensor:
         """The head's logits, (X, Y, Z) each -> (labels or regions, X, Y, Z), background first for labels.
 
-        They are taken one by one, so that rows without a label, of which there may be a hundred, are not held.
+        They are taken one by one, so that rows without a label, of which there may be a hundred, are not kept.
         """
         own, rest = {}, None
         combine = torch.logaddexp if self.has_regions else torch.maximum
@@ -109,8 +109,8 @@ def zero_shot_plans(
     window covers the median volume.
 
     Args:
-        reader: name of nnU-Net's.
-        geometries: shape and spacing of each image as it gives them.
+        reader: the name of nnU-Net's.
+        geometries: shape and spacing of each image, as the reader gives them.
     """
     names = list(dataset_json["channel_names"].values())
     shapes, spacings = (np.array(values)[:, contract.transpose_forward] for values in zip(*geometries))
@@ -183,7 +183,7 @@ def predict_zero_shot(
     network = ZeroShotNetwork(backbone, dataset_json["labels"], manager.get_label_manager(dataset_json).has_regions)
     print(f"Labels of {name} by the head of {backbone_id}: {network.matches}")
     if len(channels) > backbone.contract.input_channels:
-        print(f"The head sees the first channel alone, {channels[0]!r}.")
+        print(f"The head only sees the first channel, {channels[0]!r}.")
     absent = [label for label in network.names if label not in network.matches]
     if absent:
         print(f"The backbone's head does not know {', '.join(absent)}: it leaves background there.")
@@ -192,7 +192,7 @@ def predict_zero_shot(
     for case, files in tqdm(images.cases.items(), desc="predicting"):
         try:
             predictor.predict(files, output / case)
-        except Exception as error:  # readers of broken files raise whatever they like
+        except Exception as error:  # readers may raise anything for broken files
             failures.append(not_segmented(files[0], error))
             tqdm.write(failures[-1])
     return failures

@@ -42,8 +42,8 @@ class PartialLabelLoss(nn.Module):
     """Eq. (1): 1 / sum_k w_{n,k} * sum_k w_{n,k} * L_SEG(Y_{n,k}, Y^_{n,k}), averaged over the batch.
 
     L_SEG is soft Dice plus binary cross-entropy. The voxels of a class that fills little of the window weigh more in
-    the cross-entropy, by the square root of background over class: sigmoids of small organs would else first fall to
-    zero, where Dice has next to no gradient. A class that a case does not annotate gets exactly zero gradient.
+    the cross-entropy, by the square root of background over class: sigmoids of small organs would otherwise first fall
+    to zero, where Dice has next to no gradient. A class that a case does not annotate gets exactly zero gradient.
     """
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ def soft_dice(probabilities: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 
 
 class SoftDiceLoss(nn.Module):
-    """L_SEG as published (FSEFT, Eq. 3): soft Dice per class and crop, averaged; background is no class.
+    """L_SEG as published (FSEFT, Eq. 3): soft Dice per class and crop, averaged; background is not a class.
 
     Takes nnU-Net's targets: a label map (B, 1, X, Y, Z) for softmax outputs with background in channel 0, or one
     channel per region (B, K, X, Y, Z) for sigmoid outputs, followed by a channel of ignored voxels if there is an

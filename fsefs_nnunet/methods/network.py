@@ -46,8 +46,8 @@ class AdaptedNetwork(nn.Module):
         deep_supervision: bool | None = None,
         z_scores_as_hu: dict | None = None,
     ):
-        """nnU-Net gives input_channels, num_classes and deep_supervision (there is none), the method gives inside, the
-        plans give the rest.
+        """nnU-Net passes input_channels, num_classes and deep_supervision (there is none), the method passes inside,
+        and the plans the rest.
 
         Args:
             channels: width of the adapter; features of another width are reduced to it by a 1^3 convolution. None: as
@@ -57,7 +57,7 @@ class AdaptedNetwork(nn.Module):
         """
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # of layers that a method adds inside
+            torch.manual_seed(seed)  # for layers that a method adds inside
             images = {"channels": input_channels, "z_scores_as_hu": z_scores_as_hu}
             self.backbone = (
                 FrozenBackbone(backbone, stages, sha256, **images)
@@ -137,7 +137,7 @@ class AdaptedNetwork(nn.Module):
             return []
         return list(match_labels(foreground_names(labels, has_regions), contract.head_classes))
 
-    # In the state_dict's metadata, the SHA-256 adds no entry, and checkpoints without it load as ever. nnUNetv2_predict
+    # In the state_dict's metadata, the SHA-256 adds no entry, and checkpoints without it still load. nnUNetv2_predict
     # builds the network from the model folder's plans, which a later training on another backbone replaces.
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -150,8 +150,8 @@ class AdaptedNetwork(nn.Module):
         trained_on = local_metadata.get("backbone_sha256", contract.sha256)
         if trained_on != contract.sha256:
             raise InputError(
-                f"The checkpoint was trained on a backbone of SHA-256 {trained_on[:12]}, the model's plans.json names "
-                f"{contract.id!r} of {contract.sha256[:12]}: restore plans and backbone of before, or train anew."
+                f"The checkpoint was trained on a backbone of SHA-256 {trained_on[:12]}, but the model's plans.json "
+                f"names {contract.id!r} of {contract.sha256[:12]}: restore plans and backbone, or train again."
             )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
@@ -284,7 +284,7 @@ def trains_decoder(method: Method) -> bool:
 
 
 def inside_of(method: Method, options: dict) -> Inside | None:
-    """What `method` trains in the backbone, with the plans' `options`. Raises InputError for one that it has not."""
+    """What `method` trains in the backbone, with the plans' `options`. Raises InputError for unknown ones."""
     cls = _class_of(method) if method.inside else None
     known = [f.name for f in fields(cls)] if cls else []
     if unknown := sorted(options.keys() - set(known)):

@@ -16,21 +16,21 @@ _SCRATCH = "fsefs_nnunet.trainers.scratch.FSEFTTrainer_Scratch"
 
 @dataclass(frozen=True)
 class Method:
-    """One way to use few labels. Nothing here is imported until it is asked for.
+    """One way to use few labels. Nothing here is imported until it is needed.
 
     name: what `--methods` takes.
     title: in tables and figures.
     trains: what is trained, in words.
-    sentence: what the documentation says of it.
+    sentence: what the documentation says about it.
     trainer: what nnUNetv2_train's -tr names, "FSEFT..." (`fseft link` looks for no other); None: nothing is trained.
     learns_from: "bank", crops of the feature bank, or "patches", nnU-Net's.
     trainer_class: where a class of its own lies; else the trainer is made of this row alone (trainers/by_name.py).
     adapter, maps: key of methods.adapters.ADAPTERS, stages of the backbone; None: what the plans say.
     inside: where the class of a method inside the backbone lies, see methods/inside/protocol.py.
-    prior: key of priors.PRIORS, that of `fseft predict`; trains_with_prior: whether trainings heed it, too.
+    prior: key of priors.PRIORS, that of `fseft predict`; trains_with_prior: whether trainings use it, too.
     channel_dropout: probability that a step on the support does not see a channel of a crop.
     rate, weight_decay, epochs: of AdamW.
-    more_shapes: whether most patches are turned, scaled and bent, see trainers/augmentation.py.
+    more_shapes: whether most patches are rotated, scaled and deformed, see trainers/augmentation.py.
     warmup: share of a training over which the rate rises, for head and decoder first; 0: the published schedule.
     transductive: the trained adapter adapts to every volume before it segments it (`fseft predict`).
     shares_features: predicts from the features of whole volumes, which all such methods get from one pass.
@@ -65,7 +65,9 @@ class Method:
 
     def __post_init__(self):
         if self.trainer and not self.trainer.startswith("FSEFT"):
-            raise ValueError(f"Method {self.name!r}: the name of a trainer begins with FSEFT, not {self.trainer!r}.")
+            raise ValueError(
+                f"Method {self.name!r}: the name of a trainer must begin with FSEFT, not {self.trainer!r}."
+            )
         if self.inside and self.learns_from != PATCHES:
             raise ValueError(
                 f"Method {self.name!r} trains in the backbone: it learns from patches, not stored features."
@@ -198,7 +200,7 @@ _ROWS = [
         "context",
         "context adapter + size prior",
         "context adapter, head",
-        "Ours, not the paper's: an adapter that sees 13 voxels wide instead of 5, trained with channels left out.",
+        "Ours, not the paper's: an adapter that sees 13 voxels instead of 5, trained with channels left out.",
         "FSEFTTrainer_Context",
         BANK,
         adapter="context",
@@ -210,8 +212,8 @@ _ROWS = [
     Method(
         "lora",
         "LoRA",
-        "updates of low rank in every layer of the backbone, head",
-        'Rank 4; the plans\' options name another, `sites` "linear" or "convolutions", and `decoder` true.',
+        "low-rank updates in every layer of the backbone, head",
+        'Rank 4; the plans\' options may set another, `sites` "linear" or "convolutions", and `decoder` true.',
         "FSEFTTrainer_LoRA",
         PATCHES,
         adapter="linear_probe",
@@ -275,8 +277,8 @@ _ROWS = [
         "scratch",
         "from scratch, equal time",
         "the backbone's architecture, from random weights",
-        "nnU-Net's trainer for a time, `-c 3d_fullres_<K>shot_scratch`; what nnU-Net plans where the backbone is none "
-        "of its U-Nets.",
+        "nnU-Net's trainer for a given time, `-c 3d_fullres_<K>shot_scratch`; what nnU-Net plans if the backbone is "
+        "not one of its U-Nets.",
         "FSEFTTrainer_Scratch",
         PATCHES,
         _SCRATCH,
@@ -286,7 +288,8 @@ _ROWS = [
         "nnunet",
         "nnU-Net from scratch, equal time",
         "what nnU-Net plans for the data, from random weights",
-        "nnU-Net's trainer for a time on nnU-Net's own preprocessing, `-p nnUNetPlans -c 3d_fullres_<K>shot_nnunet`.",
+        "nnU-Net's trainer for a given time on nnU-Net's own preprocessing, `-p nnUNetPlans -c "
+        "3d_fullres_<K>shot_nnunet`.",
         "FSEFTTrainer_Scratch",
         PATCHES,
         _SCRATCH,
@@ -298,7 +301,7 @@ METHODS = {row.name: row for row in _ROWS}
 
 
 def method_of_trainer(trainer: str) -> Method | None:
-    """The first row whose trainer has this name, None for a trainer that is none of ours."""
+    """The first row whose trainer has this name, None for a trainer that is not ours."""
     return next((row for row in METHODS.values() if row.trainer == trainer), None)
 
 
@@ -312,7 +315,7 @@ def shots_in_words(shots: int | str) -> str:
 
 
 def require_trainer(name: str) -> None:
-    """Raises InputError for a name that is none of our trainers', with the nearest that is one."""
+    """Raises InputError for a name that is not one of our trainers', with the nearest one."""
     _require("trainer", name, [row.trainer for row in METHODS.values() if row.trainer])
 
 
@@ -320,7 +323,7 @@ def choose(names: list[str]) -> list[str]:
     """The `names` of METHODS, each once and in its order; those that run by default if none is given.
 
     Raises:
-        InputError: for a name that is none, with the nearest that is one.
+        InputError: for an unknown name, with the nearest known one.
     """
     for name in names:
         _require("method", name, [*METHODS])
@@ -341,9 +344,7 @@ def methods_table() -> str:
     for row in METHODS.values():
         trainer = f"`{row.trainer}`" if row.trainer else "-"
         trains = f"{row.trains}; {row.prior} prior" if row.trains_with_prior else row.trains
-        recipe = (
-            f"{row.rate:g}, {row.epochs}" if row.trains_on_backbone else "nnU-Net's, for a time" if row.trainer else "-"
-        )
+        recipe = f"{row.rate:g}, {row.epochs}" if row.trains_on_backbone else "nnU-Net's, timed" if row.trainer else "-"
         lines.append(
             f"| {trainer} | `{row.name}` | {trains} | {sources[row.learns_from]} | {recipe} | {row.sentence} |"
         )

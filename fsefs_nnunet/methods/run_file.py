@@ -1,4 +1,4 @@
-"""`fseft_run.json` beside a training's checkpoints: the facts of the run, for reports, benchmarks and people."""
+"""`fseft_run.json` next to a training's checkpoints: the facts of the run, for reports, benchmarks and people."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class RunFile:
 
     support: the labelled cases, all the labels that the training uses.
     pile: cases that a model has labelled.
-    queries, labelled_queries: cases whose images alone are used; the latter are a part of them.
+    queries, labelled_queries: cases of which only the images are used; the latter are a subset of them.
     backbone: id, sha256 and the number of its frozen parameters; {} without one.
     trained_parameters: their number.
     head_rows: labels whose rows of the head started from the universal head's, with its names for them.
-    prior: what is expected of each class, see Prior.report; {} where the prior has no effect.
+    prior: what is expected of each class, see Prior.report; {} if the prior has no effect.
     windows: number that went through the frozen backbone for the training; validation_windows: for the validation.
     feature_precisions: those that the backbone ran in for the stored features.
     seconds: wall time by stage: "start" until the training begins, "feature bank", "training", "validation".
     budget_seconds: that the training was limited to, None without a limit; budget_clock: "wall" time or "cpu" time.
     peak_memory_gb: "host" and "device", of the largest process of the runs.
-    epochs: of each "epoch", its number, "loss", "pseudo_dice" (null of crops that show nothing) and "seconds"; while
+    epochs: of each "epoch", its number, "loss", "pseudo_dice" (null for crops that show nothing) and "seconds"; while
         the prior counts, "penalty" and, by query and class, "sizes_ml" that its steps saw.
     sizes_ml: "before" and "after" the training, by query and class.
     """
@@ -62,7 +62,7 @@ class RunFile:
 
     @property
     def peak_memory(self) -> float:
-        """GB of the device where it is a GPU, else of main memory; NaN where the system does not say."""
+        """GB of the device if it is a GPU, else of main memory; NaN if the system does not say."""
         return self.peak_memory_gb.get("device", self.peak_memory_gb.get("host", float("nan")))
 
     def keep_peak(self, place: str, gigabytes: float | None) -> None:
@@ -74,14 +74,16 @@ class RunFile:
 
     @classmethod
     def load(cls, fold_folder: str | Path) -> RunFile:
-        """Raises InputError without the file, and for one that is damaged or of another version."""
+        """Raises InputError without the file, and for one that is damaged or was written by another version."""
         file = Path(fold_folder) / RUN_FILE
         if not file.exists():
             raise InputError(f"{file} is missing: train again, or restore the folder.")
         try:
             return cls(**read_json(file))
         except TypeError as error:
-            raise InputError(f"{file} is of another version of this software ({error}): train again.") from error
+            raise InputError(
+                f"{file} was written by another version of this software ({error}): train again."
+            ) from error
 
 
 class StageClock:

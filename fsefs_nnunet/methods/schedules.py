@@ -29,7 +29,7 @@ class WarmupCosineScheduler:
 
 
 def long_training(progress: float, warmup: float, start: float = 0.0) -> float:
-    """Factor of the base rate of parameters that are trained from `start` on: a linear rise, then half a cosine period.
+    """Factor of the base rate for parameters trained from `start` on: a linear rise, then half a cosine period.
 
     Args:
         progress: share of the training that is done, in [0, 1].

@@ -23,23 +23,23 @@ def _number(value: object) -> bool:
 
 _Rule = tuple[Callable[[object], bool], str]
 _TEXT: _Rule = (lambda value: isinstance(value, str) and bool(value), "a name")
-_SHOTS: _Rule = (lambda value: value == "all" or _whole(value, 1), '"all" or a whole number from 1 on')
+_SHOTS: _Rule = (lambda value: value == "all" or _whole(value, 1), '"all" or a whole number of at least 1')
 _SIZE: _Rule = (
     lambda value: isinstance(value, (list, tuple)) and len(value) == 3 and all(_whole(n, 1) for n in value),
-    "three whole numbers from 1 on",
+    "three whole numbers of at least 1",
 )
 _BLOCK: _Rule = (
     lambda value: _whole(value, 1) or _SIZE[0](value),
-    "a whole number from 1 on, or three",
+    "a whole number of at least 1, or three",
 )
-_FROM_ONE: _Rule = (lambda value: _whole(value, 1), "a whole number from 1 on")
-_FROM_ZERO: _Rule = (lambda value: _whole(value, 0), "a whole number from 0 on")
-_EPOCHS: _Rule = (lambda value: value is None or _whole(value, 1), "null or a whole number from 1 on")
-_WEIGHT: _Rule = (lambda value: _number(value) and value >= 0, "a number from 0 on")
+_FROM_ONE: _Rule = (lambda value: _whole(value, 1), "a whole number of at least 1")
+_FROM_ZERO: _Rule = (lambda value: _whole(value, 0), "a whole number of at least 0")
+_EPOCHS: _Rule = (lambda value: value is None or _whole(value, 1), "null or a whole number of at least 1")
+_WEIGHT: _Rule = (lambda value: _number(value) and value >= 0, "a number of at least 0")
 _RATE: _Rule = (lambda value: _number(value) and value > 0, "a number above 0")
-_DEVIATION: _Rule = (lambda value: _number(value) and 0 <= value < 1, "a number from 0 on, below 1")
+_DEVIATION: _Rule = (lambda value: _number(value) and 0 <= value < 1, "a number of at least 0 and below 1")
 _PROBABILITY: _Rule = (lambda value: _number(value) and 0 <= value <= 1, "a probability, from 0 to 1")
-_GIGABYTES: _Rule = (lambda value: value is None or (_number(value) and value >= 0), "null or a number from 0 on")
+_GIGABYTES: _Rule = (lambda value: value is None or (_number(value) and value >= 0), "null or a number of at least 0")
 _MINUTES: _Rule = (lambda value: value is None or (_number(value) and value > 0), "null or a number above 0")
 _SWITCH: _Rule = (lambda value: isinstance(value, bool), "true or false")
 _LOSS: _Rule = (lambda value: value in ("nnunet", "soft_dice"), '"nnunet" or "soft_dice"')
@@ -57,9 +57,9 @@ def _json(value: object) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A field for each key; `fseft_<name>` is its name in the plans. What plans lack has its default.
+    """A field for each key; `fseft_<name>` is its name in the plans. Keys that the plans lack have their defaults.
 
-    Many small steps teach more than few large ones, and with few views the adapter learns them by heart; calibrated
+    Many small steps teach more than few large ones, and with few views the adapter memorises them; calibrated
     sizes of features pooled by 2 serve the prior as well as those of whole volumes (documentation/tuning.md).
     """
 
@@ -70,35 +70,35 @@ class Settings:
         "crops of the feature bank, no axis longer than `patch_size`; what the bank keeps depends on it",
         shown="half the window, 16^3 to 32^3",
     )
-    crops_per_step: int = _key(_FROM_ONE, "crops a step; fewer where the GPU's memory target allows no more", 2)
+    crops_per_step: int = _key(_FROM_ONE, "crops per step; fewer if the GPU's memory target allows no more", 2)
     views: int = _key(
         _FROM_ZERO,
-        "augmented views in the bank, of all support cases together, rounded down to as many of each, at least one; "
-        "0: none. A window each, three of four around a labelled voxel, by nnU-Net's training transforms without "
+        "augmented views in the bank, of all support cases together, rounded down to the same number of each, at least "
+        "one; 0: none. A window each, three of four around a labelled voxel, by nnU-Net's training transforms without "
         "mirroring",
         64,
     )
     cutmix: float = _key(
         _PROBABILITY, "probability that a view shows a box of another support case's view, labels included", 0.0
     )
-    steps_per_epoch: int = _key(_FROM_ONE, "steps an epoch", 8)
+    steps_per_epoch: int = _key(_FROM_ONE, "steps per epoch", 8)
     epochs: int | None = _key(_EPOCHS, "epochs of a training; `null`: those of the [method](methods.md)", None)
     loss: str = _key(
-        _LOSS, "`nnunet`: Dice and cross-entropy; `soft_dice`: the published loss. Of `fseft predict`, too", "nnunet"
+        _LOSS, "`nnunet`: Dice and cross-entropy; `soft_dice`: the published loss. Also of `fseft predict`", "nnunet"
     )
     lambda_: float = _key(_WEIGHT, "weight of the prior, averaged over the classes; published: 0.1", 0.3)
     gamma: float = _key(
         _DEVIATION,
-        "tolerated relative deviation from S, at least; the support's sizes may ask for [more](size_prior.md); "
+        "smallest tolerated relative deviation from S; the support's sizes may ask for [more](size_prior.md); "
         "published: 0.3",
         0.1,
     )
-    prior_from_epoch: int = _key(_FROM_ZERO, "epochs without the prior before", 30)
+    prior_from_epoch: int = _key(_FROM_ZERO, "epochs before the prior is used", 30)
     pool: tuple[int, int, int] = _key(
         _BLOCK,
-        "blocks that a query's features are averaged over, voxels per axis: cubes of twice the finest spacing, of 4 mm "
-        "at least where the median volume is longer than two windows, larger where, on a machine without a GPU, more "
-        "than 100,000 would be left; 1 keeps them as they are",
+        "blocks that a query's features are averaged over, voxels per axis: cubes of twice the finest spacing, of at "
+        "least 4 mm if the median volume is longer than two windows, larger if, on a machine without a GPU, more than "
+        "100,000 would be left; 1 keeps the features as they are",
         (2, 2, 2),
         shown="from the data",
     )
@@ -107,10 +107,10 @@ class Settings:
         _DEVIATION, "`fseft_gamma` in `fseft predict`, see [transductive inference](transductive_inference.md)", 0.15
     )
     predict_lr: float = _key(_RATE, "learning rate of `fseft predict`", 3e-5)
-    predict_steps: int = _key(_FROM_ZERO, "steps of `fseft predict` on a volume at most", 30)
+    predict_steps: int = _key(_FROM_ZERO, "maximum number of steps of `fseft predict` on a volume", 30)
     bank_gb: float | None = _key(
         _GIGABYTES,
-        "GB that all feature banks of the dataset may take; the environment variable of this name wins",
+        "GB that all feature banks of the dataset may take; the environment variable of this name takes precedence",
         None,
     )
     gpu_gb: float | None = _key(
@@ -122,7 +122,8 @@ class Settings:
     )
     minutes: float | None = _key(
         _MINUTES,
-        "limit of a training on patches and of its schedule; the environment variable `fseft_train_minutes` wins",
+        "limit of a training and of its schedule, which trainings on patches use up; the environment variable "
+        "`fseft_train_minutes` takes precedence",
         None,
     )
     stop_at_plateau: bool = _key(
@@ -136,10 +137,10 @@ class Settings:
 
     @classmethod
     def read(cls, configuration: dict, name: str, plans_name: str) -> Settings:
-        """Those of a configuration `name` of the plans `plans_name`.
+        """The settings of configuration `name` of the plans `plans_name`.
 
         Raises:
-            InputError: for a key that is unknown or missing, or holds a value that it cannot.
+            InputError: for a key that is unknown or missing, or has an invalid value.
         """
         where = f"{name!r} in {plans_name}.json"
         known = {key_of(f.name): f for f in fields(cls)}
@@ -147,7 +148,7 @@ class Settings:
             if key.startswith(PREFIX) and key not in known:
                 near = get_close_matches(key, known, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
-                raise InputError(f"{key!r} of {where} is no key of ours: {hint}")
+                raise InputError(f"{key!r} of {where} is not a known key: {hint}")
         window = configuration.get("patch_size", (1, 1, 1))
         if not _SIZE[0](window):
             raise InputError(f"patch_size of {where} is {window!r}: make it {_SIZE[1]}.")
@@ -157,7 +158,7 @@ class Settings:
                 continue
             possible, expected = f.metadata["rule"]
             if key not in configuration:
-                raise InputError(f"{key} of {where} is missing: make it {expected}, or plan anew.")
+                raise InputError(f"{key} of {where} is missing: make it {expected}, or plan again.")
             if not possible(configuration[key]):
                 raise InputError(f"{key} of {where} is {configuration[key]!r}: make it {expected}.")
             value = configuration[key]

@@ -1,1 +1,1 @@
-"""The hinge to nnU-Net's commands: planning, draws of the support, links, shims, running them."""
+"""The interface to nnU-Net's commands: planning, draws of the support, links, shims, running them."""

@@ -1,4 +1,4 @@
-"""The K-shot folds of a dataset: which labelled cases become support and queries, and what of earlier draws stays."""
+"""The K-shot folds of a dataset: which labelled cases become support and queries, and what is kept of earlier draws."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from fsefs_nnunet.cases.splits import (
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json, refused_if_unwritable, write_atomically
 
-QUERY_FILES = "unlabelled_queries.json"  # beside the splits: the images of each unlabelled query
+QUERY_FILES = "unlabelled_queries.json"  # next to the splits: the images of each unlabelled query
 
 
 def query_images(raw: Path, folder: str | None, labelled_queries: bool) -> dict[str, list[str]]:
-    """Unlabelled query images: of `folder`, else of imagesTs where no labelled case is left to be a query."""
+    """Unlabelled query images: of `folder`, else of imagesTs if no labelled case is left to be a query."""
     dataset_json = read_dataset_json(raw / "dataset.json")
     if folder is None:
         if labelled_queries or all(is_leftover(file.name) for file in (raw / "imagesTs").glob("*")):
@@ -50,8 +50,8 @@ def draw_splits(
 ) -> tuple[dict, dict[str, list[str]]]:
     """The K-shot folds, and the files of the unlabelled queries by case; nothing is written.
 
-    What was drawn before stays, as far as it serves: results of trainings belong to it. It is drawn anew for other
-    labelled cases, for more shots than its pool has cases, and where `num_queries` or `seed` are given.
+    Earlier draws are kept as far as they fit, since results of trainings belong to them. They are replaced for other
+    labelled cases, for more shots than their pool has cases, and if `num_queries` or `seed` are given.
     """
     _, raw, preprocessed = dataset_folders(dataset_id)
     labelled = labelled_cases(raw, read_dataset_json(raw / "dataset.json"))
@@ -82,7 +82,7 @@ def _earlier_splits(file: Path, labelled: list[str]) -> dict | None:
 
 
 def _files_of_before(preprocessed: Path, cases: list[str]) -> dict[str, list[str]]:
-    """The images of unlabelled queries that an earlier call was given, if all of them lie there still."""
+    """The images of unlabelled queries that an earlier call was given, if all of them still exist."""
     try:
         files = read_json(preprocessed / QUERY_FILES)
     except (FileNotFoundError, InputError):
@@ -92,14 +92,14 @@ def _files_of_before(preprocessed: Path, cases: list[str]) -> dict[str, list[str
 
 
 def keep_splits(dataset_id: int | str, splits: dict, images: dict[str, list[str]]) -> None:
-    """Write what draw_splits drew beside nnU-Net's own splits, which stay as they are."""
+    """Write what draw_splits drew next to nnU-Net's own splits, which are not changed."""
     preprocessed = made_folder(dataset_folders(dataset_id)[2])
     file = preprocessed / SPLITS_FILE
     if file.exists() and not _same_draws(file, splits):
         print(f"{file} is replaced by other draws: results of earlier K-shot trainings no longer belong to it.")
     with refused_if_unwritable(preprocessed):
         save_splits(splits, file)
-        if images:  # other plans want them preprocessed, too
+        if images:  # other plans need them preprocessed, too
             write_atomically(preprocessed / QUERY_FILES, json.dumps(images, indent=1))
     pool, queries, unlabelled = map(len, (splits["folds"][0], splits["queries"], splits["unlabelled_queries"]))
     print(

@@ -16,8 +16,9 @@ from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json
 
-# glibc gives large activations back to the system after each layer and fetches them anew for the next; keeping them
-# costs memory and saves much of Swin UNETR's time on a CPU (documentation/benchmarks.md, "The public backbones")
+# glibc returns the memory of large activations to the system after each layer and requests it again for the next;
+# keeping it costs memory and saves much of Swin UNETR's time on a CPU (documentation/benchmarks.md, "The public
+# backbones")
 ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_MMAP_THRESHOLD_": str(2**33),
@@ -46,7 +47,7 @@ def program(command: str) -> str:
     found = shutil.which(command, path=folders)
     if found is None:
         raise InputError(
-            f"The command {command} is neither beside {sys.executable} nor on the PATH: activate the environment that "
+            f"The command {command} is neither next to {sys.executable} nor on the PATH: activate the environment that "
             "fsefs_nnunet is installed in."
         )
     return found
@@ -58,7 +59,7 @@ def lacks_cases(preprocessed: Path, plans: str) -> bool:
     Raises:
         InputError: for damaged plans.
     """
-    from fsefs_nnunet.cases.preprocessed import require_cases  # imports nnU-Net, which `fseft env` need not
+    from fsefs_nnunet.cases.preprocessed import require_cases  # imports nnU-Net, which `fseft env` does not need
 
     file = preprocessed / f"{plans}.json"
     if not file.exists():
@@ -76,7 +77,7 @@ def lacks_cases(preprocessed: Path, plans: str) -> bool:
 class Experiment:
     """A dataset with its plans below `work`, in nnU-Net's three folders; `device` as in nnUNetv2_train.
 
-    results: name of the results' folder, where one dataset has several kinds of them.
+    results: name of the results' folder, if one dataset has several kinds of them.
     """
 
     work: Path
@@ -108,7 +109,7 @@ class Experiment:
         return {"OMP_WAIT_POLICY": "PASSIVE", **ALLOCATOR, **own, **folders, **processes}
 
     def run(self, command: str, *args: str | Path, **environment: str) -> None:
-        """Run a command of nnU-Net's or ours; its output goes to `work`/log.txt.
+        """Run one of nnU-Net's or of our commands; its output goes to `work`/log.txt.
 
         Raises:
             InputError: if it fails, with the end of its output.
@@ -132,12 +133,12 @@ class Experiment:
     def preprocess(self, configuration: str) -> None:
         """Run `nnUNetv2_preprocess` on all labelled cases; replaces what was preprocessed before."""
         processes = self.environment()["nnUNet_def_n_proc"]
-        number = self.dataset.removeprefix("Dataset")[:3]  # nnUNetv2_preprocess -d takes no name
+        number = self.dataset.removeprefix("Dataset")[:3]  # nnUNetv2_preprocess -d does not accept a name
         what = ("-d", number, "-plans_name", self.plans, "-c", configuration)
         self.run("nnUNetv2_preprocess", *what, "-np", processes)
 
     def preprocess_missing(self) -> None:
-        """Preprocess `3d_fullres`, unless every case of the K-shot folds lies there."""
+        """Preprocess `3d_fullres`, unless every case of the K-shot folds is there."""
         if lacks_cases(self.preprocessed, self.plans):
             self.preprocess("3d_fullres")
 
@@ -199,12 +200,12 @@ class Experiment:
 
 @dataclass(frozen=True)
 class OwnExperiment(Experiment):
-    """A dataset in the user's own folders, as nnU-Net's environment variables name them; `work` gets log.txt alone."""
+    """A dataset in the user's own folders, as nnU-Net's environment variables name them; `work` only gets log.txt."""
 
     @classmethod
     def of(cls, dataset: str, plans: str, device: str) -> OwnExperiment:
-        """With its log beside the dataset's results."""
-        from fsefs_nnunet.cases.folders import folder_of  # imports nnU-Net, which `fseft env` need not
+        """With its log next to the dataset's results."""
+        from fsefs_nnunet.cases.folders import folder_of  # imports nnU-Net, which `fseft env` does not need
 
         work = folder_of("nnUNet_results") / dataset
         work.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from fsefs_nnunet.files import write_atomically
 MARKER = "# Written by `fseft link`; `fseft unlink` removes it.\n"
 
 # File in nnU-Net's package -> (package, module) of ours whose classes nnU-Net finds there. nnU-Net searches planners
-# nowhere but in its own package, and takes the first module that has the name.
+# only in its own package, and takes the first module that has the name.
 SHIMS = {
     "experiment_planning/fseft_planner.py": ("fsefs_nnunet.planners", "fseft_planner"),
     "training/nnUNetTrainer/fseft_trainers.py": ("fsefs_nnunet.trainers", "by_name"),
@@ -56,20 +56,20 @@ def link(nnunet: Path) -> None:
     for file in files:
         if file.exists() and not _is_ours(file):
             raise InputError(
-                f"{file} was not written by `fseft link` and stays as it is: rename it, or do without the link and use "
-                '`eval "$(fseft env)"` and `fseft plan_and_preprocess`.'
+                f"{file} was not written by `fseft link` and is left unchanged: rename it, or do without the link and "
+                'use `eval "$(fseft env)"` and `fseft plan_and_preprocess`.'
             )
         _check_writable(file.parent)
     for file, (package, module) in zip(files, SHIMS.values()):
         write_atomically(file, _SHIM.format(package=package, module=module))
-        print(f"{file} is written.")
+        print(f"{file} was written.")
     if (nnunet.parent / ".git").exists():
         print(f"{nnunet.parent} is a git checkout: its `git status` lists both files as untracked.")
     print(_NEXT)
 
 
 def unlink(nnunet: Path) -> None:
-    """Remove what `link` wrote into `nnunet`, and what Python compiled of it; files without our marker stay.
+    """Remove what `link` wrote into `nnunet`, and what Python compiled of it; files without our marker are kept.
 
     Raises:
         InputError: if a folder cannot be written.
@@ -82,12 +82,12 @@ def unlink(nnunet: Path) -> None:
         file.unlink()
         for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
             compiled.unlink()
-        print(f"{file} is removed.")
+        print(f"{file} was removed.")
     for file in present:
         if file not in ours:
-            print(f"{file} was not written by `fseft link` and stays.")
+            print(f"{file} was not written by `fseft link` and is kept.")
     if not ours:
-        print(f"{nnunet} holds no shim of ours: nothing was removed.")
+        print(f"{nnunet} holds none of our shims: nothing was removed.")
 
 
 def _is_ours(file: Path) -> bool:

@@ -20,7 +20,7 @@ from fsefs_nnunet.planners.fseft_planner import FSEFTPlanner
 
 
 def add_configurations(file: Path, configurations: dict[str, dict]) -> None:
-    """Add configurations to plans; all others stay as they are, those that another process adds meanwhile, too."""
+    """Add configurations to plans; all others are kept, including those that another process adds meanwhile."""
     with FileLock(f"{file}.lock"):
         plans = read_json(file)
         plans["configurations"] |= configurations
@@ -36,7 +36,7 @@ def plan_and_preprocess(draw: tuple, options: dict) -> str:
     splits, queries = drawing.draw_splits(*draw)
     name = plan(**options, support=splits["folds"][0])
     preprocess(dataset_id, name, options["num_processes"], queries, splits["unlabelled_queries"])
-    drawing.keep_splits(dataset_id, splits, queries)  # last: until then the folds of before belong to the data
+    drawing.keep_splits(dataset_id, splits, queries)  # last: until then the earlier folds belong to the data
     return name
 
 
@@ -99,7 +99,7 @@ def preprocess(
             queries.preprocess(query_files, manager, configuration, dataset_json)
         elif missing := sorted(set(unlabelled) - set(queries.cases)):
             print(
-                f"{len(missing)} unlabelled queries of earlier plans, e.g. {missing[0]}, no longer lie where they "
+                f"{len(missing)} unlabelled queries of earlier plans, e.g. {missing[0]}, are no longer where they "
                 "were: run this again with `--queries FOLDER`, or trainings with a size prior will ask for it."
             )
         configuration.preprocessor_class(verbose=False).run(name, "3d_fullres", plans_name, num_processes)

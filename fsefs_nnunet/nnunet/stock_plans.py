@@ -25,7 +25,7 @@ def add_stock_configurations(planner: FSEFTPlanner) -> None:
     Plans that a user made are otherwise unchanged; those that this function made are made again.
 
     Raises:
-        InputError: if the present plans are damaged.
+        InputError: if the existing plans are damaged.
     """
     folder = dataset_folders(planner.dataset_name)[2]
     file = folder / f"{STOCK_PLANS}.json"
@@ -33,15 +33,15 @@ def add_stock_configurations(planner: FSEFTPlanner) -> None:
     if not before or MADE_OF in before:
         try:
             _plan(planner, folder)
-        except RuntimeError as error:  # none of its readers opens the first image
-            print(f"Without nnU-Net's own plans, whose planner fails ({error}): `--methods nnunet` has none to train.")
+        except RuntimeError as error:  # none of its readers can open the first image
+            print(f"nnU-Net's own planner fails ({error}): `--methods nnunet` has no plans to train.")
             return
     plans = read_json(file)
     stock = {
         f"{PARENT}_{k}shot{METHODS['nnunet'].suffix}": {"inherits_from": PARENT, "fseft_shots": k}
         for k in planner.all_shots()
     }
-    # configurations that a user edited stay
+    # configurations that a user edited are kept
     added = {name: content for name, content in stock.items() if name not in plans["configurations"]}
     write_atomically(file, json.dumps({**plans, "configurations": plans["configurations"] | added}, indent=4))
     print(f"{file}: nnU-Net's own plans, with {', '.join(stock)} for the baseline.")
@@ -63,12 +63,12 @@ def _plan(planner: FSEFTPlanner, folder: Path) -> None:
 
 
 def _clear_if_stale(folder: Path, before: dict, now: dict) -> None:
-    """Delete what was preprocessed by other plans of ours, or from other files."""
+    """Delete what was preprocessed with other plans of ours, or from other files."""
     preprocessed = folder / _parent(before)["data_identifier"]
     same = before[MADE_OF] == now[MADE_OF] and _parent(before) == _parent(now)
     if not same and preprocessed.exists():
         shutil.rmtree(preprocessed)
-        print(f"{preprocessed} was made by other plans or of other files: it is deleted, the benchmark makes it anew.")
+        print(f"{preprocessed} was made with other plans or from other files: it is deleted, the benchmark remakes it.")
 
 
 def _parent(plans: dict) -> dict:

@@ -57,12 +57,12 @@ class Training:
 
     @property
     def summary(self) -> Path:
-        """Of the final validation."""
+        """File of the final validation."""
         return self.folder / "validation" / "summary.json"
 
     @property
     def is_done(self) -> bool:
-        """Whether it is trained and, where that is wanted, validated."""
+        """Whether it is trained and, if requested, validated."""
         if not self.checkpoint.exists() or not (validates() and self.has_queries):
             return self.checkpoint.exists()
         return self.summary.exists() and self.summary.stat().st_mtime >= self.checkpoint.stat().st_mtime
@@ -82,7 +82,7 @@ class Options:
 def plan_trainings(
     dataset: str, preprocessed: Path, plans: str, shots: Sequence, folds: Sequence, trainers: Sequence[str]
 ) -> list[Training]:
-    """The grid: shots outside, then folds, then trainers, so that neighbours share the bank's entries.
+    """The grid: shots first, then folds, then trainers, so that neighbours share the bank's entries.
 
     Args:
         preprocessed: nnU-Net's folder of the dataset.
@@ -93,7 +93,9 @@ def plan_trainings(
     """
     file = preprocessed / f"{plans}.json"
     if not file.exists():
-        raise InputError(f"{file} is missing: `fseft plan_and_preprocess -d ID` makes it, -p chooses other plans.")
+        raise InputError(
+            f"{file} is missing: make it with `fseft plan_and_preprocess -d ID`, or choose other plans with -p."
+        )
     for trainer in trainers:
         require_trainer(trainer)
     configurations = read_json(file)["configurations"]
@@ -116,10 +118,10 @@ def plan_trainings(
 def run_trainings(
     trainings: Sequence[Training], device: torch.device, options: Options = Options()
 ) -> dict[Training, str]:
-    """Run them one after another, each as `nnUNetv2_train` would; with `options.continues`, not what is done.
+    """Run them one after another, each as `nnUNetv2_train` would; with `options.continues`, finished ones are skipped.
 
     Returns:
-        Why trainings failed; the others go on, unless the GPU fails.
+        Why trainings failed; the others continue, unless the GPU fails.
     """
     os.environ["nnUNet_extTrainer"] = external_trainers()
     failures: dict[Training, str] = {}
@@ -139,7 +141,7 @@ def run_trainings(
                 failures[training] = str(error)
                 left = [one for one in trainings[number:] if not (options.continues and one.is_done)]
                 return failures | dict.fromkeys(left, "it was not started: the GPU failed before")
-            except Exception as error:  # libraries raise whatever they like
+            except Exception as error:  # libraries may raise anything
                 if not isinstance(error, InputError):
                     traceback.print_exc()
                 failures[training] = str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""What the unlabelled volumes should look like, and the penalty where a prediction does not: one file a prior."""
+"""What unlabelled volumes should look like, and the penalty for predictions that do not: one file per prior."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def objective(segmentation_loss: torch.Tensor, penalty: torch.Tensor | None, wei
     """L_SEG(support) + lambda * L_TI(query).
 
     Args:
-        penalty: L_TI, averaged over the classes; None while there is none.
+        penalty: L_TI, averaged over the classes; None if there is none.
         weight: lambda.
     """
     return segmentation_loss if penalty is None else segmentation_loss + weight * penalty

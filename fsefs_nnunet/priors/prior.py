@@ -77,18 +77,18 @@ class Prior(ABC):
     @classmethod
     @abstractmethod
     def estimate(cls, support: SupportLabels) -> Prior:
-        """From the labels of the support. Classes about which they say nothing reliable have no prior."""
+        """Estimate it from the labels of the support. Classes about which they say nothing reliable have no prior."""
 
     @abstractmethod
     def penalty(self, prediction: VolumePrediction, gamma: float) -> torch.Tensor:
         """L_TI of Eq. (3): how far a prediction is from what is expected, a scalar averaged over the classes.
 
-        gamma: relative deviation that costs nothing, at least.
+        gamma: smallest relative deviation that costs nothing.
         """
 
     @abstractmethod
     def why_no_effect(self) -> str | None:
-        """Why the support's labels gave no prior of any class; None if they gave one."""
+        """Why the support's labels gave no prior for any class; None if they gave one."""
 
     @abstractmethod
     def report(self, names: Sequence[str], gamma: float) -> dict[str, dict | None]:
@@ -100,7 +100,7 @@ class Prior(ABC):
 
     @abstractmethod
     def state(self) -> object:
-        """Plain numbers, lists and dictionaries that `from_state` makes the prior of."""
+        """Plain numbers, lists and dictionaries that `from_state` restores the prior from."""
 
     @classmethod
     @abstractmethod
@@ -109,8 +109,8 @@ class Prior(ABC):
 
     @abstractmethod
     def agrees_with(self, other: Prior) -> bool:
-        """Whether two priors are of the same labels, up to rounding."""
+        """Whether two priors belong to the same labels, up to rounding."""
 
     def remarks(self, sizes: PredictedSizes, names: Sequence[str]) -> dict[str, list[str]]:
-        """Reasons by name of classes that must not be enlarged in a volume; sizes: of all classes."""
+        """Reasons, by class name, why classes must not be enlarged in a volume; sizes: of all classes."""
         return {}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_CASES = 5  # each costs as much as a query once an epoch
 KEPT_BYTES = 10**9  # of volumes that stay in memory, on the device
-MAX_SCALE = 8.0  # a class that is all but lost says nothing of how much pooling takes
+MAX_SCALE = 8.0  # a class that is all but lost says nothing about how much pooling removes
 LEAST_SIZE = 1e-30  # in ml; gradients relative to smaller ones overflow
 
 
@@ -28,7 +28,7 @@ class QueryVolumes:
     """Predictions on the queries of a training.
 
     The adapter sees less in features that were averaged over blocks: its soft sizes come out smaller than in whole
-    volumes. How much smaller, of the support cases, is what the queries' sizes are divided by.
+    volumes. The factor, measured on the support cases, is what the queries' sizes are divided by.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class QueryVolumes:
         return QueryVolume(features, voxels_ml.to(self.bank.device))
 
     def visits(self, steps: int) -> int:
-        """How many of the `steps` of an epoch look at a query, each at another one where there are enough.
+        """How many of the `steps` of an epoch look at a query, each at a different one if there are enough.
 
         Within an epoch the sizes of a query hardly change, so none is looked at twice, unless half the steps need it.
         """
         return min(steps, max(len(self.queries), ceil(steps / 2)))
 
     def visit(self, epoch: int, step: int, steps: int) -> int | None:
-        """Number, in the whole training, of the look of step `step` of an epoch's `steps`; None where it takes none."""
+        """Number, in the whole training, of the visit in step `step` of an epoch's `steps`; None if it has none."""
         visits = self.visits(steps)
         return epoch * visits + step * visits // steps if step * visits % steps < visits else None
 
@@ -77,7 +77,7 @@ class QueryVolumes:
 
     @torch.no_grad()
     def calibrate(self, network: AdaptedNetwork, has_regions: bool, found: torch.Tensor | float = 1.0) -> None:
-        """Set `scale` (classes,), what the network's soft sizes of pooled support cases are of those of whole ones.
+        """Set `scale` (classes,), the ratio of the network's soft sizes of pooled support cases to those of whole ones.
 
         Args:
             found: (classes,) share of the labelled voxels that it finds in whole ones. Without it a network that finds
@@ -97,10 +97,10 @@ class QueryVolumes:
     def predict_beside_support(
         self, network: AdaptedNetwork, query: str, visit: int, has_regions: bool
     ) -> VolumePrediction:
-        """What `predict` gives, with a gradient of the sizes that knows that `scale` depends on the network.
+        """As `predict`, but the gradient of the sizes takes into account that `scale` depends on the network.
 
-        Shrinking an organ in every pooled volume alike leaves S^ as it is, for the scale shrinks with it. To a gradient
-        that takes the scale for a constant it would seem to help, step by step, until the organ is lost.
+        Shrinking an organ in every pooled volume alike leaves S^ as it is, since the scale shrinks with it. To a
+        gradient that treats the scale as constant it would seem to help, step by step, until the organ is lost.
         """
         prediction = self.predict(network, query, has_regions)
         if not self.support_ml:
@@ -115,14 +115,14 @@ class QueryVolumes:
 
 
 def scale_between(pooled: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-    """What soft sizes (classes,) of pooled volumes are of the true ones, within bounds; 1 for a class of size 0."""
+    """The ratio of soft sizes (classes,) of pooled volumes to the true ones, within bounds; 1 for a class of size 0."""
     return torch.where(true > 0, pooled / true, 1.0).clamp(1 / MAX_SCALE, MAX_SCALE)
 
 
 def calibration_cases(sizes_ml: dict[str, np.ndarray], num_classes: int, most: int = CALIBRATION_CASES) -> list[str]:
-    """Support cases that show what pooling takes: the first few, one of each class; by sizes (classes,) in ml.
+    """Support cases that show what pooling removes: the first few, one of each class; by sizes (classes,) in ml.
 
-    most: how many, but for those that alone show a class.
+    most: their number, except for cases that alone show a class.
     """
     cases = [*sizes_ml][: min(most, CALIBRATION_CASES)]
     for k in range(num_classes):
@@ -141,13 +141,13 @@ def share_found(network: AdaptedNetwork, batches: Iterable[dict], label_manager:
         target = batch["target"].to(device)
         with reduced_precision(device):
             logits = network.adapt(batch["data"].to(device))
-        if has_regions:  # the ignored voxels are the channel behind the regions
+        if has_regions:  # the ignored voxels are the channel after the regions
             soft, true = torch.sigmoid(logits), target[:, : logits.shape[1]].float()
             ignored = target[:, logits.shape[1] :].bool().any(1, keepdim=True)
         else:
             soft = torch.softmax(logits, 1)[:, 1:]
             true = torch.cat([target == label for label in label_manager.foreground_labels], 1).float()
-            ignored = target == (ignore_label if ignore_label is not None else -1)  # -1 is no label
+            ignored = target == (ignore_label if ignore_label is not None else -1)  # -1 is not a label
         found += torch.where(ignored, 0, soft).sum((0, 2, 3, 4))
         labelled += torch.where(ignored, 0, true).sum((0, 2, 3, 4))
     return torch.where(labelled > 0, found / labelled, 1.0)

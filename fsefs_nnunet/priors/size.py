@@ -117,8 +117,8 @@ class SizePrior(Prior):
             of_class is None or _is_size(of_class) for of_class in state
         ):
             raise InputError(
-                f"The checkpoint's size prior is {state!r}, expected size, spread, cases and outliers of each class or "
-                "None: train again."
+                f"The checkpoint's size prior is {state!r} instead of expected size, spread, cases and outliers of "
+                "each class, or None: train again."
             )
         return cls(tuple(numbers and ExpectedSize(*numbers) for numbers in state))
 

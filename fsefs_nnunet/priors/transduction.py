@@ -20,7 +20,7 @@ from fsefs_nnunet.priors.volumes import PredictedSizes, QueryVolume
 class Transduction:
     """A few steps of Eq. (3), with the volume as the query.
 
-    They stop as soon as the prior has no objection: a volume that looks as expected stays as it is.
+    They stop as soon as the prior is satisfied: a volume that looks as expected is left unchanged.
 
     loss: L_SEG of logits and targets.
     settings: weight, tolerance, rate and most steps, `fseft_predict_...`.
@@ -39,8 +39,8 @@ class Transduction:
             classes may grow.
 
         Returns:
-            The number of steps. They end, too, where the penalty is no longer finite: look at what the network gives
-            then.
+            The number of steps. They also end if the penalty is no longer finite: check the network's output in that
+            case.
         """
         with without_scaling(network.feature_mean.device):
             return self._adapt(network, volume, before)

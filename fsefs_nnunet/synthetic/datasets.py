@@ -38,7 +38,7 @@ def write_case(
     """Write image and label map of one phantom.
 
     numbers: the phantom's labels to keep, with their numbers in the dataset; others become background.
-    spacing: what the header says in mm per axis, where it is not the phantom's.
+    spacing: what the header says in mm per axis, if it is not the phantom's.
     """
     phantom = make_phantom(seed, config)
     # RAS: the affine of a NIfTI file maps voxels to the right, the front and the head

@@ -68,7 +68,7 @@ class PhantomConfig:
     same anatomy whatever the spacing.
     drift: scanner drift; 0 is the reference scanner, [0, 1] is what the embedded backbone saw in pretraining. It
     raises noise, blur and bias field and lowers the gain, all linearly.
-    appearance: 'ct' for tissue values as in TISSUE_HU, 'random' for tissue values drawn anew for each volume, with
+    appearance: 'ct' for tissue values as in TISSUE_HU, 'random' for tissue values drawn for each volume, with
     textured clutter between the organs, so that shape and place are all that tells organs apart.
     """
 
@@ -124,7 +124,7 @@ def _bspline_basis(n: int, knots: int) -> np.ndarray:
 
 
 class _Anatomy:
-    """Paints implicit shapes on warped body coordinates; each shape is evaluated in its bounding box alone."""
+    """Paints implicit shapes on warped body coordinates; each shape is evaluated only in its bounding box."""
 
     MARGIN = 0.16  # the warp and the jitter move a point by less than this
 

@@ -32,7 +32,7 @@ class NNUNetBackbone(nn.Module):
             encoder's skips.
 
         Raises:
-            InputError: for another architecture, or layers of it that are no network layers.
+            InputError: for another architecture, or layers that are not network layers.
         """
         super().__init__()
         self.unet = _build_unet(contract)
@@ -84,26 +84,26 @@ class NNUNetBackbone(nn.Module):
 
 
 def _wanted(stages: str, decoder: list, encoder: list) -> list:
-    """Of what the stages of decoder and encoder have, both from fine to coarse, that of `stages`."""
+    """Select what belongs to `stages` from lists for the stages of decoder and encoder, both from fine to coarse."""
     if stages == "last":
         return decoder[:1]
     return decoder if stages == "all" else [*decoder, *encoder[1:], *encoder[:1]]
 
 
 def plans_architecture(contract: BackboneContract) -> dict:
-    """What nnU-Net's plans say of the architecture: network_class_name, arch_kwargs, _kw_requires_import.
+    """What nnU-Net's plans say about the architecture: network_class_name, arch_kwargs, _kw_requires_import.
 
     Raises:
-        InputError: for another architecture, or layers of it that are no network layers.
+        InputError: for another architecture, or layers that are not network layers.
     """
     architecture = contract.architecture
     name = architecture["network_class_name"].split(".")[-1]
     if name not in UNETS:
-        raise InputError(f"Backbone {contract.id!r} is a {name}, only {' and '.join(UNETS)} are known.")
+        raise InputError(f"Backbone {contract.id!r} is a {name}, but only {' and '.join(UNETS)} are known.")
     for key in architecture["_kw_requires_import"]:
         _refuse_unless_layer(contract.id, key, architecture["arch_kwargs"].get(key))
     return {
-        # old plans name a module that is gone
+        # old plans name a module that no longer exists
         "network_class_name": f"dynamic_network_architectures.architectures.unet.{name}",
         "arch_kwargs": architecture["arch_kwargs"],
         "_kw_requires_import": architecture["_kw_requires_import"],
@@ -123,15 +123,17 @@ def _build_unet(contract: BackboneContract) -> nn.Module:
     except Exception as error:  # asserts, and whatever the layers raise
         name, why = architecture["network_class_name"].split(".")[-1], str(error) or type(error).__name__
         raise InputError(
-            f"Backbone {contract.id!r} has arch_kwargs that do not make a {name} ({why}): compare them with plans that "
-            "nnU-Net wrote."
+            f"Backbone {contract.id!r} has arch_kwargs that do not build a {name} ({why}): compare them with plans "
+            "that nnU-Net wrote."
         ) from error
 
 
 def _refuse_unless_layer(backbone_id: str, key: str, name: str | None) -> None:
-    """nnU-Net imports and calls whatever plans name here: a plans.json of a stranger could run any function."""
+    """nnU-Net imports and calls whatever plans name here, so that an untrusted plans.json could run any function."""
     if name is None:
         return
     layer = pydoc.locate(name) if name.startswith(_MODULES) else None
     if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
-        raise InputError(f"Backbone {backbone_id!r} names {name!r} as its {key}, which is no layer: do not trust it.")
+        raise InputError(
+            f"Backbone {backbone_id!r} names {name!r} as its {key}, which is not a layer: do not trust it."
+        )

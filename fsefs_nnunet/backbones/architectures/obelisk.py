@@ -20,8 +20,8 @@ LEFT_AND_INFERIOR = (2, 4)  # it sees volumes with the axes left, anterior, infe
 class ObeliskBackbone(PlainBackbone):
     """Five strided stages down, trilinear upsampling and one convolution each up, all with batch norm.
 
-    Takes images as CTNormalization made them and turns them back into Hounsfield units. The published code drops
-    channels in prediction, too; here nothing is dropped.
+    Takes images as CTNormalization made them and turns them back into Hounsfield units. The published code also
+    drops channels in prediction; here nothing is dropped.
     """
 
     parts: ClassVar = {"last_block": ("up.3.",), "decoder": ("up.",), "all": ("stem.", "down.", "up.")}

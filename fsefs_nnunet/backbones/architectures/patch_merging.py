@@ -11,7 +11,7 @@ PUBLISHED_ORDER = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1,
 
 
 class PublishedPatchMerging(nn.Module):
-    """Halves each axis, doubles the channels; the arguments are those that MONAI calls a `downsample` with."""
+    """Halves each axis, doubles the channels; the arguments are those that MONAI passes to a `downsample`."""
 
     def __init__(self, dim: int, norm_layer: type[nn.Module] = nn.LayerNorm, spatial_dims: int = 3):
         """dim: channels of the input. spatial_dims: always 3."""

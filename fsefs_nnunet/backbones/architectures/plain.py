@@ -17,7 +17,7 @@ from fsefs_nnunet.errors import InputError
 class PlainBackbone(nn.Module):
     """A base of architectures, see backbones/protocol.py.
 
-    parts: beginnings of the names of the parameters of "last_block", "decoder" and "all", the head's in none.
+    parts: prefixes of the parameter names of "last_block", "decoder" and "all"; the head's are in none.
     """
 
     parts: ClassVar[dict[str, tuple[str, ...]]] = {}
@@ -52,5 +52,5 @@ def maps_named(contract: BackboneContract, known: dict[str, list[FeatureMap]], s
     """Raises InputError for `stages` that are not among the `known`."""
     if stages not in known:
         names = ", ".join(map(repr, known))
-        raise InputError(f"Backbone {contract.id!r} has stages {names}: the plans' arch_kwargs name {stages!r}.")
+        raise InputError(f"Backbone {contract.id!r} has stages {names}, but the plans' arch_kwargs name {stages!r}.")
     return known[stages]

@@ -62,7 +62,7 @@ class SuPreMUNetBackbone(PlainBackbone):
 
 
 class ConvNormReLU(nn.Module):
-    """3^3 convolution, normalisation of each patch by itself, ReLU."""
+    """3^3 convolution, normalisation of each patch on its own, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()

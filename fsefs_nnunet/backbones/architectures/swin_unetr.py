@@ -18,9 +18,9 @@ from fsefs_nnunet.errors import InputError
 class SwinUNETRBackbone(PlainBackbone):
     """Features of the last decoder stage, those that the published heads act on.
 
-    Sides of the input must be multiples of 32. Attention is computed by PyTorch's fused kernel where no gradient is
-    asked for: the same within 1e-5 of the largest feature. The convolutions on the skips (MONAI's encoder1 to
-    encoder10) belong to the decoder where they are untrained.
+    Sides of the input must be multiples of 32. Attention is computed by PyTorch's fused kernel if no gradient is
+    needed: the same within 1e-5 of the largest feature. The convolutions on the skips (MONAI's encoder1 to
+    encoder10) belong to the decoder if they are untrained.
     """
 
     def __init__(self, contract: BackboneContract, stages: str):

@@ -1,4 +1,4 @@
-"""Downloads of published files: resumed where they stopped, verified, and in one sentence where there is no network."""
+"""Downloads of published files: resumed where they stopped, verified, and with a one-sentence error without network."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fsefs_nnunet.backbones.zoo import PublishedBackbone
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import sha256_of
 
-TIMEOUT = 20  # seconds without an answer
+TIMEOUT = 20  # seconds without a response
 BLOCK = 1 << 20
 
 
 def by_hand(entry: PublishedBackbone) -> str:
-    """What to do where a program cannot fetch the file."""
+    """What to do if a program cannot fetch the file."""
     if entry.package:
         return f"{entry.how_to_get}."
     places = " or ".join(place for place in (entry.link, entry.page) if place)
@@ -43,7 +43,9 @@ def only_download(entry: PublishedBackbone, folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise InputError(f"Another process downloads {entry.id!r} into {folder}: wait until it has ended.") from error
+        raise InputError(
+            f"Another process is downloading {entry.id!r} into {folder}: wait until it has finished."
+        ) from error
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error}): choose another folder with -o.") from error
     try:
@@ -53,11 +55,11 @@ def only_download(entry: PublishedBackbone, folder: Path) -> Iterator[None]:
 
 
 def download(entry: PublishedBackbone, folder: Path) -> Path:
-    """Fetch the file of `entry` into `folder`; an interrupted download goes on from `<file>.part`.
+    """Fetch the file of `entry` into `folder`; an interrupted download resumes from `<file>.part`.
 
     Raises:
         InputError: without a direct link or network, for an interrupted transfer or a full disk, and for a file of
-            another size or SHA-256 than is known of it.
+            a size or SHA-256 other than the known one.
     """
     if not entry.link:
         raise InputError(f"There is no direct link to {entry.id!r}. {by_hand(entry)}")
@@ -87,7 +89,7 @@ def _fetch(entry: PublishedBackbone, part: Path) -> None:
     try:
         answer = urlopen(request, timeout=TIMEOUT)
     except HTTPError as error:
-        if error.code != 416:  # nothing lies behind what is there: it is whole, or not of this file
+        if error.code != 416:  # there is nothing after these bytes: the file is complete, or another one
             raise
         if _total(error.headers.get("Content-Range", "")) != start:
             part.unlink()
@@ -100,8 +102,8 @@ def _fetch(entry: PublishedBackbone, part: Path) -> None:
         received = start + _append(answer, part, start, total)
     if total and received < total:
         raise InputError(
-            f"The connection ended after {received} of {total} bytes: run fseft backbones download {entry.id} again, "
-            "it goes on from there."
+            f"The connection ended after {received} of {total} bytes: run fseft backbones download {entry.id} again "
+            "to resume from there."
         )
 
 
@@ -121,23 +123,23 @@ def _append(answer: HTTPResponse, part: Path, start: int, total: int) -> int:
 def _receive(answer: HTTPResponse) -> bytes:
     try:
         return answer.read(BLOCK)
-    except OSError as error:  # of the network's, not of the file's
+    except OSError as error:  # raised by the network, not by the file
         raise ConnectionError(str(error)) from error
 
 
 def _total(content_range: str) -> int:
-    """Size of the whole file in "bytes 5-9/10", 0 if it is not said."""
+    """Size of the whole file in "bytes 5-9/10", 0 if it is not given."""
     match = re.search(r"/(\d+)$", content_range)
     return int(match[1]) if match else 0
 
 
 def _verify(entry: PublishedBackbone, file: Path) -> None:
-    """What fails is deleted: resuming it would only repeat the failure."""
+    """A file that fails is deleted, since resuming it would only repeat the failure."""
     try:
         refuse_web_page(file)
         if entry.size and file.stat().st_size != entry.size or entry.sha256 and sha256_of(file) != entry.sha256:
             raise InputError(
-                f"{entry.link} gave another file than the known one ({entry.size} bytes, SHA-256 "
+                f"{entry.link} returned a file other than the known one ({entry.size} bytes, SHA-256 "
                 f"{entry.sha256[:12]}): download it again, or ask its publisher."
             )
     except InputError:

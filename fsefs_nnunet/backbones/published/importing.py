@@ -23,7 +23,7 @@ DECODER_SEED = 12345
 
 @dataclass(frozen=True)
 class ReadCheckpoint:
-    """A checkpoint as a backbone: its contract, all its tensors, and those of them that the file gave."""
+    """A checkpoint as a backbone: its contract, all its tensors, and those of them that were in the file."""
 
     file: Path
     content: PublishedContent
@@ -56,7 +56,7 @@ def read_published(backbone_id: str, file: Path) -> ReadCheckpoint:
     content = recognise(str(file), read_checkpoint(file))
     sha256 = sha256_of(file)
     _refuse_known_file_of_another(backbone_id, file, sha256)
-    # a file of a known layout is taken to be trained as the public ones are
+    # a file of a known layout is assumed to have been trained like the public ones
     alike = next(known for known in ZOO.values() if known.kind == content.kind)
     entry = ZOO.get(backbone_id) or PublishedBackbone(
         backbone_id, alike.training, content.kind, content.features, encoder_only=content.encoder_only
@@ -94,7 +94,7 @@ def _left_out(content: PublishedContent, entry: PublishedBackbone) -> dict[str, 
 def _refuse_known_file_of_another(backbone_id: str, file: Path, sha256: str) -> None:
     others = [entry.id for entry in ZOO.values() if entry.sha256 == sha256 and entry.id != backbone_id]
     if backbone_id in ZOO and others:
-        raise InputError(f"{file} is the file of {others[0]}, by its SHA-256: import it as {others[0]}.")
+        raise InputError(f"{file} is the file of {others[0]}, according to its SHA-256: import it as {others[0]}.")
 
 
 def _refuse_other_content(file: Path, content: PublishedContent, entry: PublishedBackbone) -> None:
@@ -102,7 +102,7 @@ def _refuse_other_content(file: Path, content: PublishedContent, entry: Publishe
     same_head = (
         entry.id not in ZOO
         or content.rows == (len(entry.classes) if entry.head else 0)
-        # beside a head that is conditioned on text, rows of a linear one mean nothing, and are left out
+        # next to a head that is conditioned on text, rows of a linear one mean nothing, and are left out
         or (not entry.head and content.embedded_classes is not None)
     )
     if architecture == (entry.kind, entry.features, entry.encoder_only) and same_head:
@@ -128,7 +128,7 @@ def _refuse_partial(
     missing = sorted(own.keys() - content.tensors.keys())
     if missing:
         raise InputError(
-            f"{file} lacks {len(missing)} of the {len(own)} tensors of a {name}, e.g. {missing[0]}: it is incomplete, "
+            f"{file} lacks {len(missing)} of the {len(own)} tensors of a {name}, e.g. {missing[0]}: it is incomplete; "
             "take it from its publisher again."
         )
     unknown = sorted(name for name in content.tensors.keys() - own.keys() if not name.startswith("head."))
@@ -136,8 +136,8 @@ def _refuse_partial(
     if unknown or wrong:
         odd = unknown[0] if unknown else f"{wrong[0]} of shape {tuple(content.tensors[wrong[0]].shape)}"
         raise InputError(
-            f"{file} is another {name} than the public ones: {len(unknown)} tensors are unknown and {len(wrong)} have "
-            f"another shape, e.g. {odd}."
+            f"{file} is a different {name} from the public ones: {len(unknown)} tensors are unknown and {len(wrong)} "
+            f"have another shape, e.g. {odd}."
         )
 
 
@@ -159,7 +159,7 @@ def _report(checkpoint: ReadCheckpoint) -> None:
     known = ZOO.get(contract.id)
     if known is None and contract.architecture["kind"] == SWIN_UNETR:
         print(
-            "Patch merging in the order of the public checkpoints: a network that you trained with a recent MONAI has "
+            "Patch merging in the order of the public checkpoints: a network that you trained with a recent MONAI uses "
             "another one, and its features would be wrong here."
         )
     if known and known.sha256 != contract.source["sha256"]:
@@ -168,7 +168,7 @@ def _report(checkpoint: ReadCheckpoint) -> None:
 
 
 def _report_doubts(known: PublishedBackbone, content: PublishedContent) -> None:
-    """Of a file whose SHA-256 does not prove what it is."""
+    """Print what is uncertain about a file whose SHA-256 does not prove what it is."""
     if known.sha256:
         print(f"The file is not the known {known.file}: its SHA-256 differs.")
     others = [id for id in _ids_of_layout(content) if id != known.id]

@@ -1,4 +1,4 @@
-"""What a published checkpoint holds, found out by the names and shapes of its tensors alone."""
+"""What a published checkpoint holds, recognised by the names and shapes of its tensors alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _DOWN, _UP = ((0, 3, 6), (10, 13), (17, 20), (24, 27), (31, 34)), ((38, 41), (45
 
 
 def _numbered(side: str, blocks: tuple[tuple[int, ...], ...]) -> list[tuple[str, str]]:
-    """A convolution and the batch norm behind it lie at 3 k and 3 k + 1 of a block."""
+    """A convolution and the batch norm after it are numbers 3 k and 3 k + 1 of a block."""
     return [
         (rf"{_START}model\.{number + offset}\.(\w+)", rf"{side}.{block}.{3 * place + offset}.\1")
         for block, numbers in enumerate(blocks)
@@ -43,7 +43,7 @@ def _numbered(side: str, blocks: tuple[tuple[int, ...], ...]) -> list[tuple[str,
     ]
 
 
-# Published names, whatever wrappers put before them -> names in the architecture.
+# Published names, with any prefixes of wrappers -> names in the architecture.
 _RULES = {
     SWIN_UNETR: [
         (_START + r"(patch_embed\.proj\..*|layers\d\.0\.(?:blocks|downsample)\..*)", r"network.swinViT.\1"),
@@ -102,7 +102,7 @@ _RULES = {
 }
 _SPELLINGS = {SWIN_UNETR: [(".mlp.fc", ".mlp.linear")], UNET: [(".conv1.", ".conv."), (".bn1.", ".norm.")]}
 
-# Tensors that are no part of the backbone: by the last part of their names, and by others.
+# Tensors that are not part of the backbone, by the last part of their names and by other parts.
 _UNUSED = {
     "relative_position_index": "constants that are computed anew",
     "organ_embedding": "the head that is conditioned on text",
@@ -183,7 +183,7 @@ def recognise(file: str, content: object) -> PublishedContent:
         names = ", ".join(ARCHITECTURE_NAMES.values())
         raise InputError(
             f"{file} holds none of the known architectures ({names}): give a checkpoint of a public backbone, or the "
-            "folder of a nnU-Net model."
+            "folder of an nnU-Net model."
         )
     # a teacher and its student, for example: their order in the file says nothing
     rivals = [
@@ -196,11 +196,11 @@ def recognise(file: str, content: object) -> PublishedContent:
             f"{file} holds two networks, under {best_key!r} and {rivals[0]!r}: save the state_dict of one alone."
         )
     if not best.features:
-        raise InputError(f"{file} holds {best} without its first or last layer: it is incomplete, get it again.")
+        raise InputError(f"{file} holds {best} without its first or last layer: it is incomplete; get it again.")
     strangers = [name for name in best.left_out.get(_OTHER, []) if re.search(_BACKBONE_PARTS, name, re.IGNORECASE)]
     if strangers:
         raise InputError(
-            f"{file} is no plain {ARCHITECTURE_NAMES[best.kind]}: it has {len(strangers)} more tensors inside, e.g. "
+            f"{file} is not a plain {ARCHITECTURE_NAMES[best.kind]}: it has {len(strangers)} more tensors inside, e.g. "
             f"{strangers[0]}; this variant is not supported."
         )
     return best

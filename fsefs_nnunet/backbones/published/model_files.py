@@ -42,9 +42,11 @@ def read_model(path: Path, fold: str, checkpoint: str, configuration: str) -> Mo
     if path.is_dir():
         return _read_folder(path, fold, checkpoint)
     if not path.exists():
-        raise InputError(f"{path} is missing: give a nnU-Net model folder or a .zip of one.")
+        raise InputError(f"{path} is missing: give an nnU-Net model folder or a .zip of one.")
     if path.suffix.lower() != ".zip":
-        raise InputError(f"{path} is no model folder and no .zip of one: give the folder with plans.json and fold_X.")
+        raise InputError(
+            f"{path} is neither a model folder nor a .zip of one: give the folder with plans.json and fold_X."
+        )
     with TemporaryDirectory() as folder:
         try:
             files = _read_folder(_unzip(path, Path(folder), fold, checkpoint, configuration), fold, checkpoint)
@@ -105,16 +107,16 @@ def _unzip(file: Path, target: Path, fold: str, checkpoint: str, configuration: 
             model = _choose_model(file, names, fold, checkpoint, configuration)
             weights = sorted(str(p) for p in map(PurePosixPath, names) if _is_checkpoint(p, model, fold, checkpoint))
             for name in [*(str(model / name) for name in JSON_FILES), weights[0]]:
-                if name in names:  # what is missing is named when the folder is read
+                if name in names:  # missing files are reported when the folder is read
                     archive.extract(name, target)
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
-        raise InputError(f"{file} is damaged or no plain zip ({error}): export or download it again.") from error
+        raise InputError(f"{file} is damaged or not a plain zip ({error}): export or download it again.") from error
     return target / model
 
 
 def _refuse_unsafe(file: Path, names: list[str]) -> None:
     for name in names:
-        path = PureWindowsPath(name)  # knows both slashes, and drives
+        path = PureWindowsPath(name)  # handles both slashes, and drives
         if path.anchor or ".." in path.parts:
             raise InputError(
                 f"{file} was not unpacked: its member {name!r} points outside. Take the zip from its publisher again."

@@ -59,7 +59,7 @@ def import_nnunet_model(
     if how := mismatch(backbone.backbone_state(), weights):
         raise InputError(
             f"{files.source}, trained by {_trainer(files)}, does not hold the network that its plans.json describes "
-            f"({how}): give a model of nnU-Net's own U-Nets, a network that a trainer builds itself cannot be a "
+            f"({how}): give a model of nnU-Net's own U-Nets; a network that a trainer builds itself cannot be a "
             "backbone."
         )
     require_finite(files.source, weights)
@@ -74,7 +74,7 @@ def _contract(backbone_id: str, files: ModelFiles, contract_fields: dict) -> Bac
         manager = PlansManager(files.plans)
         name = files.checkpoint["init_args"]["configuration"]
         with warnings.catch_warnings():
-            # nnU-Net advises to plan anew, which nobody can do for a trained model
+            # nnU-Net advises planning again, which is impossible for a trained model
             warnings.filterwarnings("ignore", "Detected old nnU-Net plans format")
             settings = manager.get_configuration(name)
         _refuse_unsupported(name, settings, manager)
@@ -108,7 +108,7 @@ def _contract(backbone_id: str, files: ModelFiles, contract_fields: dict) -> Bac
         )
     except InputError:
         raise
-    except Exception as error:  # nnU-Net raises whatever it likes for plans and checkpoints of another kind
+    except Exception as error:  # nnU-Net may raise anything for plans and checkpoints of another kind
         raise InputError(
             f"plans.json, dataset.json and {files.source} are not those of one nnU-Net v2 model ({error}): copy the "
             "model's folder as nnU-Net wrote it."
@@ -116,7 +116,7 @@ def _contract(backbone_id: str, files: ModelFiles, contract_fields: dict) -> Bac
 
 
 def _left_open(contract: BackboneContract) -> BackboneContract:
-    """For a model that was trained on all spacings and contrasts, and on windows from 40 voxels on."""
+    """For a model that was trained on all spacings and contrasts, and on windows from 40 voxels upwards."""
     return replace(
         contract,
         spacing=None,
@@ -162,7 +162,7 @@ def _own_tensors(backbone: NNUNetBackbone, files: ModelFiles) -> dict[str, torch
     weights = files.checkpoint.get("network_weights")
     if not isinstance(weights, dict):
         raise InputError(f"{files.source} holds no network_weights: give a checkpoint that nnU-Net's training wrote.")
-    # torch.compile and DistributedDataParallel put the network into a module of theirs
+    # torch.compile and DistributedDataParallel wrap the network in a module of their own
     weights = {
         re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor
         for name, tensor in weights.items()
@@ -182,7 +182,7 @@ def _report(contract: BackboneContract, backbone: NNUNetBackbone, files: ModelFi
     print(
         f"{files.source}, trained by {_trainer(files)}: all {len(tensors)} tensors matched, "
         f"{sum(t.numel() for t in tensors.values())} numbers.\n"
-        f"{len(contract.classes)} classes, {'one a voxel' if contract.softmax else 'regions that may overlap'}: "
+        f"{len(contract.classes)} classes, {'one per voxel' if contract.softmax else 'regions that may overlap'}: "
         f"{', '.join(contract.classes)}\n"
         f"Reader {contract.image_reader_writer}, {turned}; axes {list(contract.transpose_forward)} of z, y, x"
     )

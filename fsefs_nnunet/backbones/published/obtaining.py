@@ -1,4 +1,4 @@
-"""The ways to a backbone: a public checkpoint, fetched or at hand, or a nnU-Net model."""
+"""The ways to a backbone: a public checkpoint, fetched or at hand, or an nnU-Net model."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def import_backbone(
     """Import the nnU-Net model in a folder or .zip, or the checkpoint in any other file.
 
     Raises:
-        InputError: as import_nnunet_model and import_published do, for a path where nothing is, for a nnU-Net model
-            under a public name, and for the name of an embedded backbone.
+        InputError: as import_nnunet_model and import_published do, for a path that does not exist, for an nnU-Net
+            model under a public name, and for the name of an embedded backbone.
     """
     if (EMBEDDED / f"{backbone_id}.json").exists():
         raise InputError(f"{backbone_id!r} is the backbone that comes with the package: choose another name.")
     if not path.exists():
-        raise InputError(f"{path} does not exist: give a checkpoint, or a nnU-Net model as folder or zip.")
+        raise InputError(f"{path} does not exist: give a checkpoint, or an nnU-Net model as folder or zip.")
     refuse_nnunet_v1(path)
     if path.is_file() and _is_checkpoint(path):
         return import_published(backbone_id, path, target)
     if backbone_id in ZOO:
         raise InputError(
-            f"{backbone_id!r} is a public backbone, whose file is {ZOO[backbone_id].file}, and {path} is none: give "
+            f"{backbone_id!r} is a public backbone, whose file is {ZOO[backbone_id].file}, and {path} is not: give "
             "that file, or another name."
         )
     return import_nnunet_model(backbone_id, path, target, fold, checkpoint, configuration)
@@ -44,7 +44,7 @@ def _is_checkpoint(file: Path) -> bool:
     if file.suffix.lower() != ".zip":
         return True
     try:
-        with zipfile.ZipFile(file) as archive:  # torch.save writes zips, too, and some are named so
+        with zipfile.ZipFile(file) as archive:  # torch.save writes zips, too, and some are named .zip
             return any(name.endswith("/data.pkl") for name in archive.namelist())
     except (OSError, zipfile.BadZipFile):
         return False
@@ -58,10 +58,10 @@ def download_backbone(backbone_id: str, target: Path) -> BackboneContract:
             downloads it.
     """
     if backbone_id not in ZOO:
-        raise InputError(f"{backbone_id!r} is no public backbone that is known here; there are: {', '.join(ZOO)}.")
+        raise InputError(f"{backbone_id!r} is not a known public backbone; there are: {', '.join(ZOO)}.")
     entry, target = ZOO[backbone_id], Path(target)
     if entry.kind == SWIN_UNETR:
-        monais_swin_unetr(backbone_id)  # before the download, which takes its time
+        monais_swin_unetr(backbone_id)  # before the download, which takes a while
     with only_download(entry, target):
         file = download(entry, target)
         try:
@@ -69,7 +69,7 @@ def download_backbone(backbone_id: str, target: Path) -> BackboneContract:
         except InputError as error:
             if entry.sha256:
                 raise  # the file is the right one
-            file.unlink()  # else every later download would find it and fail on it
+            file.unlink()  # otherwise every later download would find it and fail
             raise InputError(
                 f"{error} It was deleted: run fseft backbones download {backbone_id} again, or: {by_hand(entry)}"
             ) from error

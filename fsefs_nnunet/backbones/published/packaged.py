@@ -26,6 +26,6 @@ def packaged_file(entry: PublishedBackbone) -> Path:
         ) from error
     except (OSError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         raise InputError(
-            f"The package {module} does not give the file of {entry.id!r} ({error}): make room for it, or install the "
-            f"package anew, {install}."
+            f"The package {module} does not provide the file of {entry.id!r} ({error}): make room for it, or install "
+            f"the package again, {install}."
         ) from error

@@ -1,4 +1,4 @@
-"""What `fseft backbones` tells: what is here, which public ones could be, and whether they are sound."""
+"""What `fseft backbones` prints: which backbones are here, which public ones could be, and whether they are sound."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fsefs_nnunet.files import gigabytes
 
 
 def show_list() -> None:
-    """Backbones that are damaged, and files that are none, are named among the others."""
+    """Damaged backbones, and files that are not backbones, are listed among the others."""
     here = known_backbones()
     for name, file in here.items():
         try:
@@ -48,7 +48,7 @@ def show_info(backbone_id: str) -> None:
 
 
 def verify(backbone_ids: Sequence[str]) -> None:
-    """Check weights against their contracts, all without ids. Raises InputError that names those that fail."""
+    """Check weights against their contracts; all of them without ids. Raises InputError that names those that fail."""
     if not backbone_ids:
         _name_strays()
     failures = []

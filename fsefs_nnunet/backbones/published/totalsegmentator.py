@@ -83,7 +83,7 @@ def installed_models() -> list[InstalledModel]:
     root = weights_folder()
     if not root.is_dir():
         raise InputError(
-            f"{root} is missing, where TotalSegmentator keeps its models: run totalseg_download_weights -t total, or "
+            f"{root}, where TotalSegmentator keeps its models, is missing: run totalseg_download_weights -t total, or "
             "set TOTALSEG_WEIGHTS_PATH to the folder that holds Dataset291_TotalSegmentator_part1_organs_1559subj."
         )
     models = [model for folder in sorted(root.iterdir()) for model in _models_of(folder)]
@@ -139,13 +139,13 @@ def _knowledge(model: InstalledModel) -> str:
         spacing = plans["configurations"][model.folder.name.split("__")[-1]]["spacing"]
         return f"{channels}, {spacing} mm, {len(names)} classes: {', '.join(names)}"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{model.folder} holds other JSON files than nnU-Net's ({error}): {model.remedy}") from error
+        raise InputError(f"{model.folder} holds JSON files other than nnU-Net's ({error}): {model.remedy}") from error
 
 
 def _show_leftovers() -> None:
     for file in sorted(weights_folder().glob("*.zip")):
         if file.name == "tmp_download_file.zip":  # as TotalSegmentator names what it is fetching
-            print(f"{file} is left of a download: delete it unless TotalSegmentator is downloading now.")
+            print(f"{file} is left over from a download: delete it unless TotalSegmentator is downloading now.")
         else:
             print(f"{file} is not unpacked; one model: fseft backbones import ID {file}")
 
@@ -160,7 +160,7 @@ def import_models(
         fold, checkpoint: as import_nnunet_model takes them.
 
     Raises:
-        InputError: for an unknown name, and for models that are not whole; of several, when the others are imported.
+        InputError: for an unknown name, and for incomplete models; of several, once the others are imported.
     """
     failures = []
     for model in _chosen(wanted):
@@ -197,7 +197,7 @@ def _chosen(wanted: str) -> list[InstalledModel]:
 
 
 def _require_whole(model: InstalledModel, fold: str = "", checkpoint: str = "checkpoint_final.pth") -> None:
-    """Raises InputError if a download was interrupted; a checkpoint is not read for that."""
+    """Raises InputError if a download was interrupted; the checkpoint itself is not read."""
     if model.folder is None:
         raise InputError(f"{model.dataset} holds no model: {model.remedy}")
     for name in JSON_FILES:

@@ -50,6 +50,6 @@ class CHAOS(Source):
         masks = read_masks(case.label, case.image, image.shape)
         if not values_in(masks.data) <= {0, 1, 255}:
             raise InputError(
-                f"{case.label} holds values other than 0 and 255: the CT masks are wanted, not the MR ones."
+                f"{case.label} holds values other than 0 and 255: the CT masks are expected, not the MR ones."
             )
         return Labels(image, (masks.data > 0).astype(np.uint8))

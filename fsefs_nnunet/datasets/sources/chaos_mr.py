@@ -47,7 +47,8 @@ class ChaosT2SPIR(CHAOS):
 class ChaosT1DUAL(ChaosT2SPIR):
     """T1 DUAL, both phases as channels: MR/1/T1DUAL/DICOM_anon/InPhase and OutPhase, MR/1/T1DUAL/Ground.
 
-    The masks have the names of the slices in phase; those out of phase are odd where these are even, in one order.
+    The masks have the names of the in-phase slices; those of the out-of-phase slices are odd where these are even, in
+    the same order.
     """
 
     name = "CHAOS_T1DUAL"
@@ -72,14 +73,14 @@ class ChaosT1DUAL(ChaosT2SPIR):
 
 
 class ChaosInPhase(ChaosT1DUAL):
-    """T1 in phase alone."""
+    """Only T1 in phase."""
 
     name = "CHAOS_T1DUAL_InPhase"
     series = {"InPhase": "MR T1 in phase"}
 
 
 class ChaosOutPhase(ChaosT1DUAL):
-    """T1 out of phase alone."""
+    """Only T1 out of phase."""
 
     name = "CHAOS_T1DUAL_OutPhase"
     series = {"OutPhase": "MR T1 out of phase"}

@@ -13,7 +13,7 @@ class CTORG(Source):
     """
 
     name = "CT-ORG"
-    layout = "volume-0.nii.gz beside labels-0.nii.gz"
+    layout = "volume-0.nii.gz next to labels-0.nii.gz"
 
     def cases(self, folder: Path) -> list[Case]:
         images = numbered(folder.rglob("volume-*.nii*"), r"volume-(\d+)\.nii(?:\.gz)?")

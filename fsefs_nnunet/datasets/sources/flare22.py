@@ -10,7 +10,7 @@ class FLARE22(Source):
 
     images/FLARE22_Tr_0001_0000.nii.gz, labels/FLARE22_Tr_0001.nii.gz. Values as in the challenge's list (1 liver,
     2 right kidney ... 13 left kidney; the same in U-Mamba's Dataset701_AbdomenCT). The images without labels are not
-    taken over: 2000 of them are other datasets' cases.
+    converted: 2000 of them are other datasets' cases.
     """
 
     name = "FLARE22"

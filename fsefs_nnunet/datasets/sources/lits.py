@@ -13,7 +13,7 @@ class LiTS(Source):
     """
 
     name = "LiTS"
-    layout = "volume-0.nii beside segmentation-0.nii, in one or several folders"
+    layout = "volume-0.nii next to segmentation-0.nii, in one or several folders"
 
     def cases(self, folder: Path) -> list[Case]:
         images = numbered(folder.rglob("volume-*.nii*"), r"volume-(\d+)\.nii(?:\.gz)?")

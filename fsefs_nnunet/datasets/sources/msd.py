@@ -31,7 +31,7 @@ class MSD(Source):
         except FileNotFoundError:
             raise InputError(f"{file} is missing: give the folder of {MSD.layout}.") from None
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{file} does not say labels and modality as the Decathlon does: {error}.") from error
+            raise InputError(f"{file} does not give labels and modality as the Decathlon does: {error}.") from error
 
     def dataset_name(self, folder: Path) -> str:
         return folder.name.split("_", 1)[-1]

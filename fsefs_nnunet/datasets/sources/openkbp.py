@@ -46,7 +46,7 @@ class OpenKBP(Source):
         spacing = _spacing(image.with_name("voxel_dimensions.csv"))
         rows = _rows(image)
         if not rows["data"].between(0, 2**15 - 1).all():
-            raise InputError(f"{image} has rows without a value, or with one that is no HU + 1024: download it again.")
+            raise InputError(f"{image} has rows without a value, or with one that is not HU + 1024: download it again.")
         volume = np.full(SHAPE, -1024, np.int16)
         volume.reshape(-1)[rows["index"]] = np.rint(rows["data"]) - 1024
         target = scratch / "ct.nii.gz"
@@ -83,7 +83,7 @@ def _rows(file: Path) -> pd.DataFrame:
         columns = {"index": "int64", "data": "float64"}
         rows = pd.read_csv(BytesIO(content), header=0, names=list(columns), dtype=columns, index_col=False)
     except (ValueError, OverflowError) as error:
-        raise InputError(f"{file} is no list of voxels ({error}): download it again.") from error
+        raise InputError(f"{file} is not a list of voxels ({error}): download it again.") from error
     outside = rows["index"][~rows["index"].between(0, np.prod(SHAPE) - 1)]
     if len(outside):
         raise InputError(

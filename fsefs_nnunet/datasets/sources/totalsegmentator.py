@@ -38,7 +38,7 @@ class TotalSegmentator(Source):
             placed, of_mask = on_grid(volume, image, file, other_grid)
             data = integers(placed, file)
             if not values_in(data) <= {0, 1}:
-                raise InputError(f"{file} holds values other than 0 and 1: a mask is wanted.")
+                raise InputError(f"{file} holds values other than 0 and 1: a mask is expected.")
             overlap += int(np.count_nonzero(merged[data == 1]))
             merged[data == 1] = value
             how = how if of_mask == AS_IT_IS else of_mask

@@ -8,7 +8,7 @@ from fsefs_nnunet.methods.adapters.spatial import SpatialAdapter
 class ContextAdapter(nn.Sequential):
     """Two spatial adapters, the second dilated by 2: 13 voxels wide instead of 5; 108 channels^2 weights.
 
-    A frozen backbone's features say what a voxel looks like, where the labels may depend on what lies around.
+    A frozen backbone's features describe what a voxel looks like, but labels may depend on what lies around it.
     """
 
     margin = 3 * SpatialAdapter.margin

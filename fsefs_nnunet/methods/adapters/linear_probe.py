@@ -1,4 +1,4 @@
-"""The linear probe: no adapter, the head alone is trained."""
+"""The linear probe: no adapter, only the head is trained."""
 
 from torch import nn
 

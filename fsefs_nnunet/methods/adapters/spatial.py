@@ -37,7 +37,7 @@ class SpatialAdapter(nn.Module):
     def _block(self, x: torch.Tensor, dilation: int, outside: torch.Tensor | None = None) -> torch.Tensor:
         """outside: mask of the padding, which both convolutions must see as zeros."""
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            # oneDNN's convolutions in bfloat16 take half the time where channels come last
+            # oneDNN's convolutions in bfloat16 take half the time with channels last
             x = x.contiguous(memory_format=torch.channels_last_3d)
         inner = torch.relu(F.conv3d(x, self.conv1.weight, padding="same", dilation=dilation))
         if outside is not None:

@@ -1,4 +1,4 @@
-"""Fine-tuning of few parameters all over a backbone: biases (BitFit, Ben Zaken et al., ACL 2022), norms' scales."""
+"""Fine-tuning of few parameters throughout a backbone: biases (BitFit, Ben Zaken et al., ACL 2022), norms' scales."""
 
 from __future__ import annotations
 

@@ -34,11 +34,11 @@ class LowRank(nn.Module):
 
 @dataclass(frozen=True)
 class LoRA:
-    """Trains updates of low rank beside the frozen weights.
+    """Trains low-rank updates next to the frozen weights.
 
     rank: of the updates.
     sites: "all" layers with weights, "linear" (attention and its networks) or "convolutions".
-    decoder: whether the decoder is trained as it is, without updates.
+    decoder: whether the decoder itself is trained, without updates.
     """
 
     trains_decoder: ClassVar[bool] = False
@@ -48,10 +48,10 @@ class LoRA:
     decoder: bool = False
 
     def prepare(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
-        """Layers that are smaller than the rank stay as they are.
+        """Layers that are smaller than the rank are left unchanged.
 
         Raises:
-            InputError: for sites that there are not, and a rank that is none or larger than every layer's.
+            InputError: for unknown sites, and a rank that is not one or is larger than every layer's.
         """
         if self.sites not in SITES:
             raise InputError(f"The option sites of LoRA is {self.sites!r}: make it one of {', '.join(SITES)}.")

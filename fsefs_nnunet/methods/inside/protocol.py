@@ -1,4 +1,4 @@
-"""What a way into the backbone has to offer."""
+"""What a method inside the backbone has to offer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Inside(Protocol):
     trains_decoder: bool = False
 
     def prepare(self, backbone: nn.Module) -> dict[str, nn.Parameter]:
-        """Add what is to be added to a frozen backbone, in place, and say what is trained.
+        """Add what is to be added to a frozen backbone, in place, and return what is trained.
 
         Layers that are added start as the identity, so that step 0 is the backbone's own prediction.
 
         Returns:
-            The trained parameters, none of them the head's, by the names that checkpoints give them; empty where the
+            The trained parameters, none of them the head's, by the names that checkpoints give them; empty if the
             backbone has nothing to train.
         """

@@ -1,4 +1,4 @@
-"""A backbone of which something is trained."""
+"""A backbone in which something is trained."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fsefs_nnunet.methods.inside.protocol import Inside
 
 
 class TunedBackbone(FrozenBackbone):
-    """A FrozenBackbone but for what `inside` trains: that alone is in `parameters()` and `state_dict()`.
+    """A FrozenBackbone except for what `inside` trains, which alone is in `parameters()` and `state_dict()`.
 
     The trained parameters lie in the backbone and, the same objects, in `tuned`, a tree of empty modules that gives
     them their names. Everything stays in eval mode; autograd keeps nothing of the layers before the first trained one.
@@ -21,7 +21,7 @@ class TunedBackbone(FrozenBackbone):
         """The other arguments are FrozenBackbone's. Raises InputError for a backbone that has nothing to train."""
         super().__init__(backbone_id, stages, sha256, *args, **kwargs)
         trained = inside.prepare(self.module)
-        self.module.eval()  # what was added, too
+        self.module.eval()  # including what was added
         if not trained:
             raise InputError(
                 f"Backbone {backbone_id!r} has no such part to fine-tune: choose another method or backbone."
