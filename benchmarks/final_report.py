@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,9 @@ QUESTIONS = {  # two backbones with a method each, of the same shots
     "Does a backbone that saw CT organs help?": (("obelisk", "fseft"), ("obelisk_untrained", "fseft")),
     "Does the embedded backbone help?": (("phantom", "fseft"), ("phantom_untrained", "fseft")),
     "Backbone of CT organs against the embedded one": (("obelisk", "fseft"), ("phantom", "fseft")),
+    "The best method against its architecture from scratch": (("phantom", "ft_long"), ("phantom", "scratch")),
     "The best method against nnU-Net's own plans": (("phantom", "ft_long"), ("phantom", "nnunet")),
+    "`fseft adapt` against the architecture from scratch": (("phantom", "adapt"), ("phantom", "scratch")),
     "`fseft adapt` against nnU-Net's own plans": (("phantom", "adapt"), ("phantom", "nnunet")),
     "Fine-tuning everything, in its time, against a frozen backbone": (("phantom", "ft_long"), ("phantom", "context")),
     "The prior": (("phantom", "fseft"), ("phantom", "adapter")),
@@ -110,12 +113,12 @@ def answers(cases: pd.DataFrame) -> list[dict]:
             if len(both):  # a case counts once, with the mean of its draws
                 pair = [side[both].groupby("case").mean() for side in (ours, theirs)]
                 rows.append({"question": question, "data": data, "K": shots, **difference(*pair)})
-    for data, group in cases.groupby("data", sort=False):
+    for (data, group), method in product(cases.groupby("data", sort=False), ("scratch", "nnunet")):
         of_best, pool = group[group["K"] == "5"], group[group["K"] == "all"]
-        ours, theirs = dice_by_case(of_best, ("phantom", "ft_long")), dice_by_case(pool, ("phantom", "nnunet"))
+        ours, theirs = dice_by_case(of_best, ("phantom", "ft_long")), dice_by_case(pool, ("phantom", method))
         if len(ours) and len(theirs):
             pair = [side.groupby("case").mean() for side in (ours, theirs)]
-            question = "Five shots against nnU-Net on the whole pool, in the same time"
+            question = f"The best method of five shots against `{method}` on the whole pool, in the same time"
             rows.append({"question": question, "data": data, "K": "5", **difference(*pair)})
     return rows
 
