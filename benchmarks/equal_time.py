@@ -2,10 +2,10 @@
 
     FSEFT_SHARED=FOLDER python benchmarks/equal_time.py --work /data/equal_time --data hippocampus --cells 1:10 5:30
 
-FOLDER is that of `real_data.py`; no label of a test case is read. A cell K:MINUTES is K
-shots and the time from the command to the final checkpoint, start, feature bank and training: CPU time of one core or,
-with `-device cuda --cells 1:1 5:5`, wall time. Methods that train on stored features stop by themselves, earlier. What
-is done is not done again. `--figure` draws Dice against time from the results.
+FOLDER is that of `real_data.py`; no label of a test case is read. A cell K:MINUTES is K shots and the time from the
+command to the final checkpoint, start, feature bank and training: CPU time of one core or, with `-device cuda --cells
+1:1 5:5`, wall time. Methods on stored features may end earlier, with their epochs. Completed cells are skipped.
+`--figure` draws Dice against time from the results.
 """
 
 from __future__ import annotations

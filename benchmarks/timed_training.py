@@ -1,6 +1,6 @@
 """Trainings that take a given time from the command to the final checkpoint: start, feature bank and training.
 
-On a CPU it is CPU time of one core, on a GPU wall time. Methods that train on stored features stop by themselves.
+On a CPU it is CPU time of one core, on a GPU wall time. Methods on stored features may end earlier, with their epochs.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 from time import monotonic
 
 from fsefs_nnunet.adaptation.choice import STUDENT
-from fsefs_nnunet.methods.registry import BANK, METHODS, configuration_of
+from fsefs_nnunet.methods.registry import METHODS, configuration_of
 from fsefs_nnunet.nnunet.experiment import Experiment
 
 START_SECONDS = 15  # of a command of nnU-Net's before the first epoch
 TEACHERS = {STUDENT: "context", "student_of_ft_long": "ft_long"}  # by name of the student
-SHARE_OF_TEACHER = 1 / 3  # of the time, where the teacher does not stop by itself
+SHARE_OF_TEACHER = 1 / 3  # of the time that the teacher may take
 PUPIL = "ft_long"
 
 
@@ -83,7 +83,7 @@ def train_student(experiment: Experiment, name: str, shots: int, minutes: float,
     before = seconds_of(experiment.device)
     for stale in (own.model(teacher.trainer, configuration) / f"fold_{fold}", student.raw, student.preprocessed):
         shutil.rmtree(stale, ignore_errors=True)
-    share = {} if teacher.learns_from == BANK else budget(experiment, SHARE_OF_TEACHER * minutes)
+    share = budget(experiment, SHARE_OF_TEACHER * minutes)
     own.train(teacher.trainer, configuration, fold, fseft_final_validation="0", **share)
     taught = ("-d", own.dataset, "-c", configuration, "-tr", teacher.trainer, "-p", own.plans, "-f", str(fold))
     own.run("fseft", "student", *taught, "-o", str(number), "--student", "none", "-np", "2", "-device", own.device)
