@@ -157,7 +157,7 @@ class Workplace:
             file.write_text(json.dumps(plans))
 
     def write_model(self) -> None:
-        """A nnU-Net model of the user's and its zip, untrained."""
+        """An nnU-Net model of the user's and its zip, untrained."""
         self.run("nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres")
         self.run("nnUNetv2_train 4 3d_fullres 0 -tr nnUNetTrainer_1epoch -device cpu")
         name = "nnUNetTrainer__nnUNetPlans__3d_fullres"
@@ -167,6 +167,7 @@ class Workplace:
 
     def adapted(self, command: str) -> str:
         command = command.replace("/data/", f"{self.work / 'data'}/").replace("=BACKBONE", "=phantom")
+        command = command.replace("--minutes 30", "--minutes 3")
         if "90cb9cb6f7cc" in command:
             listed = self.run("fseft bank -d 4")
             command = command.replace("90cb9cb6f7cc", re.search(r"^  (\w{12}) ", listed, re.MULTILINE)[1])

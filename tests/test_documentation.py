@@ -1,4 +1,4 @@
-"""Every command in the code blocks of README.md and documentation/ is one that exists, with flags that it takes."""
+"""Commands on the pages exist, with flags that they take; tables are those of the code; links lead somewhere."""
 
 import argparse
 import contextlib
@@ -25,6 +25,30 @@ def commands(page: Path) -> list[str]:
     parts = [part.strip() for line in lines for part in re.split(r"&&|;|\|", line)]
     found = [re.sub(r"^(\w+=\S+\s+)+", "", part) for part in parts]
     return [command for command in found if re.match(r"(fseft|nnUNetv2_\w+|python)\b", command)]
+
+
+LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "looks.md"]
+
+
+def text_of(page: Path) -> str:
+    """Without its code blocks."""
+    return re.sub(r"^ *```.*?^ *```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ +(.+?) *$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.stem)
+def test_links(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if not re.match(r"https?:|mailto:", link):
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
 
 
 CASES = [pytest.param(c, id=f"{page.stem}-{c[:60]}") for page in PAGES for c in commands(page)]

@@ -119,8 +119,8 @@ def next_steps(experiment: Experiment) -> dict[str, list[str]]:
             f"nnUNetv2_train 901 {CONFIGURATION} 1 -tr FSEFTTrainer -p FSEFTPlans -device {experiment.device}",
             f"nnUNetv2_predict -i {images} -o {output} -d 901 -f 0 -c {trained}",
         ],
-        "Your own scans, here dataset 4 of your own nnUNet_raw, five of them labelled. The first line chooses a method, "
-        "trains it for half an hour and segments; the others do one step each:": [
+        "Your own scans, here dataset 4 of your own nnUNet_raw, five of them labelled. The first line chooses a "
+        "method, trains it for half an hour and segments; the others do one step each:": [
             f"fseft adapt -d 4 --shots 5 --minutes 30 -i IMAGES -o OUTPUT -device {experiment.device}",
             'eval "$(fseft env)" && fseft plan_and_preprocess -d 4 --shots 5',
             f"nnUNetv2_train 4 {CONFIGURATION} 0 -tr FSEFTTrainer -p FSEFTPlans -device {experiment.device}",
