@@ -283,7 +283,7 @@ def report_of(fold: Path, case: dict, tmp_path: Path) -> Reader:
     folds = {"A <&> B": fold, "probe": write_model(tmp_path, "FSEFTTrainer_LinearProbe__P__3d_fullres_5shot", case)}
     rows = [{"method": "A <&> B", "Dice": 0.12345, "seconds": 7}, {"method": "probe", "Dice": math.nan}]
     steps = {"Another <draw>:": ['eval "$(fseft env)"', "nnUNetv2_train 4 < /dev/null && echo done"]}
-    write_report(tmp_path / "report.html", "Queries <8> & more.", rows, folds, "A <&> B", raw, steps)
+    write_report(tmp_path / "report.html", "Queries <8> & more.", rows, folds, "A <&> B", raw, steps, ["MR: <phantom>"])
     return Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
@@ -297,6 +297,7 @@ def test_report_is_one_file(report, tmp_path):
     assert len(report.pictures) == 6 and len(set(report.pictures)) == 6
     for picture in report.pictures:
         assert b64decode(picture.partition(",")[2]).startswith(b"\x89PNG")
+    assert "MR: <phantom>" in report.text
     assert report.fetched == [] and not {"script", "link", "iframe"} & set(report.tags)
     source = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|url\(|@import", re.sub(r"base64,[^\"]+", "", source))

@@ -26,6 +26,7 @@ def write_report(
     adapted: str,
     raw: Path,
     next_steps: dict[str, list[str]],
+    advice: list[str],
 ) -> None:
     """Write tables, learning curves, overlays, sizes and what to run next as one HTML file that loads nothing.
 
@@ -35,6 +36,7 @@ def write_report(
         adapted: the method, one of `folds`, whose overlays and sizes are shown.
         raw: nnU-Net's raw folder of the dataset.
         next_steps: shell commands by what they are for.
+        advice: which backbone to choose, a sentence for each kind of scans.
 
     Raises:
         InputError: if a fold's fseft_run.json is missing or damaged.
@@ -50,6 +52,7 @@ def write_report(
         overlays=ranked_overlays(fold / "validation", images, raw / "labelsTr", dataset_of(fold)),
         size_section=size_section(fold, fold / "validation"),
         next_steps=next_steps,
+        advice=advice,
     )
     Path(file).write_text(page, encoding="utf-8")
 

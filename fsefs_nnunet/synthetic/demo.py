@@ -24,6 +24,11 @@ CONFIGURATION = "3d_fullres_5shot"
 SUPPORT, NUM_QUERIES = 5, 8
 SHOWN = [METHODS[name] for name in ("probe", "adapter", "fseft", "scratch")]
 WITH_PRIOR = METHODS["fseft"].title
+ADVICE = [  # README.md says the same
+    "Nothing to download, any modality: phantom, embedded, the default.",
+    "Organs that TotalSegmentator knows: its own models, or your own nnU-Net, as backbones: fseft backbones import.",
+    "Abdominal CT: FSEFT's, SuPreM's and others' universal models: fseft backbones list.",
+]
 # the plans' defaults train longer
 SHORT = {"fseft_steps_per_epoch": 2, "fseft_views": 20, "fseft_crop_size": [24, 24, 24]}
 
@@ -100,7 +105,9 @@ def run_demo(folder: Path, seconds: float | None = None, device: str | None = No
     )
     table = f"{setting}\n\n{markdown_table(rows)}"
     (folder / "table.md").write_text(table, "utf-8")
-    write_report(folder / "report.html", setting, rows, folds, WITH_PRIOR, experiment.raw, next_steps(experiment))
+    write_report(
+        folder / "report.html", setting, rows, folds, WITH_PRIOR, experiment.raw, next_steps(experiment), ADVICE
+    )
     print(f"\n{table}\n\n{folder}: report.html, table.md and one picture per method; {time() - start:.0f} s.")
 
 
