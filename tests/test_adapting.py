@@ -208,7 +208,9 @@ def test_what_trains_on_stored_features_is_compared(work, monkeypatch, capsys):
     assert adapt("--shots", 5, "--minutes", 1) == 0
     printed = capsys.readouterr().out
     assert "Leave-one-out Dice on the support: fseft 0.660, context 0.550." in printed
-    assert "Chosen: spatial adapter + size prior, which stops on its own." in printed
+    assert "Chosen: spatial adapter + size prior, for 0.0 minutes at most." in printed
+    added = json.loads(file.read_text())["configurations"][f"{FIVE}_auto1"]
+    assert added == {"inherits_from": FIVE, "fseft_minutes": 0.02}
     assert (
         work.results / "FSEFTTrainer__FSEFTPlans__3d_fullres_5shot_auto1" / "fold_0" / "checkpoint_final.pth"
     ).exists()
