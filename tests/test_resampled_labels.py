@@ -151,8 +151,9 @@ def test_a_clinical_ct(workspace, read, capsys):
     assert plans["configurations"]["3d_fullres_5shot"]["architecture"]["arch_kwargs"]["stages"] == "skips"
     output = capsys.readouterr().out
     assert (
-        "Spacing [4.0, 4.0, 4.0] mm: by the field of view, at most 2 windows ([128, 128, 128] voxels); the dataset's "
-        "own, [0.8, 0.8, 1.0] mm, makes [512, 512, 400] of a median volume of [409.6, 409.6, 400.0] mm."
+        "Spacing [4.0, 4.0, 4.0] mm: by the field of view, at most 2 windows ([128, 128, 128] voxels), a window shows "
+        "256 mm, the training's 150 to 400 mm; the dataset's own, [0.8, 0.8, 1.0] mm, makes [512, 512, 400] of a "
+        "median volume of [409.6, 409.6, 400.0] mm."
     ) in output
     assert "skips, 42.0 channels at full resolution in effect, 0.11 GB for a slab." in output
     assert read  # 10 mm and 4 mm differ
@@ -172,7 +173,7 @@ def test_chaos(shared, raw, capsys):
     assert main(["plan", "-d", "50", "--shots", "2", "-np", "1"]) == 0
     preprocessed = raw.parent / "nnUNet_preprocessed" / "Dataset050_CHAOS"
     plans = json.loads((preprocessed / "FSEFTPlans.json").read_text())
-    assert plans["configurations"]["3d_fullres"]["spacing"] == [2.5] * 3
+    assert plans["configurations"]["3d_fullres"]["spacing"] == [4.0] * 3
     child = plans["configurations"]["3d_fullres_2shot"]
     assert child["patch_size"] == [64] * 3 and child["architecture"]["arch_kwargs"]["stages"] == "skips"
     stock = json.loads((preprocessed / "nnUNetPlans.json").read_text())["configurations"]["3d_fullres"]
