@@ -5,7 +5,15 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from trainings import FIVE, make_trainer, splits_of
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
+from fsefs_nnunet.trainers.patch_trainer import missed_classes
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
+
+
+def test_classes_that_the_end_of_a_training_hardly_found():
+    nan = float("nan")
+    dice = [[0.0, 0.9, nan, 0.0], *[[0.8, 0.01, nan, nan]] * 4, [0.0, 0.04, nan, 0.06]]
+    assert missed_classes(dice, ["found once", "found early", "never shown", "found"]) == ["found early"]
+    assert missed_classes(dice[:1], ["a", "b", "c", "d"]) == ["a", "d"]
 
 
 def test_scratch_baseline_takes_our_support(work):

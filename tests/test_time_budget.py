@@ -5,13 +5,13 @@ from pathlib import Path
 from time import process_time
 
 import pytest
-from trainings import FIVE, identical, make_trainer, weights
+from trainings import FIVE, identical, make_trainer, text_of, weights
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.device import cpu_seconds
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.methods.run_file import RunFile
-from fsefs_nnunet.trainers import time_budget
+from fsefs_nnunet.trainers import patch_trainer, time_budget
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
 
@@ -53,11 +53,13 @@ def test_drawing_and_saving_count(work, clock, monkeypatch):
     monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png", draw)
     monkeypatch.setattr(FSEFTTrainer_Scratch, "save_checkpoint", save_slowly)
     trainer.save_every = 2
+    monkeypatch.setattr(patch_trainer, "HARDLY_FOUND", 1.1)
     trainer.run_training()
     assert drawn == [0, 1, 2]
     final = Path(trainer.output_folder, "checkpoint_final.pth")
     assert read_checkpoint(final)["init_args"][time_budget.SECONDS_KEY] == {"wall": 16.0, "cpu": 0.0}
     run = RunFile.load(trainer.output_folder)
+    assert run.missed and f"WARNING: {', '.join(run.missed)}: hardly found at the end" in text_of(trainer)
     assert (run.budget_seconds, run.budget_clock) == (13.0, "wall")
     continued = scratch(work)
     continued.initialize()

@@ -16,11 +16,22 @@ from fsefs_nnunet.cases.pile import pile_cases
 from fsefs_nnunet.cases.preprocessed import require_finite, require_labels
 from fsefs_nnunet.cases.splits import fold_seed
 from fsefs_nnunet.device import reduced_precision
+from fsefs_nnunet.labels import foreground_names
 from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.trainers.kshot_trainer import KShotTrainer
 from fsefs_nnunet.trainers.time_budget import TimeBudgetTrainer
 
 TRUE_SHARE, TRUE_CASES_ALONE = 0.3, 0.8  # see PatchTrainer.drawn_cases
+LAST_EPOCHS, HARDLY_FOUND = 5, 0.05  # epochs of the online validation, and their best Dice of a class that it missed
+
+
+def missed_classes(dice: Sequence[Sequence[float]], names: Sequence[str]) -> list[str]:
+    """Names of the classes that the last epochs hardly found.
+
+    dice: by epoch and class; NaN if no patch of the epoch showed the class.
+    """
+    last = np.array(dice[-LAST_EPOCHS:], float)
+    return [n for n, of in zip(names, last.T) if np.isfinite(of).any() and np.nanmax(of) < HARDLY_FOUND]
 
 
 class Float32Loss(nn.Module):
@@ -117,6 +128,18 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
     def on_train_start(self):
         super().on_train_start()
         self.draws_from_pile = self.sees_pile
+
+    def on_train_end(self):
+        dice = [self.logger.get_value("dice_per_class_or_region", step=e) for e in range(self.current_epoch)]
+        names = foreground_names(self.dataset_json["labels"], self.label_manager.has_regions)
+        self.run.missed = missed_classes(dice, names) if dice else []
+        if self.run.missed:
+            self.print_to_log_file(
+                f"WARNING: {', '.join(self.run.missed)}: hardly found at the end, even in patches of the support. "
+                "Train longer, or with FSEFTTrainer_Context, which needs fewer steps.",
+                also_print_to_console=True,
+            )
+        super().on_train_end()
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()

@@ -147,6 +147,11 @@ def adapt(task: Task, images: Path | None = None, output: Path | None = None) ->
         folder = train(training, support)
     experiment, trainer, configuration = training.experiment, training.trainer, training.configuration
     model = f"-d {experiment.dataset} -c {configuration} -f {training.fold} -tr {trainer} -p {experiment.plans}"
+    if missed := RunFile.load(folder).missed:
+        print(
+            f"Warning: {', '.join(missed)}: hardly found at the end, even in patches of the support. Give more "
+            f"--minutes, or train FSEFTTrainer_Context with -c {configuration_of(task.shots)}, which needs fewer steps."
+        )
     print(f"The model is in {folder}. nnUNetv2_predict takes it as {model}")
     if images is not None:
         experiment.predict(trainer, configuration, images, output, training.fold)

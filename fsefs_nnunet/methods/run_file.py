@@ -32,6 +32,7 @@ class RunFile:
     epochs: of each "epoch", its number, "loss", "pseudo_dice" (null for crops that show nothing) and "seconds"; while
         the prior counts, "penalty" and, by query and class, "sizes_ml" that its steps saw.
     sizes_ml: "before" and "after" the training, by query and class.
+    missed: classes that a training on patches hardly found at its end, even on the support.
     """
 
     trainer: str = ""
@@ -54,6 +55,7 @@ class RunFile:
     peak_memory_gb: dict[str, float] = field(default_factory=dict)
     epochs: list[dict] = field(default_factory=list)
     sizes_ml: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    missed: list[str] = field(default_factory=list)
 
     @property
     def training_seconds(self) -> float:
