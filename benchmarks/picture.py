@@ -1,6 +1,6 @@
-"""The README's picture: a slice of a CT as it is, with its label and with a prediction.
+"""The README's picture: a slice of a scan as it is, with its label and with a prediction.
 
-python benchmarks/picture.py IMAGE LABEL PREDICTION dataset.json documentation/figures/openkbp.png
+python benchmarks/picture.py IMAGE LABEL PREDICTION dataset.json documentation/figures/hippocampus.png
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from fsefs_nnunet.cases.dataset_json import shows_ct
 from fsefs_nnunet.evaluation.overlays import ABDOMEN_HU
 from fsefs_nnunet.files import read_json
 from fsefs_nnunet.labels import foreground
@@ -45,16 +46,18 @@ def main() -> None:
     for name in ("image", "label", "prediction", "dataset_json", "output"):
         parser.add_argument(name, type=Path)
     args = parser.parse_args()
-    organs = foreground(read_json(args.dataset_json)["labels"])
+    dataset_json = read_json(args.dataset_json)
+    organs = foreground(dataset_json["labels"])
     (image, spacing), (label, _), (prediction, _) = map(load, (args.image, args.label, args.prediction))
     rows, columns, z = part_of_interest(label, spacing)
+    low, high = ABDOMEN_HU if shows_ct(dataset_json) else np.percentile(image, (1, 99))
     colours = [matplotlib.colormaps["Set1"](i) for i in range(len(organs))]
     figure = Figure(figsize=(11, 4.2), layout="constrained", facecolor="black")
     for axes, (title, mask) in zip(
-        figure.subplots(1, 3), {"CT": None, "label": label, "prediction": prediction}.items()
+        figure.subplots(1, 3), {"scan": None, "label": label, "prediction": prediction}.items()
     ):
         options = {"aspect": spacing[1] / spacing[0], "interpolation": "bilinear"}
-        axes.imshow(image[rows, columns, z].T, cmap="gray", vmin=ABDOMEN_HU[0], vmax=ABDOMEN_HU[1], **options)
+        axes.imshow(image[rows, columns, z].T, cmap="gray", vmin=low, vmax=high, **options)
         if mask is not None:
             part = np.ma.masked_equal(mask[rows, columns, z], 0).T
             shown = {"cmap": ListedColormap(colours), "vmin": 1, "vmax": len(organs), "alpha": 0.55}
