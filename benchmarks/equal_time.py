@@ -84,9 +84,9 @@ def draw(results: dict[str, dict[str, float]], file: Path) -> None:
             points = sorted(tuple(map(mean, zip(*found))) for found in of_minutes.values())
             axes.plot(*zip(*points), "o-", color=f"C{methods.index(method)}", label=method)
         axes.set(title=title, xlabel="minutes", ylabel="mean Dice of the queries")
-        axes.set_xlim(left=0)
+        axes.set(xlim=(0, 1.1 * axes.dataLim.xmax), ylim=(0, 1))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="lower left")
     figure.savefig(file, dpi=120)
 
 
