@@ -5,7 +5,7 @@
     python benchmarks/final.py --work /data/final --report
 
 FOLDER is that of `real_data.py`, and FOLDER/weights holds OBELISK's file. The first call notes commit and reason in
-`looks.md`; the second goes on where the first was stopped, cell by cell, as long as the package's code is the same.
+`looks.md`; the second continues where the first was stopped, cell by cell, as long as the package's code is the same.
 Other code is another look, and needs a reason of its own. `--report` prints tables and differences of what is done.
 
 The cells, in the order of their use: the best method of `equal_time.py`, `fseft adapt` and the baselines, the
@@ -71,7 +71,7 @@ class Cell:
     method: of the registry, ADAPT or a student.
     shots: labelled cases; 0 for zero-shot, "all" for the pool.
     fold: draw of the support.
-    minutes: of the training; None for one that ends by itself.
+    minutes: of the training; None for one that ends with its epochs.
     """
 
     data: str
@@ -157,7 +157,7 @@ def run_timed(experiment: Experiment, cell: Cell) -> tuple[Path, dict]:
         output, before = own.folders["nnUNet_results"] / f"predictions_{cell.shots}", seconds_of(own.device)
         where = ("-d", own.dataset, "--shots", str(cell.shots), "-f", str(cell.fold), "-device", own.device)
         own.run("fseft", "adapt", *where, "--minutes", f"{cell.minutes:g}", "-i", images, "-o", output)
-        return output, {"seconds": seconds_of(own.device) - before}
+        return output, {"seconds": seconds_of(own.device) - before}  # with the predictions
     trained = train(experiment, cell.method, cell.shots, cell.minutes, cell.fold)
     return trained.predict(images, "imagesTs"), {"seconds": trained.seconds, **facts_of(trained)}
 

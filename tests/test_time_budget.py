@@ -86,6 +86,10 @@ def test_trainings_on_stored_features_end_with_their_epochs_or_with_the_time(wor
             clock["wall"] += 5
             super().on_epoch_end()
 
+        def prepare_training(self):
+            super().prepare_training()
+            clock["wall"] += 100 * fills  # the bank takes its time of the budget, and none of the schedule
+
     def training(minutes):
         if minutes:
             monkeypatch.setenv("fseft_train_minutes", str(minutes))
@@ -93,6 +97,7 @@ def test_trainings_on_stored_features_end_with_their_epochs_or_with_the_time(wor
         trainer.run_training()
         return trainer, [epoch["epoch"] for epoch in trainer.run.epochs if "penalty" in epoch]
 
+    fills = 0
     free, with_prior = training(None)
     ample, same = training(10)
     assert identical(weights(free), weights(ample)) and with_prior == same == [3, 4, 5]
@@ -100,6 +105,9 @@ def test_trainings_on_stored_features_end_with_their_epochs_or_with_the_time(wor
     short, with_prior = training(13 / 60)
     assert len(short.run.epochs) == 3 and with_prior == [2]
     assert short.optimizer.param_groups[0]["lr"] < 0.5 * short.initial_lr
+    fills = 1
+    same, with_prior = training(113 / 60)
+    assert identical(weights(short), weights(same)) and with_prior == [2]
     assert training(1 / 60)[0].current_epoch == 1  # the bank alone may take the time: one epoch is trained
 
 

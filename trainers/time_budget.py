@@ -15,6 +15,7 @@ from fsefs_nnunet.device import cpu_seconds
 from fsefs_nnunet.errors import InputError
 
 CLOCKS = {"wall": monotonic, "cpu": cpu_seconds}
+PREPARED_KEY = "fseft_prepared_seconds"  # there, too: those of the budget before the first epoch
 SECONDS_KEY = "fseft_seconds"  # in checkpoints' init_args: those of the training so far, by clock
 
 
@@ -60,6 +61,7 @@ class TimeBudgetTrainer(StoppableTrainer):
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.seconds_before, self.started = dict.fromkeys(CLOCKS, 0.0), None
+        self.seconds_prepared = 0.0
 
     def budget_seconds(self) -> float | None:
         minutes = os.environ.get("fseft_train_minutes", self.configuration_manager.configuration.get("fseft_minutes"))
@@ -101,11 +103,12 @@ class TimeBudgetTrainer(StoppableTrainer):
         return shared[0]
 
     def progress(self) -> float:
-        """Share of the training that is done, in [0, 1]: of the epochs, or of the budget."""
+        """Share of the training that is done, in [0, 1]: of the epochs, or of the budget that preparations left."""
         of_epochs = self.current_epoch / self.num_epochs
         if self.budget_seconds() is None:
             return of_epochs
-        of_budget = min(1.0, self.used_seconds() / self.budget_seconds())
+        left = max(self.budget_seconds() - self.seconds_prepared, 1.0)
+        of_budget = min(1.0, (self.used_seconds() - self.seconds_prepared) / left)
         return of_budget if self.uses_all_of_budget else max(of_budget, of_epochs)
 
     def initialize(self):
@@ -117,12 +120,13 @@ class TimeBudgetTrainer(StoppableTrainer):
                 self.num_epochs = 1_000_000
 
     def save_checkpoint(self, filename: str) -> None:
-        self.my_init_kwargs[SECONDS_KEY] = self.seconds_trained()
+        self.my_init_kwargs |= {SECONDS_KEY: self.seconds_trained(), PREPARED_KEY: self.seconds_prepared}
         super().save_checkpoint(filename)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         super().load_checkpoint(filename_or_checkpoint)
         self.seconds_before |= self.my_init_kwargs.get(SECONDS_KEY, {})
+        self.seconds_prepared = self.my_init_kwargs.get(PREPARED_KEY, 0.0)
 
     def train_step(self, batch: dict) -> dict:
         if self.budget_seconds() is not None:
@@ -133,6 +137,8 @@ class TimeBudgetTrainer(StoppableTrainer):
         super().on_train_start()
         self.stop_at_budget()  # a training that was continued after its end
         self.start_clock()
+        if not self.current_epoch:
+            self.seconds_prepared = self.used_seconds()
 
     def start_clock(self) -> None:
         """From here on, time counts; a second call changes nothing."""
