@@ -18,6 +18,7 @@ from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.methods.registry import METHODS
 from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.nnunet import experiment
+from fsefs_nnunet.trainers import patch_trainer
 from fsefs_nnunet.trainers.bank_trainer import BankTrainer
 
 MINUTES_LEFT = adapting.minutes_left
@@ -96,6 +97,10 @@ def test_the_table_names_methods():
     names = {name for cell in measured() for name in cell.dice}
     assert measured() and names <= {STUDENT, *METHODS} and "nnunet" in names
     assert all(0 < dice < 1 for cell in measured() for dice in cell.dice.values())
+
+
+def shorten(plans: dict) -> None:
+    plans["configurations"]["3d_fullres_1shot"] |= {**TINY, "fseft_epochs": 1}
 
 
 # ---- leaving one out ----
@@ -219,10 +224,7 @@ def test_what_trains_on_stored_features_is_compared(work, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_student_is_made_and_trained(work, monkeypatch, capsys):
     choose(monkeypatch, **{STUDENT: 0.9, "context": 0.8})
-    file = work.preprocessed / "FSEFTPlans.json"
-    plans = json.loads(file.read_text())
-    plans["configurations"]["3d_fullres_1shot"] |= {**TINY, "fseft_epochs": 1}
-    file.write_text(json.dumps(plans))
+    edit(work.preprocessed / "FSEFTPlans.json", shorten)
     assert adapt("--shots", 1, "--minutes", 10) == 0
     printed = capsys.readouterr().out
     assert "Chosen: a student of the context adapter" in printed and "The student is trained for" in printed
@@ -238,6 +240,33 @@ def test_nnunet_is_a_candidate(work, monkeypatch):
     assert adapt("--shots", 1, "--minutes", 10) == 0
     fold = work.results / "FSEFTTrainer_Scratch__nnUNetPlans__3d_fullres_1shot_auto10" / "fold_0"
     assert (fold / "checkpoint_final.pth").exists()
+
+
+@pytest.mark.slow
+def test_a_training_that_misses_classes_gives_up(work, monkeypatch, capsys):
+    """The context adapter takes its place, and the same call trains nothing again."""
+    choose(monkeypatch, ft_long=0.9)
+    monkeypatch.setattr(adapting, "minutes_left", lambda task, started: 0.3)
+    monkeypatch.setattr(patch_trainer, "HARDLY_FOUND", 1.1)
+    edit(work.preprocessed / "FSEFTPlans.json", shorten)
+    assert adapt("--shots", 1, "--minutes", 10) == 0
+    printed = capsys.readouterr().out
+    assert "After a third of its time it hardly found spleen, stomach, kidney_left" in printed
+    assert "-d Dataset077_Tiny -c 3d_fullres_1shot_auto10 -f 0 -tr FSEFTTrainer_Context -p FSEFTPlans" in printed
+    fold = work.results / "FSEFTTrainer_Context__FSEFTPlans__3d_fullres_1shot_auto10" / "fold_0"
+    assert RunFile.load(fold).budget_seconds < 12
+    trained = (fold / "checkpoint_final.pth").stat().st_mtime_ns
+    assert adapt("--shots", 1, "--minutes", 10) == 0
+    assert (fold / "checkpoint_final.pth").stat().st_mtime_ns == trained
+    assert "Instead: " in capsys.readouterr().out
+
+
+def test_instead_of_a_student_its_teacher(work, capsys):
+    run, file = RunFile(missed=["spleen"], gave_up=True), work.root / "choice.json"
+    training = adapting.prepare_instead(task(), adapting.Decision(STUDENT, [], 3.0), run, file)
+    assert (training.trainer, training.experiment.dataset) == ("FSEFTTrainer_Context", "Dataset077_Tiny")
+    assert not file.exists()  # the choice stands
+    assert "The student hardly finds spleen. The teacher is the result." in capsys.readouterr().out
 
 
 # ---- bad input ----

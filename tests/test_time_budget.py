@@ -1,15 +1,18 @@
 """Trainings that end at a limit of time: what counts, and what their checkpoints keep."""
 
 import multiprocessing
+import shutil
 from pathlib import Path
 from time import process_time
 
 import pytest
-from trainings import FIVE, identical, make_trainer, text_of, weights
+from trainings import FIVE, identical, make_trainer, splits_of, text_of, weights
 
 from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.device import cpu_seconds
 from fsefs_nnunet.errors import InputError
+from fsefs_nnunet.features.bank import FeatureBank
+from fsefs_nnunet.features.disk import BANK_FOLDER
 from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.trainers import patch_trainer, time_budget
 from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
@@ -109,6 +112,31 @@ def test_trainings_on_stored_features_end_with_their_epochs_or_with_the_time(wor
     same, with_prior = training(113 / 60)
     assert identical(weights(short), weights(same)) and with_prior == [2]
     assert training(1 / 60)[0].current_epoch == 1  # the bank alone may take the time: one epoch is trained
+
+
+def test_queries_whose_features_take_too_long(work, clock, monkeypatch):
+    """A volume takes 5 s on this clock, and a fifth of the limit is the bank's: the support comes first."""
+    compute = FeatureBank._compute
+
+    def slowly(self, *args):
+        clock["wall"] += 5
+        return compute(self, *args)
+
+    def training(seconds):
+        monkeypatch.setenv("fseft_train_minutes", str(seconds / 60))
+        trainer = make_trainer(work, FSEFTTrainer, epochs=1, fseft_views=0)
+        trainer.run_training()
+        return trainer
+
+    monkeypatch.setattr(FeatureBank, "_compute", slowly)
+    shutil.rmtree(work.preprocessed / BANK_FOLDER)
+    none = training(100)  # the support's five cases took 25 s
+    assert none.run.queries == [] and "The prior has no effect: there are no queries" in text_of(none)
+    two = training(50)
+    assert two.run.queries == two.query_volumes.queries == splits_of(work)["queries"][:2]
+    assert len(two.run.labelled_queries) == 3 and "The prior looks at 2 queries and does without 3" in text_of(two)
+    assert len(training(50).run.queries) == 4  # what the bank has costs nothing
+    assert len(training(60).run.queries) == 5
 
 
 def test_an_unknown_clock_is_refused(work, monkeypatch):

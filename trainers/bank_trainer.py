@@ -144,7 +144,7 @@ class BankTrainer(AdaptedTrainer, TimeBudgetTrainer):
         views = [view for view in self.views.names if view in missing]
         # nnU-Net's number of processes for augmentation
         with Ahead(self.views.make, views, get_allowed_n_proc_DA()) as self.made_views:
-            self.bank.fill(requests, cap_in_gb(self.settings.bank_gb), self.print_to_log_file)
+            self.bank.fill(requests, cap_in_gb(self.settings.bank_gb), self.print_to_log_file, self.leaves_out)
         self.segmentations |= {view: self.bank[view].labels for view in self.views.names}
         self.clock.lap(self.run, "feature bank")
         self.run.windows += self.bank.windows
@@ -154,6 +154,10 @@ class BankTrainer(AdaptedTrainer, TimeBudgetTrainer):
             f"The backbone ran over {self.run.windows} windows for this training; stored features were computed in "
             f"{' and '.join(self.run.feature_precisions)}."
         )
+
+    def leaves_out(self, case: str) -> bool:
+        """Whether the bank may do without a volume that is missing."""
+        return False
 
     def requests(self) -> list[Request]:
         """The volumes whose features are needed."""

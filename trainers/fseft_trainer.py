@@ -12,7 +12,7 @@ from fsefs_nnunet.cases.preprocessed import hash_of, refuse_missing
 from fsefs_nnunet.cases.queries import UnlabelledQueries
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, query_cases
 from fsefs_nnunet.features.bank import Request
-from fsefs_nnunet.features.layout import Layout, pooled_name, query_layout
+from fsefs_nnunet.features.layout import Layout, pooled_name, query_layout, whole_name
 from fsefs_nnunet.inference.trained_model import PRIOR_KEY
 from fsefs_nnunet.labels import foreground_classes, foreground_names
 from fsefs_nnunet.methods.registry import METHODS
@@ -23,6 +23,7 @@ from fsefs_nnunet.priors.query_volumes import QueryVolumes, calibration_cases, s
 from fsefs_nnunet.trainers.bank_trainer import BankTrainer
 from fsefs_nnunet.trainers.kshot_trainer import validates
 
+BANK_SHARE = 0.2  # of a limit of time; when the bank has taken it, the prior does without the remaining queries
 CALIBRATION_VOXELS, MOST_CALIBRATION_BATCHES = 2**17, 8  # of crops of the support, and of pooled support cases
 
 
@@ -82,7 +83,23 @@ class FSEFTTrainer(BankTrainer):
             cases = calibration_cases(sizes, len(self.classes), most)
             self.pooled_support = {pooled_name(case): case for case in cases}
         super().fill_bank()
+        if self.wants_prior:
+            self.drop_missing_queries()
         self.estimate_prior()
+
+    def leaves_out(self, case: str) -> bool:
+        budget, of_queries = self.budget_seconds(), {name for q in self.run.queries for name in (q, whole_name(q))}
+        return budget is not None and case in of_queries and self.used_seconds() >= BANK_SHARE * budget
+
+    def drop_missing_queries(self) -> None:
+        """Features of many large queries could take most of a limit of time; a few queries do for the prior."""
+        left_out = [case for case in self.run.queries if case not in self.bank]
+        self.run.queries = [case for case in self.run.queries if case in self.bank]
+        if left_out:
+            self.print_to_log_file(
+                f"The prior looks at {len(self.run.queries)} queries and does without {len(left_out)}, whose features "
+                f"would take more than a fifth of the time: {', '.join(left_out)}."
+            )
 
     def requests(self) -> list[Request]:
         pooled = [self.request(case, self.pooled(case), name) for name, case in self.pooled_support.items()]

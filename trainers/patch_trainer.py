@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 
@@ -19,10 +20,11 @@ from fsefs_nnunet.device import reduced_precision
 from fsefs_nnunet.labels import foreground_names
 from fsefs_nnunet.methods.run_file import RunFile
 from fsefs_nnunet.trainers.kshot_trainer import KShotTrainer
-from fsefs_nnunet.trainers.time_budget import TimeBudgetTrainer
+from fsefs_nnunet.trainers.time_budget import StopTraining, TimeBudgetTrainer
 
 TRUE_SHARE, TRUE_CASES_ALONE = 0.3, 0.8  # see PatchTrainer.drawn_cases
 LAST_EPOCHS, HARDLY_FOUND = 5, 0.05  # epochs of the online validation, and their best Dice of a class that it missed
+GIVES_UP_AT = 1 / 3  # of the training, see PatchTrainer
 
 
 def missed_classes(dice: Sequence[Sequence[float]], names: Sequence[str]) -> list[str]:
@@ -48,6 +50,9 @@ class Float32Loss(nn.Module):
 
 class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
     """Trains for the method's epochs or for a time, see TimeBudgetTrainer.
+
+    With the environment variable `fseft_gives_up` set to 1, which `fseft adapt` does, a training ends after a third if
+    it has hardly found a class by then.
 
     The online validation, and with it checkpoint_best, looks at the support alone. Without worker processes
     (`nnUNet_n_proc_DA=0`) patches are a function of fold and epoch, so that `--c` continues as if nothing had happened;
@@ -128,11 +133,24 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
     def on_train_start(self):
         super().on_train_start()
         self.draws_from_pile = self.sees_pile
+        self.may_give_up = os.environ.get("fseft_gives_up") == "1" and self.progress() < GIVES_UP_AT
 
-    def on_train_end(self):
+    def missed(self) -> list[str]:
+        """Names of the classes that the last epochs hardly found."""
         dice = [self.logger.get_value("dice_per_class_or_region", step=e) for e in range(self.current_epoch)]
         names = foreground_names(self.dataset_json["labels"], self.label_manager.has_regions)
-        self.run.missed = missed_classes(dice, names) if dice else []
+        return missed_classes(dice, names) if dice else []
+
+    def on_epoch_end(self):
+        super().on_epoch_end()
+        if self.may_give_up and self.progress() >= GIVES_UP_AT:
+            self.may_give_up = False
+            self.run.gave_up = bool(self.missed())
+            if self.run.gave_up:
+                raise StopTraining("classes are hardly found after a third of it")
+
+    def on_train_end(self):
+        self.run.missed = self.missed()
         if self.run.missed:
             self.print_to_log_file(
                 f"WARNING: {', '.join(self.run.missed)}: hardly found at the end, even in patches of the support. "

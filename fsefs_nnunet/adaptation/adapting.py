@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil, prod
 from pathlib import Path
 from time import monotonic
@@ -141,9 +141,12 @@ def adapt(task: Task, images: Path | None = None, output: Path | None = None) ->
         print(line)
     if decision.method == STUDENT:
         training = prepare_student(task, support, started)
-        folder = train(training)
+        folder = train(training, gives_up=True)
     else:
         training = prepare(task, decision)
+        folder = train(training, support, gives_up=not find_backbone(task.backbone).encoder_only)
+    if (run := RunFile.load(folder)).gave_up:
+        training = prepare_instead(task, decision, run, file)
         folder = train(training, support)
     experiment, trainer, configuration = training.experiment, training.trainer, training.configuration
     model = f"-d {experiment.dataset} -c {configuration} -f {training.fold} -tr {trainer} -p {experiment.plans}"
@@ -159,8 +162,10 @@ def adapt(task: Task, images: Path | None = None, output: Path | None = None) ->
     return folder
 
 
-def train(training: Training, support: list[str] = ()) -> Path:
-    """support: of the current splits, if there may be a model of other ones.
+def train(training: Training, support: list[str] = (), gives_up: bool = False) -> Path:
+    """
+    support: of the current splits, if there may be a model of other ones.
+    gives_up: whether a training on patches ends early if it misses classes.
 
     Raises:
         InputError: for such a model.
@@ -172,7 +177,8 @@ def train(training: Training, support: list[str] = ()) -> Path:
             f"{folder} was trained on support cases other than those in {SPLITS_FILE} now: delete it, or restore the "
             "splits with `fseft splits`."
         )
-    return experiment.train(training.trainer, training.configuration, training.fold, fseft_final_validation="0")
+    options = {"fseft_final_validation": "0", "fseft_gives_up": str(int(gives_up))}
+    return experiment.train(training.trainer, training.configuration, training.fold, **options)
 
 
 def plan_if_needed(task: Task) -> None:
@@ -279,6 +285,29 @@ def prepare(task: Task, decision: Decision) -> Training:
     if method.plans:
         experiment.preprocess_missing()
     return Training(experiment, method.trainer, task.configuration, task.fold)
+
+
+def prepare_instead(task: Task, decision: Decision, run: RunFile, file: Path) -> Training:
+    """The context adapter in what is left of the time, instead of a training that gave up; of a student, its teacher.
+
+    file: of the decision, which is replaced.
+    """
+    missed = ", ".join(run.missed)
+    if decision.method == STUDENT:
+        print(f"The student hardly finds {missed}. The teacher is the result.")
+    else:
+        left = round(max(decision.minutes - (run.training_seconds + START_SECONDS) / 60, 0.01), 2)
+        reason = (
+            f"After a third of its time it hardly found {missed}, even in patches of the support. Instead: "
+            f"{METHODS[TEACHER].title}, for {left:.1f} minutes at most."
+        )
+        print(reason)
+        parent = {"inherits_from": configuration_of(task.shots), "fseft_minutes": left}
+        plans = dataset_folders(task.dataset)[2] / f"{task.plans}.json"
+        add_configurations(plans, {task.configuration: parent})
+        decision = Decision(TEACHER, [*decision.why, reason], left)
+        write_json(file, asdict(decision))
+    return prepare(task, replace(decision, method=TEACHER))
 
 
 def prepare_student(task: Task, support: list[str], started: float) -> Training:

@@ -112,6 +112,9 @@ class FeatureBank:
         """The entry of a case that `fill` was called with."""
         return self._entries[case]
 
+    def __contains__(self, case: str) -> bool:
+        return case in self._entries
+
     @property
     def precisions(self) -> list[str]:
         """Precisions that the backbone ran in for the entries in use."""
@@ -122,11 +125,18 @@ class FeatureBank:
 
     # ---- filling ----
 
-    def fill(self, requests: Iterable[Request], cap_gb: float | None = None, log: Callable[[str], None] = print) -> int:
-        """Open the entries of `requests` and compute those that are missing.
+    def fill(
+        self,
+        requests: Iterable[Request],
+        cap_gb: float | None = None,
+        log: Callable[[str], None] = print,
+        leave_out: Callable[[str], bool] = lambda case: False,
+    ) -> int:
+        """Open the entries of `requests` and compute those that are missing, in this order.
 
         Args:
             cap_gb: GB (10^9 bytes) that all banks in `root` may take; None: no cap.
+            leave_out: asked by its case's name before a missing volume is computed.
 
         Returns:
             How many entries this process computed.
@@ -136,7 +146,7 @@ class FeatureBank:
                 read-only.
         """
         with refused_if_unwritable(self.root):
-            return self._fill(list(requests), cap_gb, log)
+            return self._fill(list(requests), cap_gb, log, leave_out)
 
     def missing_bytes(self, requests: Iterable[Request]) -> int:
         """Bytes that the missing entries of `requests` would take in float16."""
@@ -146,7 +156,7 @@ class FeatureBank:
         """Those of `requests` that `fill` would compute."""
         return [request for request in requests if not self._open(request)]
 
-    def _fill(self, requests: list[Request], cap_gb: float | None, log: Callable[[str], None]) -> int:
+    def _fill(self, requests: list[Request], cap_gb: float | None, log: Callable, leave_out: Callable) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # a complete bank may be read-only
             os.utime(self.folder)  # last used
@@ -170,7 +180,8 @@ class FeatureBank:
         total = sum(self.packing(of_volume[0].layout).tiling.num_windows for of_volume in volumes.values())
         with tqdm(total=total, desc="feature bank, windows") as progress:
             for of_volume in volumes.values():
-                computed += self._compute(of_volume, log, progress)
+                if not leave_out(of_volume[0].case):
+                    computed += self._compute(of_volume, log, progress)
         log(f"Feature bank {self.folder} takes {gigabytes(used_bytes(self.folder))}.")
         return computed
 

@@ -19,7 +19,8 @@ class RunFile:
 
     support: the labelled cases, all the labels that the training uses.
     pile: cases that a model has labelled.
-    queries, labelled_queries: cases of which only the images are used; the latter are a subset of them.
+    queries: cases of which the training uses the images alone.
+    labelled_queries: those with labels, for the final validation.
     backbone: id, sha256 and the number of its frozen parameters; {} without one.
     trained_parameters: their number.
     head_rows: labels whose rows of the head started from the universal head's, with its names for them.
@@ -33,6 +34,7 @@ class RunFile:
         the prior counts, "penalty" and, by query and class, "sizes_ml" that its steps saw.
     sizes_ml: "before" and "after" the training, by query and class.
     missed: classes that a training on patches hardly found at its end, even on the support.
+    gave_up: whether it ended early because of them.
     """
 
     trainer: str = ""
@@ -56,6 +58,7 @@ class RunFile:
     epochs: list[dict] = field(default_factory=list)
     sizes_ml: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     missed: list[str] = field(default_factory=list)
+    gave_up: bool = False
 
     @property
     def training_seconds(self) -> float:

@@ -27,7 +27,7 @@ ALLOCATOR = {
 
 
 # a user may have exported them for trainings of their own; ours are given what they need
-OF_SINGLE_TRAININGS = ("fseft_train_minutes", "fseft_train_clock", "fseft_final_validation")
+OF_SINGLE_TRAININGS = ("fseft_train_minutes", "fseft_train_clock", "fseft_final_validation", "fseft_gives_up")
 
 
 def external_trainers() -> str:
