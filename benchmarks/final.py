@@ -2,22 +2,24 @@
 
     FSEFT_SHARED=FOLDER python benchmarks/final.py --work /data/final --reason "version 0.2.0"
     FSEFT_SHARED=FOLDER python benchmarks/final.py --work /data/final
-    python benchmarks/final.py --work /data/final --report
+    python benchmarks/final.py --report
 
 FOLDER is that of `real_data.py`, and FOLDER/weights holds OBELISK's file. The first call notes commit and reason in
 `looks.md`; the second continues where the first was stopped, cell by cell, as long as the package's code is the same.
-Other code is another look, and needs a reason of its own. `--report` prints tables and differences of what is done.
+Other code is another look, and needs a reason of its own. Results are kept in `final_results.jsonl`; `--report` prints
+tables and differences of what is done.
 
-The cells, in the order of their use: the best method of `equal_time.py`, `fseft adapt` and the baselines, the
-backbone's architecture from scratch and nnU-Net by its own plans, each in a time of one core (on a GPU, a sixth of it);
-then all that trains on stored features, and `ft_last`, by `fseft benchmark`; then the baselines on the whole pool. One
-core, unless `-device cuda`. On a core, a step of what nnU-Net plans for CHAOS or OpenKBP takes more than a minute and
-20 GB: these run on a GPU alone.
+The cells, in the order of their use: the best method of `equal_time.py` and the baseline, then `fseft adapt`, each in a
+time of one core (on a GPU, a sixth of it); then all that trains on stored features, and `ft_last`, by `fseft
+benchmark`; then the baseline on the whole pool. One core, unless `-device cuda`. The baseline is nnU-Net by its own
+plans; where a step of it takes a core more than a minute and 20 GB, for CHAOS and OpenKBP, it runs on a GPU alone, and
+on a core the backbone's architecture is trained from scratch instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -26,10 +28,12 @@ from dataclasses import dataclass, replace
 from datetime import date
 from hashlib import sha256
 from itertools import groupby, product
+from math import isfinite
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
+from filelock import FileLock
 from final_report import report
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from real_backbones import CONTROL, make_backbones
@@ -39,7 +43,7 @@ from timed_training import Trained, seconds_of, train
 from fsefs_nnunet.backbones.store import find_backbone
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, support_cases
 from fsefs_nnunet.evaluation.surface import surface_metrics
-from fsefs_nnunet.files import read_json, write_json
+from fsefs_nnunet.files import read_json, write_atomically
 from fsefs_nnunet.labels import foreground, foreground_names, match_labels
 from fsefs_nnunet.methods.registry import METHODS, configuration_of
 from fsefs_nnunet.methods.run_file import RunFile
@@ -47,11 +51,10 @@ from fsefs_nnunet.nnunet.experiment import Experiment
 from fsefs_nnunet.planners.fseft_planner import default_plans_name
 
 ROOT = Path(__file__).resolve().parents[1]
-LOOKS = ROOT / "benchmarks" / "looks.md"
+LOOKS, RESULTS = (ROOT / "benchmarks" / name for name in ("looks.md", "final_results.jsonl"))
 PARTS = ("final.py", "real_data.py", "timed_training.py")
 CODE = ("fsefs_nnunet", "planners", "trainers", "setup.py", *(f"benchmarks/{part}" for part in PARTS))
 BEST, ADAPT, ZERO_SHOT = "ft_long", "adapt", "zero_shot"
-BASELINES = ("scratch", "nnunet")
 RECOMMENDED, OTHER = "phantom", "obelisk"
 MINUTES = {1: 10, 5: 30}  # of one core, by shots
 BASELINE_MINUTES = 30
@@ -90,14 +93,14 @@ class Cell:
 def all_cells(data: list[str], device: str) -> Iterator[Cell]:
     share = 1 if device == "cpu" else GPU_SHARE
 
-    def baselines(name: str, shots: int | str) -> Iterator[Cell]:
-        for method in BASELINES:
-            if device != "cpu" or method != "nnunet" or name == "hippocampus":
-                yield Cell(name, RECOMMENDED, method, shots, minutes=share * BASELINE_MINUTES)
+    def baseline(name: str, shots: int | str) -> Cell:
+        method = "nnunet" if device != "cpu" or name == "hippocampus" else "scratch"
+        return Cell(name, RECOMMENDED, method, shots, minutes=share * BASELINE_MINUTES)
 
     for name, (shots, minutes) in product(data, MINUTES.items()):
         yield Cell(name, RECOMMENDED, BEST, shots, minutes=share * minutes)
-        yield from baselines(name, shots)
+        yield baseline(name, shots)
+    for name, (shots, minutes) in product(data, MINUTES.items()):
         yield Cell(name, RECOMMENDED, ADAPT, shots, minutes=share * minutes)
     for name, (backbone, methods) in product(data, GRID.items()):
         if backbone.startswith(OTHER) and name == "hippocampus":  # trained on abdomens
@@ -106,7 +109,7 @@ def all_cells(data: list[str], device: str) -> Iterator[Cell]:
         for fold, k, method in product(range(DRAWS), shots, methods):
             yield Cell(name, backbone, method, k, fold)
     for name in data:
-        yield from baselines(name, "all")
+        yield baseline(name, "all")
 
 
 # ---- the lock ----
@@ -116,24 +119,23 @@ def git(*args: str) -> str:
     return subprocess.run(["git", "-C", ROOT, *args], check=True, capture_output=True, encoding="utf-8").stdout.strip()
 
 
-def look(work: Path, reason: str | None) -> str:
-    """Note this look at the test cases, or go on with the last one; returns its commit.
+def look(reason: str | None) -> None:
+    """Note this look at the test cases, or go on with the last one.
 
     Raises SystemExit for code that is not committed, and for a look without a reason.
     """
     if changed := git("status", "--porcelain", "--", *CODE).splitlines():
         sys.exit(f"Commit the code before the test cases are looked at: {changed[0]}")
-    code, file = sha256(git("ls-files", "-s", "--", *CODE).encode()).hexdigest(), work / "look.json"
-    if file.exists() and read_json(file)["code"] == code:
-        return read_json(file)["commit"]
+    code = sha256(git("ls-files", "-s", "--", *CODE).encode()).hexdigest()
+    if RESULTS.exists() and json.loads(RESULTS.read_text().splitlines()[0])["code"] == code:
+        return
     if not reason:
         sys.exit("This is a new look at the test cases: say why with --reason.")
     commit = git("rev-parse", "--short", "HEAD")
     with open(LOOKS, "a") as looks:
         looks.write(f"| {date.today()} | {commit} | all, by `benchmarks/final.py` | {reason} |\n")
-    write_json(file, {"code": code, "commit": commit, "reason": reason})
+    write_atomically(RESULTS, json.dumps({"code": code, "commit": commit, "reason": reason}) + "\n")
     print(f"Noted in {LOOKS}: commit it.")
-    return commit
 
 
 # ---- the work ----
@@ -231,18 +233,31 @@ def facts(experiment: Experiment, cell: Cell) -> dict:
     return {"labels": len(spent), "known": list(known)}
 
 
-def run(work: Path, cells: list[Cell], device: str, commit: str) -> None:
-    file = work / "results.json"
+def done_cells() -> dict[str, dict]:
+    """Results by name of the cell; the first line of the file is the look."""
+    cells = map(json.loads, RESULTS.read_text().splitlines()[1:])
+    return {cell.pop("cell"): cell for cell in cells}
 
+
+def rounded(value: object) -> object:
+    """Floats in a result with four decimals; NaN becomes null."""
+    if isinstance(value, dict):
+        return {key: rounded(of) for key, of in value.items()}
+    if isinstance(value, float):
+        return round(value, 4) if isfinite(value) else None
+    return value
+
+
+def run(work: Path, cells: list[Cell], device: str) -> None:
     def save(cell: Cell, experiment: Experiment, predictions: Path, took: dict) -> None:
-        results = read_json(file) if file.exists() else {}
         cases = evaluate(predictions, experiment, REAL[cell.data])
-        results[cell.name] = {**facts(experiment, cell), **took, "commit": commit, "device": device, "cases": cases}
-        write_json(file, results)
+        made = {**facts(experiment, cell), **took, "device": device, "cases": cases}
+        with FileLock(work / "results.lock"):  # another process may run other datasets
+            write_atomically(RESULTS, RESULTS.read_text() + json.dumps({"cell": cell.name, **rounded(made)}) + "\n")
         dice = mean(np.nanmean([of[name]["Dice"] for of in cases.values()]) for name in next(iter(cases.values())))
         print(f"{cell.name}: {dice:.3f}", flush=True)
 
-    done = set(read_json(file)) if file.exists() else set()
+    done = set(done_cells())
     for timed, group in groupby(cells, lambda cell: cell.minutes is not None):
         if timed:
             for cell in group:
@@ -260,25 +275,25 @@ def run(work: Path, cells: list[Cell], device: str, commit: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--work", type=Path)
     parser.add_argument("--data", nargs="+", choices=REAL, default=["chaos", "openkbp", "hippocampus"])
     parser.add_argument("--reason", help="of a new look at the test cases, for looks.md")
     parser.add_argument("--report", action="store_true", help="tables of what is done, run nothing")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
-    work = args.work.resolve()
     if not args.report:
+        if args.work is None:
+            parser.error("--work FOLDER is needed, for a run")
+        work = args.work.resolve()
         work.mkdir(parents=True, exist_ok=True)
-        commit = look(work, args.reason)
+        look(args.reason)
         if args.device == "cpu":
             os.sched_setaffinity(0, {args.core})
         os.environ["fseft_backbones"] = str(work / "backbones")
         make_backbones(work / "backbones", [*GRID])
-        run(work, list(all_cells(args.data, args.device)), args.device, commit)
-    text = report(read_json(work / "results.json"))
-    (work / "report.md").write_text(text)
-    print(text)
+        run(work, list(all_cells(args.data, args.device)), args.device)
+    print(report(done_cells()))
 
 
 if __name__ == "__main__":
