@@ -179,7 +179,8 @@ def run_grid(experiment: Experiment, cells: list[Cell]) -> Iterator[tuple[Cell, 
     what = ("--shots", *shots, "--folds", str(len(folds)), "--methods", *methods, "-i", images, "-l", labels)
     where = ("-d", experiment.dataset, "-p", experiment.plans, "-device", experiment.device, "-o", output)
     experiment.run("fseft", "benchmark", *where, *what)
-    if found := list((output / ZERO_SHOT).glob(f"benchmark_{ZERO_SHOT}_imagesTs_*/")):
+    found = list((output / ZERO_SHOT).glob(f"benchmark_{ZERO_SHOT}_imagesTs_*/"))
+    if found and not cells[0].backbone.endswith(CONTROL):
         yield replace(cells[0], method=ZERO_SHOT, shots=0), found[0], {"seconds": 0.0, "parameters": 0}
     for cell in cells:
         method = METHODS[cell.method]
