@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.backbones.published.nnunet_models import import_nnunet_model
 from fsefs_nnunet.backbones.store import EMBEDDED, save_backbone
 from fsefs_nnunet.features.map_crops import MapCrops
-from fsefs_nnunet.methods.network import AdaptedNetwork, ReducedBackbone
+from fsefs_nnunet.methods.network import AdaptedNetwork, ReducedBackbone, summable
 
 SOFTMAX = {"Right Kidney": 3, "background": 0, "spleen": 2, "stomach": 1}  # rows follow the values, not this order
 REGIONS = {"background": 0, "kidneys": [1, 2], "kidney_left": 2, "stomach": 3, "ignore": 4}
@@ -411,3 +412,12 @@ def test_wrong_number_of_image_channels(contract, tmp_path, monkeypatch):
 def test_adapter_narrower_than_the_head(contract):
     with pytest.raises(ValueError, match="^channels must be at least 16"):
         build(contract, channels=8)
+
+
+def test_logits_that_nnunets_sliding_window_can_sum():
+    """It sums in float16, weighted by up to 10.3 where windows overlap."""
+    logits = torch.tensor([-1e9, -301.0, -300.0, -0.25, 0.0, 7.0, 300.0, 301.0, 8000.0, 1e9])
+    made = summable(logits)
+    assert torch.equal(made[2:7], logits[2:7])  # what fits is not touched
+    assert (made.diff() > 0).all() and made.abs().max() * 10.3 < torch.finfo(torch.float16).max
+    assert made[8] == pytest.approx(300 * (1 + math.log(8000 / 300)))

@@ -151,6 +151,20 @@ def test_final_checkpoint_of_the_default_plans(work):
     assert "checkpoint_latest.pth" not in names
 
 
+def test_huge_logits_are_predicted(work):
+    """nnUNetv2_predict refuses infinite sums, which an adapter's unbounded logits could reach."""
+    trainer = trained(work, epochs=1)
+    with torch.no_grad():
+        trainer.network.head.weight *= 1e6
+    trainer.save_checkpoint(os.path.join(trainer.output_folder, "checkpoint_final.pth"))
+    query = trainer.run.labelled_queries[0]
+    image = torch.zeros(1, 1, *TINY["patch_size"])
+    image[..., :24, :20, :22] = torch.from_numpy(trainer.load_image(query))
+    with torch.no_grad():
+        assert trainer.network(image).abs().max() > 2000  # of logits above 1e5
+    assert len(np.unique(predicted(trainer, query))) > 1
+
+
 def test_half_written_checkpoints_do_not_matter(work):
     trainer = make_trainer(work, epochs=2)
     folder = Path(trainer.output_folder)

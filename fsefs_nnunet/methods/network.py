@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 
+LARGEST_LOGIT = 300.0  # see summable
+
+
 class AdaptedNetwork(nn.Module):
     """What nnU-Net trains and predicts with in the K-shot configurations.
 
@@ -157,7 +160,7 @@ class AdaptedNetwork(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Image (B, input_channels, X, Y, Z) -> logits (B, num_classes, X, Y, Z)."""
-        return self.adapt(MapCrops.whole(self.backbone(x), x.shape[2:]))
+        return summable(self.adapt(MapCrops.whole(self.backbone(x), x.shape[2:])))
 
     def adapt(self, features: torch.Tensor | MapCrops, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Features (B, C, X, Y, Z), or crops of maps -> logits (B, num_classes, X, Y, Z), float32.
@@ -293,6 +296,17 @@ def inside_of(method: Method, options: dict) -> Inside | None:
             f"{', '.join(known) or 'none'}."
         )
     return cls(**options) if cls else None
+
+
+def summable(logits: torch.Tensor) -> torch.Tensor:
+    """Logits that nnU-Net's sliding window can sum: it does so in float16, weighted by up to ten, and refuses infinity.
+
+    Nothing bounds those of a linear adapter: where all is background, thousands are as good as tens. Beyond
+    LARGEST_LOGIT they grow with the logarithm, which keeps the order of the classes.
+    """
+    size = logits.abs()
+    compressed = LARGEST_LOGIT * (1 + torch.log(size.clamp(min=LARGEST_LOGIT) / LARGEST_LOGIT))
+    return torch.where(size > LARGEST_LOGIT, logits.sign() * compressed, logits)
 
 
 def _pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
