@@ -243,14 +243,15 @@ def test_nnunet_is_a_candidate(work, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_training_that_misses_classes_gives_up(work, monkeypatch, capsys):
+def test_a_training_that_misses_classes_gives_up(work, monkeypatch, capsys, tmp_path):
     """The context adapter takes its place, and the same call trains nothing again."""
     choose(monkeypatch, ft_long=0.9)
     monkeypatch.setattr(adapting, "minutes_left", lambda task, started: 0.3)
     monkeypatch.setattr(patch_trainer, "HARDLY_FOUND", 1.1)
     edit(work.preprocessed / "FSEFTPlans.json", shorten)
-    assert adapt("--shots", 1, "--minutes", 10) == 0
+    assert adapt("--shots", 1, "--minutes", 10, "-i", work.queries, "-o", tmp_path) == 0
     printed = capsys.readouterr().out
+    assert sorted(file.name for file in tmp_path.glob("*.nii.gz")) == ["scan_0.nii.gz", "scan_1.nii.gz"]
     assert "After a third of its time it hardly found spleen, stomach, kidney_left" in printed
     assert "-d Dataset077_Tiny -c 3d_fullres_1shot_auto10 -f 0 -tr FSEFTTrainer_Context -p FSEFTPlans" in printed
     fold = work.results / "FSEFTTrainer_Context__FSEFTPlans__3d_fullres_1shot_auto10" / "fold_0"
