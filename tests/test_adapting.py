@@ -12,7 +12,7 @@ import pytest
 import torch
 from trainings import FIVE, TINY, edit, edit_labels, splits_of
 
-from fsefs_nnunet.adaptation import adapting, leave_one_out
+from fsefs_nnunet.adaptation import adapting, decision, leave_one_out
 from fsefs_nnunet.adaptation.choice import STUDENT, Measured, Situation, measured, nearest, ranking
 from fsefs_nnunet.cli.main import main
 from fsefs_nnunet.methods.registry import METHODS
@@ -21,7 +21,7 @@ from fsefs_nnunet.nnunet import experiment
 from fsefs_nnunet.trainers import patch_trainer
 from fsefs_nnunet.trainers.bank_trainer import BankTrainer
 
-MINUTES_LEFT = adapting.minutes_left
+MINUTES_LEFT = decision.minutes_left
 HERE = Situation(shots=5, minutes=30, device="cpu", voxels=64_000, pile=65)
 CELL = Measured("somewhere", HERE, {"context": 0.7, "ft_long": 0.8, STUDENT: 0.9})
 
@@ -30,13 +30,18 @@ CELL = Measured("somewhere", HERE, {"context": 0.7, "ft_long": 0.8, STUDENT: 0.9
 def short(monkeypatch):
     """Commands run in this process, and trainings are not validated."""
     monkeypatch.setattr(experiment, "subprocess", in_process)
-    monkeypatch.setattr(adapting, "minutes_left", lambda task, started: 0.02)
+    leave(monkeypatch, lambda task, started: 0.02)
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+
+
+def leave(monkeypatch, minutes_left) -> None:
+    for module in (decision, adapting):
+        monkeypatch.setattr(module, "minutes_left", minutes_left)
 
 
 def choose(monkeypatch, **dice: float) -> None:
     """Let the table say that these methods reach this Dice."""
-    monkeypatch.setattr(adapting, "measured", lambda: (Measured("somewhere", HERE, dice),))
+    monkeypatch.setattr(decision, "measured", lambda: (Measured("somewhere", HERE, dice),))
 
 
 # ---- the table ----
@@ -70,25 +75,25 @@ def test_a_student_must_be_clearly_ahead():
     assert (first(0.809), first(0.811)) == ("ft_long", STUDENT)
 
 
-def task(**changes) -> adapting.Task:
+def task(**changes) -> decision.Task:
     given = dict(dataset=77, shots=1, fold=0, minutes=9, backbone="phantom", device="cpu", num_processes=1)
-    return adapting.Task(**{**given, **changes})
+    return decision.Task(**{**given, **changes})
 
 
 def test_possible_methods(contract):
     planned = dict.fromkeys(["3d_fullres_1shot", "3d_fullres_1shot_scratch"], {})
     stock = {"3d_fullres_1shot_nnunet": {}}
-    possible = adapting.possible_methods(task(), contract, planned, stock, pile=4)
+    possible = decision.possible_methods(task(), contract, planned, stock, pile=4)
     assert {STUDENT, "context", "ft_long", "unet", "scratch", "nnunet"} <= possible and "zero_shot" not in possible
-    without = adapting.possible_methods(task(), contract, planned, {}, pile=0)
+    without = decision.possible_methods(task(), contract, planned, {}, pile=0)
     assert possible - without == {STUDENT, "nnunet"}
     architecture = {**contract.architecture, "encoder_only": True}
-    encoder = adapting.possible_methods(task(), replace(contract, architecture=architecture), planned, stock, pile=4)
+    encoder = decision.possible_methods(task(), replace(contract, architecture=architecture), planned, stock, pile=4)
     assert encoder == {"decoder", "ft", "decoder_long", "ft_long", "scratch", "nnunet"}
 
 
 def test_minutes_of_a_cpu_are_those_of_all_its_cores(monkeypatch):
-    monkeypatch.setattr(adapting.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(decision.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
     assert task(minutes=5).core_minutes == 20
     assert task(minutes=5, device="cuda").core_minutes == 5
 
@@ -246,7 +251,7 @@ def test_nnunet_is_a_candidate(work, monkeypatch):
 def test_a_training_that_misses_classes_gives_up(work, monkeypatch, capsys, tmp_path):
     """The context adapter takes its place, and the same call trains nothing again."""
     choose(monkeypatch, ft_long=0.9)
-    monkeypatch.setattr(adapting, "minutes_left", lambda task, started: 0.3)
+    leave(monkeypatch, lambda task, started: 0.3)
     monkeypatch.setattr(patch_trainer, "HARDLY_FOUND", 1.1)
     edit(work.preprocessed / "FSEFTPlans.json", shorten)
     assert adapt("--shots", 1, "--minutes", 10, "-i", work.queries, "-o", tmp_path) == 0
@@ -264,7 +269,7 @@ def test_a_training_that_misses_classes_gives_up(work, monkeypatch, capsys, tmp_
 
 def test_instead_of_a_student_its_teacher(work, capsys):
     run, file = RunFile(missed=["spleen"], gave_up=True), work.root / "choice.json"
-    training = adapting.prepare_instead(task(), adapting.Decision(STUDENT, [], 3.0), run, file)
+    training = adapting.prepare_instead(task(), decision.Decision(STUDENT, [], 3.0), run, file)
     assert (training.trainer, training.experiment.dataset) == ("FSEFTTrainer_Context", "Dataset077_Tiny")
     assert not file.exists()  # the choice stands
     assert "The student hardly finds spleen. The teacher is the result." in capsys.readouterr().out
@@ -275,8 +280,9 @@ def test_instead_of_a_student_its_teacher(work, capsys):
 
 def test_a_budget_shorter_than_the_start(work, monkeypatch, capsys):
     choose(monkeypatch, ft_long=0.8)
-    monkeypatch.setattr(adapting, "minutes_left", MINUTES_LEFT)
-    monkeypatch.setattr(adapting, "monotonic", lambda: 0.0)
+    leave(monkeypatch, MINUTES_LEFT)
+    for module in (decision, adapting):
+        monkeypatch.setattr(module, "monotonic", lambda: 0.0)
     assert adapt("--shots", 1, "--minutes", 0.1) == 2
     error = capsys.readouterr().err
     expected = "--minutes 0.1 leaves no time for the training: the steps before it take 0.3 minutes. Give at least 1."

@@ -40,7 +40,8 @@ def register(verb) -> None:
 
 
 def adapt(args: argparse.Namespace) -> None:
-    from fsefs_nnunet.adaptation.adapting import Task, adapt
+    from fsefs_nnunet.adaptation.adapting import adapt
+    from fsefs_nnunet.adaptation.decision import Task
     from fsefs_nnunet.device import device_named
     from fsefs_nnunet.inference.images import refuse_output
 
