@@ -34,7 +34,7 @@ from statistics import mean
 
 import numpy as np
 from filelock import FileLock
-from final_report import report
+from final_report import ADAPT, BEST, OTHER, RECOMMENDED, report
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from real_backbones import CONTROL, make_backbones
 from real_data import REAL, RealData, plan
@@ -54,8 +54,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LOOKS, RESULTS = (ROOT / "benchmarks" / name for name in ("looks.md", "final_results.jsonl"))
 PARTS = ("final.py", "real_data.py", "timed_training.py")
 CODE = ("fsefs_nnunet", "planners", "trainers", "setup.py", *(f"benchmarks/{part}" for part in PARTS))
-BEST, ADAPT, ZERO_SHOT = "ft_long", "adapt", "zero_shot"
-RECOMMENDED, OTHER = "phantom", "obelisk"
+ZERO_SHOT = "zero_shot"
 MINUTES = {1: 10, 5: 30}  # of one core, by shots
 BASELINE_MINUTES = 30
 GPU_SHARE = 1 / 6
