@@ -133,21 +133,27 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
     def on_train_start(self):
         super().on_train_start()
         self.draws_from_pile = self.sees_pile
+        self.found: list[np.ndarray] = []  # Dice of the online validation by epoch, of this process
         self.may_give_up = os.environ.get("fseft_gives_up") == "1" and self.progress() < GIVES_UP_AT
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]):
+        super().on_validation_epoch_end(val_outputs)
+        tp, fp, fn = (np.sum([output[f"{of}_hard"] for output in val_outputs], 0) for of in ("tp", "fp", "fn"))
+        # nnU-Net's online Dice of a class that no patch shows is 0 if one voxel is taken for it
+        self.found.append(np.where(tp + fn > 0, 2 * tp / np.maximum(2 * tp + fp + fn, 1), np.nan))
 
     def missed(self) -> list[str]:
         """Names of the classes that the last epochs hardly found."""
-        dice = [self.logger.get_value("dice_per_class_or_region", step=e) for e in range(self.current_epoch)]
         names = foreground_names(self.dataset_json["labels"], self.label_manager.has_regions)
-        return missed_classes(dice, names) if dice else []
+        return missed_classes(self.found, names) if self.found else []
 
     def on_epoch_end(self):
         super().on_epoch_end()
-        if self.may_give_up and self.progress() >= GIVES_UP_AT:
+        if self.may_give_up and self.progress() >= GIVES_UP_AT and len(self.found) >= LAST_EPOCHS:
             self.may_give_up = False
-            self.run.gave_up = bool(self.missed())
-            if self.run.gave_up:
-                raise StopTraining("classes are hardly found after a third of it")
+            if missed := self.missed():
+                self.run.gave_up = True
+                raise StopTraining(f"a third of the training hardly found {', '.join(missed)}")
 
     def on_train_end(self):
         self.run.missed = self.missed()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
 
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
 from fsefs_nnunet.adaptation.choice import STUDENT
-from fsefs_nnunet.adaptation.decision import START_SECONDS, TEACHER, Decision, Task, decide, minutes_left
+from fsefs_nnunet.adaptation.decision import TEACHER, Decision, Task, decide, minutes_left
 from fsefs_nnunet.adaptation.pseudo_labels import LEAST_PROBABILITY, OPTIONS, SUMMARY
 from fsefs_nnunet.adaptation.student import make_student
 from fsefs_nnunet.adaptation.teacher import Teacher
@@ -30,8 +30,11 @@ from fsefs_nnunet.methods.registry import (
 from fsefs_nnunet.methods.run_file import RUN_FILE, RunFile
 from fsefs_nnunet.nnunet.experiment import OwnExperiment, lacks_cases
 from fsefs_nnunet.nnunet.planning import add_configurations, plan_and_preprocess
+from fsefs_nnunet.trainers.patch_trainer import GIVES_UP_AT
 
 PUPIL = "ft_long"  # of students
+FALLBACK = "context"  # takes the place of a training that gave up
+WORTH_GIVING_UP = 3.0  # minutes: of less, too little is left for another training
 HIGHEST_ID = 999  # of datasets
 PLANNING = "fseft_adapt_is_planning.json"  # there while it does: an interrupted planning is done again
 
@@ -81,9 +84,11 @@ def adapt(task: Task, images: Path | None = None, output: Path | None = None) ->
         folder = train(training, gives_up=True)
     else:
         training = prepare(task, decision)
-        folder = train(training, support, gives_up=not find_backbone(task.backbone).encoder_only)
+        # the context adapter needs features of a trained decoder, and time
+        instead = not find_backbone(task.backbone).encoder_only and decision.minutes >= WORTH_GIVING_UP
+        folder = train(training, support, gives_up=instead)
     if (run := RunFile.load(folder)).gave_up:
-        training = prepare_instead(task, decision, run, file)
+        training = prepare_instead(task, decision, run)
         folder = train(training, support)
     experiment, trainer, configuration = training.experiment, training.trainer, training.configuration
     model = f"-d {experiment.dataset} -c {configuration} -f {training.fold} -tr {trainer} -p {experiment.plans}"
@@ -168,27 +173,26 @@ def prepare(task: Task, decision: Decision) -> Training:
     return Training(experiment, method.trainer, task.configuration, task.fold)
 
 
-def prepare_instead(task: Task, decision: Decision, run: RunFile, file: Path) -> Training:
-    """The context adapter in what is left of the time, instead of a training that gave up; of a student, its teacher.
+def prepare_instead(task: Task, decision: Decision, run: RunFile) -> Training:
+    """The context adapter for what is left of the time, instead of a training that gave up; of a student, its teacher.
 
-    file: of the decision, which is replaced.
+    The decision stands: other folds may find all classes.
     """
-    missed = ", ".join(run.missed)
+    missed, instead = ", ".join(run.missed), METHODS[FALLBACK]
+    name, _, preprocessed = dataset_folders(task.dataset)
+    experiment = OwnExperiment.of(name, task.plans, task.device)
     if decision.method == STUDENT:
         print(f"The student hardly finds {missed}. The teacher is the result.")
-    else:
-        left = round(max(decision.minutes - (run.training_seconds + START_SECONDS) / 60, 0.01), 2)
-        reason = (
-            f"After a third of its time it hardly found {missed}, even in patches of the support. Instead: "
-            f"{METHODS[TEACHER].title}, for {left:.1f} minutes at most."
-        )
-        print(reason)
-        parent = {"inherits_from": configuration_of(task.shots), "fseft_minutes": left}
-        plans = dataset_folders(task.dataset)[2] / f"{task.plans}.json"
-        add_configurations(plans, {task.configuration: parent})
-        decision = Decision(TEACHER, [*decision.why, reason], left)
-        write_json(file, asdict(decision))
-    return prepare(task, replace(decision, method=TEACHER))
+        return Training(experiment, METHODS[TEACHER].trainer, task.configuration, task.fold)
+    left = round((1 - GIVES_UP_AT) * decision.minutes, 2)
+    print(
+        f"A third of the training hardly found {missed}, even in patches of the support. Instead: {instead.title}, for "
+        f"{left:.1f} minutes at most."
+    )
+    configuration = f"{task.configuration}_instead"
+    parent = {"inherits_from": configuration_of(task.shots), "fseft_minutes": left}
+    add_configurations(preprocessed / f"{task.plans}.json", {configuration: parent})
+    return Training(experiment, instead.trainer, configuration, task.fold)
 
 
 def prepare_student(task: Task, support: list[str], started: float) -> Training:

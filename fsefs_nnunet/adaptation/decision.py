@@ -114,14 +114,15 @@ def decide(task: Task, support: list[str], started: float) -> Decision:
     pile = len(load_splits(preprocessed / SPLITS_FILE)["folds"][task.fold]) - task.shots
     voxels = int(prod(plans["configurations"]["3d_fullres"]["median_image_size_in_voxels"]))
     situation = Situation(task.shots, task.core_minutes, task.device, voxels, pile)
-    cell = nearest(situation, measured())
     possible = possible_methods(task, find_backbone(task.backbone), plans["configurations"], stock, pile)
-    ranked = ranking(cell, possible)
-    if not ranked:
+    cells = tuple(cell for cell in measured() if ranking(cell, possible))
+    if not cells:
         raise InputError(
             f"None of the measured methods suits backbone {task.backbone!r}: train it with FSEFTTrainer_Decoder, or "
             "choose another backbone with -b."
         )
+    cell = nearest(situation, cells)
+    ranked = ranking(cell, possible)
     why = [
         f"{shots_in_words(task.shots)}, {situation.minutes:g} {task.device.upper()} minutes, {voxels:,} voxels, {pile} "
         f"cases without labels. The most similar situation that was measured: {cell.describe()}.",
