@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ from fsefs_nnunet.planners.fseft_planner import default_plans_name
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOKS, RESULTS = (ROOT / "benchmarks" / name for name in ("looks.md", "final_results.jsonl"))
-PARTS = ("final.py", "real_data.py", "timed_training.py")
+PARTS = ("final.py", "final_report.py", "real_backbones.py", "real_data.py", "timed_training.py")
 CODE = ("fsefs_nnunet", "planners", "trainers", "setup.py", *(f"benchmarks/{part}" for part in PARTS))
 ZERO_SHOT = "zero_shot"
 MINUTES = {1: 10, 5: 30}  # of one core, by shots
@@ -118,23 +119,26 @@ def git(*args: str) -> str:
     return subprocess.run(["git", "-C", ROOT, *args], check=True, capture_output=True, encoding="utf-8").stdout.strip()
 
 
-def look(reason: str | None) -> None:
-    """Note this look at the test cases, or go on with the last one.
+def look(reason: str | None, device: str) -> str:
+    """Note this look at the test cases, or go on with the last one; returns a name for its folder of work.
 
-    Raises SystemExit for code that is not committed, and for a look without a reason.
+    Raises SystemExit for code or earlier results that are not committed, and for a look without a reason.
     """
     if changed := git("status", "--porcelain", "--", *CODE).splitlines():
         sys.exit(f"Commit the code before the test cases are looked at: {changed[0]}")
-    code = sha256(git("ls-files", "-s", "--", *CODE).encode()).hexdigest()
+    code = sha256(f"{git('ls-files', '-s', '--', *CODE)} {device}".encode()).hexdigest()
     if RESULTS.exists() and json.loads(RESULTS.read_text().splitlines()[0])["code"] == code:
-        return
+        return code[:8]
     if not reason:
         sys.exit("This is a new look at the test cases: say why with --reason.")
+    if git("status", "--porcelain", "--", f"benchmarks/{RESULTS.name}"):
+        sys.exit(f"Commit {RESULTS} first: this look replaces it.")
     commit = git("rev-parse", "--short", "HEAD")
     with open(LOOKS, "a") as looks:
         looks.write(f"| {date.today()} | {commit} | all, by `benchmarks/final.py` | {reason} |\n")
     write_atomically(RESULTS, json.dumps({"code": code, "commit": commit, "reason": reason}) + "\n")
     print(f"Noted in {LOOKS}: commit it.")
+    return code[:8]
 
 
 # ---- the work ----
@@ -154,11 +158,18 @@ def run_timed(experiment: Experiment, cell: Cell) -> tuple[Path, dict]:
     """Predictions of the test images, and what the training took."""
     images = test_images(experiment, REAL[cell.data])
     if cell.method == ADAPT:
-        own = replace(experiment, results=f"nnUNet_results_adapt_{cell.minutes:g}min")
-        output, before = own.folders["nnUNet_results"] / f"predictions_{cell.shots}", seconds_of(own.device)
+        own = replace(experiment, results=f"nnUNet_results_adapt_{cell.shots}shot")
+        # what was interrupted has lost its time
+        shutil.rmtree(own.folders["nnUNet_results"], ignore_errors=True)
+        for choice in own.preprocessed.glob(f"fseft_adapt_*_{cell.shots}shot_*"):
+            choice.unlink()
+        own.run("fseft", "bank", "-d", own.dataset, "--clear")
         where = ("-d", own.dataset, "--shots", str(cell.shots), "-f", str(cell.fold), "-device", own.device)
-        own.run("fseft", "adapt", *where, "--minutes", f"{cell.minutes:g}", "-i", images, "-o", output)
-        return output, {"seconds": seconds_of(own.device) - before}  # with the predictions
+        call, before = ("fseft", "adapt", *where, "--minutes", f"{cell.minutes:g}"), seconds_of(own.device)
+        own.run(*call)
+        took, output = seconds_of(own.device) - before, own.folders["nnUNet_results"] / "imagesTs"
+        own.run(*call, "-i", images, "-o", output)  # it trains nothing again
+        return output, {"seconds": took}
     trained = train(experiment, cell.method, cell.shots, cell.minutes, cell.fold)
     return trained.predict(images, "imagesTs"), {"seconds": trained.seconds, **facts_of(trained)}
 
@@ -235,6 +246,8 @@ def facts(experiment: Experiment, cell: Cell) -> dict:
 
 def done_cells() -> dict[str, dict]:
     """Results by name of the cell; the first line of the file is the look."""
+    if not RESULTS.exists():
+        return {}
     cells = map(json.loads, RESULTS.read_text().splitlines()[1:])
     return {cell.pop("cell"): cell for cell in cells}
 
@@ -252,7 +265,7 @@ def run(work: Path, cells: list[Cell], device: str) -> None:
     def save(cell: Cell, experiment: Experiment, predictions: Path, took: dict) -> None:
         cases = evaluate(predictions, experiment, REAL[cell.data])
         made = {**facts(experiment, cell), **took, "device": device, "cases": cases}
-        with FileLock(work / "results.lock"):  # another process may run other datasets
+        with FileLock(f"{RESULTS}.lock"):  # another process may run other datasets
             write_atomically(RESULTS, RESULTS.read_text() + json.dumps({"cell": cell.name, **rounded(made)}) + "\n")
         dice = mean(np.nanmean([of[name]["Dice"] for of in cases.values()]) for name in next(iter(cases.values())))
         print(f"{cell.name}: {dice:.3f}", flush=True)
@@ -270,7 +283,8 @@ def run(work: Path, cells: list[Cell], device: str) -> None:
             if any(cell.name not in done for cell in grid):
                 experiment = experiment_of(work, data, backbone, device)
                 for cell, predictions, took in run_grid(experiment, grid):
-                    save(cell, experiment, predictions, took)
+                    if cell.name not in done:
+                        save(cell, experiment, predictions, took)
 
 
 def main() -> None:
@@ -285,15 +299,14 @@ def main() -> None:
     if not args.report:
         if args.work is None:
             parser.error("--work FOLDER is needed, for a run")
-        work = args.work.resolve()
+        work = args.work.resolve() / look(args.reason, args.device)
         work.mkdir(parents=True, exist_ok=True)
-        look(args.reason)
         if args.device == "cpu":
             os.sched_setaffinity(0, {args.core})
         os.environ["fseft_backbones"] = str(work / "backbones")
         make_backbones(work / "backbones", [*GRID])
         run(work, list(all_cells(args.data, args.device)), args.device)
-    print(report(done_cells()))
+    print(report(done_cells()) if done_cells() else "Nothing is done yet.")
 
 
 if __name__ == "__main__":

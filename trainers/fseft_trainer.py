@@ -23,7 +23,7 @@ from fsefs_nnunet.priors.query_volumes import QueryVolumes, calibration_cases, s
 from fsefs_nnunet.trainers.bank_trainer import BankTrainer
 from fsefs_nnunet.trainers.kshot_trainer import validates
 
-BANK_SHARE = 0.2  # of a limit of time; when the bank has taken it, the prior does without the remaining queries
+BANK_SHARE = 0.2  # of a limit of time: once it is used, queries without stored features are left out
 CALIBRATION_VOXELS, MOST_CALIBRATION_BATCHES = 2**17, 8  # of crops of the support, and of pooled support cases
 
 
@@ -97,8 +97,8 @@ class FSEFTTrainer(BankTrainer):
         self.run.queries = [case for case in self.run.queries if case in self.bank]
         if left_out:
             self.print_to_log_file(
-                f"The prior looks at {len(self.run.queries)} queries and does without {len(left_out)}, whose features "
-                f"would take more than a fifth of the time: {', '.join(left_out)}."
+                f"The prior looks at {len(self.run.queries)} queries and does without {len(left_out)}, since a fifth "
+                f"of the time was used before their features were computed: {', '.join(left_out)}."
             )
 
     def requests(self) -> list[Request]:

@@ -136,7 +136,7 @@ class FeatureBank:
 
         Args:
             cap_gb: GB (10^9 bytes) that all banks in `root` may take; None: no cap.
-            leave_out: asked by its case's name before a missing volume is computed.
+            leave_out: called with the name of a volume's case before it is computed; True leaves it out.
 
         Returns:
             How many entries this process computed.
@@ -180,7 +180,9 @@ class FeatureBank:
         total = sum(self.packing(of_volume[0].layout).tiling.num_windows for of_volume in volumes.values())
         with tqdm(total=total, desc="feature bank, windows") as progress:
             for of_volume in volumes.values():
-                if not leave_out(of_volume[0].case):
+                if leave_out(of_volume[0].case):
+                    progress.update(self.packing(of_volume[0].layout).tiling.num_windows)
+                else:
                     computed += self._compute(of_volume, log, progress)
         log(f"Feature bank {self.folder} takes {gigabytes(used_bytes(self.folder))}.")
         return computed

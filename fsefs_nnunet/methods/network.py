@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 
-LARGEST_LOGIT = 300.0  # see summable
+UNCHANGED_UP_TO = 300.0  # see summable
 
 
 class AdaptedNetwork(nn.Module):
@@ -299,14 +299,15 @@ def inside_of(method: Method, options: dict) -> Inside | None:
 
 
 def summable(logits: torch.Tensor) -> torch.Tensor:
-    """Logits that nnU-Net's sliding window can sum: it does so in float16, weighted by up to ten, and refuses infinity.
+    """Logits of any shape, made small enough for nnU-Net's sliding window, which sums them in float16.
 
-    Nothing bounds those of a linear adapter: where all is background, thousands are as good as tens. Beyond
-    LARGEST_LOGIT they grow with the logarithm, which keeps the order of the classes.
+    It weights them by up to ten, and refuses sums beyond float16's 65,504. An adapter's logits have no bound: where the
+    loss is zero anyway they reach thousands. Beyond UNCHANGED_UP_TO they grow with the logarithm, which keeps their
+    signs and the order of the classes.
     """
     size = logits.abs()
-    compressed = LARGEST_LOGIT * (1 + torch.log(size.clamp(min=LARGEST_LOGIT) / LARGEST_LOGIT))
-    return torch.where(size > LARGEST_LOGIT, logits.sign() * compressed, logits)
+    compressed = UNCHANGED_UP_TO * (1 + torch.log(size.clamp(min=UNCHANGED_UP_TO) / UNCHANGED_UP_TO))
+    return torch.where(size > UNCHANGED_UP_TO, logits.sign() * compressed, logits)
 
 
 def _pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
