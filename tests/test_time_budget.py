@@ -68,6 +68,8 @@ def test_drawing_and_saving_count(work, clock, monkeypatch):
     continued.initialize()
     continued.load_checkpoint(str(final))
     assert continued.used_seconds() == 16.0 and continued.progress() == 1.0
+    continued.run_training()  # trains nothing more, and forgets nothing
+    assert RunFile.load(trainer.output_folder).missed == run.missed
 
 
 def test_a_budget_of_cpu_time(work, clock, monkeypatch):

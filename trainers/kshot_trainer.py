@@ -174,6 +174,7 @@ class KShotTrainer(WithoutMirroring):
             run.windows, run.seconds, run.peak_memory_gb = before.windows, before.seconds, before.peak_memory_gb
             run.epochs = [epoch for epoch in before.epochs if epoch["epoch"] < self.current_epoch]
             run.head_rows, run.sizes_ml = before.head_rows, before.sizes_ml
+            run.missed, run.gave_up = before.missed, before.gave_up
         return run
 
     def save_run(self, stage: str) -> None:

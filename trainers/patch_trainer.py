@@ -131,9 +131,9 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
         require_labels(label_maps(), self.label_manager.ignore_label)
 
     def on_train_start(self):
+        self.found: list[np.ndarray] = []  # Dice of the online validation by epoch, of this process
         super().on_train_start()
         self.draws_from_pile = self.sees_pile
-        self.found: list[np.ndarray] = []  # Dice of the online validation by epoch, of this process
         self.may_give_up = os.environ.get("fseft_gives_up") == "1" and self.progress() < GIVES_UP_AT
 
     def on_validation_epoch_end(self, val_outputs: list[dict]):
@@ -145,7 +145,7 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
     def missed(self) -> list[str]:
         """Names of the classes that the last epochs hardly found."""
         names = foreground_names(self.dataset_json["labels"], self.label_manager.has_regions)
-        return missed_classes(self.found, names) if self.found else []
+        return missed_classes(self.found, names)
 
     def on_epoch_end(self):
         super().on_epoch_end()
@@ -156,7 +156,8 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
                 raise StopTraining(f"a third of the training hardly found {', '.join(missed)}")
 
     def on_train_end(self):
-        self.run.missed = self.missed()
+        if self.found:  # none for a training that was continued after its end
+            self.run.missed = self.missed()
         if self.run.missed:
             self.print_to_log_file(
                 f"WARNING: {', '.join(self.run.missed)}: hardly found at the end, even in patches of the support. "
