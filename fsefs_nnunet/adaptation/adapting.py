@@ -21,12 +21,7 @@ from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, support_cases
 from fsefs_nnunet.device import device_named
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json, refused_if_unwritable, write_json
-from fsefs_nnunet.methods.registry import (
-    BANK,
-    METHODS,
-    configuration_of,
-    method_of_trainer,
-)
+from fsefs_nnunet.methods.registry import BANK, METHODS, configuration_of, method_of_trainer
 from fsefs_nnunet.methods.run_file import RUN_FILE, RunFile
 from fsefs_nnunet.nnunet.experiment import OwnExperiment, lacks_cases
 from fsefs_nnunet.nnunet.planning import add_configurations, plan_and_preprocess
