@@ -58,8 +58,8 @@ def test_distances_are_doublings():
 
 
 def test_the_nearest_cell_counts():
-    cells = tuple(Measured(str(k), Situation(k, 10, "cpu", 64_000, 0), {}) for k in (1, 5, 10))
-    found = [nearest(Situation(k, 10, "cpu", 1_000_000, 0), cells).data for k in (1, 2, 3, 6, 20)]
+    cells = tuple(Measured(str(k), Situation(k, 10, "cpu", 64_000, 0), {"ft": 0.5}) for k in (1, 5, 10))
+    found = [nearest(Situation(k, 10, "cpu", 1_000_000, 0), cells, {"ft"}).data for k in (1, 2, 3, 6, 20)]
     assert found == ["1", "1", "5", "5", "10"]
 
 
@@ -92,10 +92,14 @@ def test_possible_methods(contract):
     assert encoder == {"decoder", "ft", "decoder_long", "ft_long", "scratch", "nnunet"}
 
 
-def test_the_table_suits_backbones_without_a_decoder():
-    """Wherever the nearest cell lists adapters alone, a farther one is taken."""
-    assert any(ranking(cell, {"ft_long", "scratch"}) for cell in measured())
-    assert not all(ranking(cell, {"ft_long", "scratch"}) for cell in measured())
+def test_a_cell_without_a_possible_method_is_passed_over():
+    adapters, others = (
+        Measured("near", HERE, {"context": 0.5}),
+        Measured("far", Situation(1, 1, "cpu", 1, 0), {"ft": 0.4}),
+    )
+    assert nearest(HERE, (adapters, others), {"context", "ft"}) is adapters
+    assert nearest(HERE, (adapters, others), {"ft"}) is others
+    assert nearest(HERE, (adapters, others), {"unet"}) is None
 
 
 def test_minutes_of_a_cpu_are_those_of_all_its_cores(monkeypatch):

@@ -59,8 +59,10 @@ def measured() -> tuple[Measured, ...]:
     return tuple(Measured(c["data"], Situation(**c["situation"]), c["dice"]) for c in content)
 
 
-def nearest(situation: Situation, cells: tuple[Measured, ...]) -> Measured:
-    return min(cells, key=lambda cell: situation.distance(cell.situation))
+def nearest(situation: Situation, cells: tuple[Measured, ...], possible: set[str]) -> Measured | None:
+    """The most similar cell that lists a method that is `possible`; None if no cell does."""
+    suitable = (cell for cell in cells if ranking(cell, possible))
+    return min(suitable, key=lambda cell: situation.distance(cell.situation), default=None)
 
 
 def ranking(cell: Measured, possible: set[str]) -> list[tuple[str, float]]:

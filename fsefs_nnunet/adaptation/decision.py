@@ -115,13 +115,12 @@ def decide(task: Task, support: list[str], started: float) -> Decision:
     voxels = int(prod(plans["configurations"]["3d_fullres"]["median_image_size_in_voxels"]))
     situation = Situation(task.shots, task.core_minutes, task.device, voxels, pile)
     possible = possible_methods(task, find_backbone(task.backbone), plans["configurations"], stock, pile)
-    cells = tuple(cell for cell in measured() if ranking(cell, possible))
-    if not cells:
+    cell = nearest(situation, measured(), possible)
+    if cell is None:
         raise InputError(
             f"None of the measured methods suits backbone {task.backbone!r}: train it with FSEFTTrainer_Decoder, or "
             "choose another backbone with -b."
         )
-    cell = nearest(situation, cells)
     ranked = ranking(cell, possible)
     why = [
         f"{shots_in_words(task.shots)}, {situation.minutes:g} {task.device.upper()} minutes, {voxels:,} voxels, {pile} "
