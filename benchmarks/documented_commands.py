@@ -89,7 +89,7 @@ class Workplace:
         phantoms(self.raw / "Dataset005_Y", 5, 8)
         for number, name in ((21, "Left"), (22, "Right")):
             phantoms(self.raw / f"Dataset{number:03d}_{name}", number, 4)
-        images = [self.work / "IMAGES", self.work / "data" / "unlabelled"]
+        images = [self.work / "IMAGES", self.work / "PILE", self.work / "data" / "unlabelled"]
         for folder in images:
             folder.mkdir(parents=True)
             for file in sorted((self.raw / "Dataset005_Y" / "imagesTr").glob("*.nii.gz"))[:3]:
