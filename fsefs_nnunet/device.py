@@ -89,7 +89,7 @@ def cpu_seconds() -> float:
 
 
 def peak_host_memory_gb() -> float | None:
-    """GB (10^9 bytes) of main memory that this process took at most; None if the system does not say (Windows)."""
+    """Peak main memory of this process in GB (10^9 bytes); None if the system does not report it (Windows)."""
     status = Path("/proc/self/status")
     if status.exists():  # what getrusage reports on Linux includes the process that started this one
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text("utf-8"))[1]) * 1024 / 1e9
@@ -109,5 +109,5 @@ def forget_peaks(device: torch.device) -> None:
 
 
 def peak_device_memory_gb(device: torch.device) -> float | None:
-    """GB of GPU memory that PyTorch held for this process at most; None for a CPU."""
+    """Peak GPU memory that PyTorch held for this process, in GB; None for a CPU."""
     return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None

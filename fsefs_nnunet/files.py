@@ -42,7 +42,7 @@ def replacing(file: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def refused_if_unwritable(folder: str | Path) -> Iterator[None]:
-    """Raises InputError if a folder turns out to be read-only, or another folder is in a file's place."""
+    """Raises InputError if a folder turns out to be read-only, or a folder is in the place of a file."""
     try:
         yield
     except OSError as error:

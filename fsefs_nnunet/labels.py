@@ -78,7 +78,7 @@ GIF_160 = ("background", *(f"region_{k}" for k in range(1, 23)), "hippocampus_ri
     f"region_{k}" for k in range(25, 160)
 )
 
-# Labels of BTCV (Multi-Atlas Labeling Beyond the Cranial Vault) by value: FSEFT's and CLIP-Driven's lists start so.
+# Labels of BTCV (Multi-Atlas Labeling Beyond the Cranial Vault) by value; FSEFT's and CLIP-Driven's start with them.
 BTCV_14 = ("background", *TEMPLATE_29[:13])
 
 

@@ -93,9 +93,9 @@ class FSEFTPlanner(ExperimentPlanner):
         Args:
             backbone: default: what the environment variable `fseft_backbone` names, else the embedded one.
             shots: default: those of DEFAULT_SHOTS that the labelled cases allow.
-            accept_positive_ct: see check_training_cases; so does the environment variable `fseft_accept_positive_ct=1`.
+            accept_positive_ct: see check_training_cases; also set by the variable `fseft_accept_positive_ct=1`.
             support: cases whose labels may show the cost of the spacing; default: those of the drawn folds.
-            other_modality: plan for images of a modality that the backbone has never seen; so does the environment
+            other_modality: plan for images of a modality that the backbone has never seen; also set by the environment
                 variable `fseft_other_modality=1`.
 
         Raises:
@@ -187,7 +187,7 @@ class FSEFTPlanner(ExperimentPlanner):
         window, view = self.contract.patch_size, self.contract.field_of_view_mm
         spacing = fitting_spacing(extent[forward], own[forward], window, view)
         if spacing is None:
-            return own, "the dataset's, the backbone leaves it open"
+            return own, "the dataset's, since the backbone leaves it open"
         shape = [round(float(n)) for n in (extent / own)[forward]]
         longest = [MOST_WINDOWS * n for n in window]
         shown = (
@@ -230,7 +230,7 @@ class FSEFTPlanner(ExperimentPlanner):
     def adapter_channels(self) -> int:
         """Width of the adapter: as many as the features of the last stage, within bounds that a linear head may exceed.
 
-        A head that is a 1^3 convolution starts the adapter's, which needs all that it reads.
+        A universal head that is a 1^3 convolution starts the adapter's head, which therefore needs all of its inputs.
         """
         last = sum(m.channels for m in stage_maps(self.contract)["last"])
         return max(CHANNELS, last if self.contract.linear_head else min(last, MOST_CHANNELS))
@@ -325,7 +325,7 @@ class FSEFTPlanner(ExperimentPlanner):
         # the baseline on the same support cases; nnU-Net keeps other configurations that lie in the file
         scratch = {f"{name}_scratch": self.untrained(child) for name, child in children.items()}
         plans["configurations"] = {"3d_fullres": parent, **children, **scratch}
-        # the fingerprint's intensities were taken over all labels, including the queries', so they leave the plans
+        # the fingerprint's intensities were taken over all labels, including the queries': they are removed
         plans["foreground_intensity_properties_per_channel"] = self.contract.intensities_of(len(self.channels))
         super().save_plans(plans)
         self._leave_out_leftovers()

@@ -118,7 +118,7 @@ class AdaptedTrainer(KShotTrainer, StoppableTrainer):
         if known := self.network.known_but_fresh(self.dataset_json["labels"], self.label_manager.has_regions):
             self.print_to_log_file(
                 f"The backbone's own head knows {', '.join(known)}, but has more than one layer: these labels start "
-                "fresh."
+                "from fresh weights."
             )
         contract, backbone = self.network.backbone.contract, self.run.backbone
         self.print_to_log_file(

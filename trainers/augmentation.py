@@ -13,9 +13,9 @@ LARGEST_BEND = 0.1  # displacement, as a share of the patch's shortest side
 
 
 def transforms_for_few_cases(*args, **kwargs) -> BasicTransform:
-    """nnU-Net's training transforms, but most patches are rotated, scaled and deformed; nnU-Net leaves two of three.
+    """nnU-Net's training transforms, but most patches are rotated, scaled or deformed; in nnU-Net, one in three is.
 
-    With few cases, a training lacks shapes above all (documentation/tuning.md). Arguments are those of
+    What a training on few cases lacks most is variety of shapes (documentation/tuning.md). Arguments are those of
     nnUNetTrainer.get_training_transforms.
     """
     transforms = nnUNetTrainer.get_training_transforms(*args, **kwargs)

@@ -33,7 +33,7 @@ from fsefs_nnunet.workers import Ahead
 class BankTrainer(AdaptedTrainer, TimeBudgetTrainer):
     """Trains reduction, adapter and head on crops of the support and its augmented views.
 
-    A limit of time, see TimeBudgetTrainer, includes filling the bank.
+    A time limit, see TimeBudgetTrainer, includes filling the bank.
 
     Needs a K-shot configuration of plans made by FSEFTPlanner; its keys and the method's row decide what is trained.
     """

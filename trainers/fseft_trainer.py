@@ -23,7 +23,7 @@ from fsefs_nnunet.priors.query_volumes import QueryVolumes, calibration_cases, s
 from fsefs_nnunet.trainers.bank_trainer import BankTrainer
 from fsefs_nnunet.trainers.kshot_trainer import validates
 
-BANK_SHARE = 0.2  # of a limit of time: once it is used, queries without stored features are left out
+BANK_SHARE = 0.2  # of a time limit: once it is used, queries without stored features are left out
 CALIBRATION_VOXELS, MOST_CALIBRATION_BATCHES = 2**17, 8  # of crops of the support, and of pooled support cases
 
 
@@ -92,7 +92,7 @@ class FSEFTTrainer(BankTrainer):
         return budget is not None and case in of_queries and self.used_seconds() >= BANK_SHARE * budget
 
     def drop_missing_queries(self) -> None:
-        """Features of many large queries could take most of a limit of time; a few queries do for the prior."""
+        """Features of many large queries could take most of a time limit; a few queries are enough for the prior."""
         left_out = [case for case in self.run.queries if case not in self.bank]
         self.run.queries = [case for case in self.run.queries if case in self.bank]
         if left_out:
@@ -154,7 +154,7 @@ class FSEFTTrainer(BankTrainer):
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
         self.seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # query, sizes and penalty of the epoch's steps
-        # not during the warm-up, which a limit of time shortens
+        # not during the warm-up, which a time limit shortens
         warm = self.progress() >= self.settings.prior_from_epoch / self.num_epochs
         self.prior_counts = warm and self.query_volumes is not None
         if self.prior_counts:

@@ -38,7 +38,7 @@ class DeviceFailed(InputError):
 
 @contextmanager
 def failures_of_the_device(folder: str) -> Iterator[None]:
-    """A GPU that is too small or fails ends what happens in `folder` with a sentence; its checkpoints are intact."""
+    """If a GPU is too small or fails, the work in `folder` ends with a one-sentence error; checkpoints stay intact."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -104,7 +104,7 @@ class KShotTrainer(WithoutMirroring):
         super().initialize()
 
     def run_training(self):
-        if self.local_rank:  # of several processes that train together the first holds the lock
+        if self.local_rank:  # of several processes that train together, the first holds the lock
             return super().run_training()
         lock = join(self.output_folder, LOCK_FILE)
         try:
@@ -144,7 +144,7 @@ class KShotTrainer(WithoutMirroring):
         except InputError as error:
             if file.name != "checkpoint_latest.pth":
                 raise
-            # there is no other copy of a running training's
+            # a running training has no other copy of it
             raise InputError(
                 f"{file} cannot be read, it may be truncated: delete it, and `--c` continues from "
                 "checkpoint_best.pth, or starts from scratch if there is none."

@@ -23,7 +23,7 @@ from fsefs_nnunet.trainers.kshot_trainer import KShotTrainer
 from fsefs_nnunet.trainers.time_budget import StopTraining, TimeBudgetTrainer
 
 TRUE_SHARE, TRUE_CASES_ALONE = 0.3, 0.8  # see PatchTrainer.drawn_cases
-LAST_EPOCHS, HARDLY_FOUND = 5, 0.05  # epochs of the online validation, and their best Dice of a class that it missed
+LAST_EPOCHS, HARDLY_FOUND = 5, 0.05  # epochs of online validation; a class whose best Dice in them is lower is missed
 GIVES_UP_AT = 1 / 3  # of the training, see PatchTrainer
 
 
@@ -37,7 +37,7 @@ def missed_classes(dice: Sequence[Sequence[float]], names: Sequence[str]) -> lis
 
 
 class Float32Loss(nn.Module):
-    """nnU-Net's loss in float32: of CPUs' autocast, unlike CUDA's, softmax comes out in bfloat16."""
+    """nnU-Net's loss in float32: under autocast on CPUs, unlike on CUDA, softmax returns bfloat16."""
 
     def __init__(self, loss: nn.Module):
         super().__init__()
@@ -94,7 +94,7 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
         return Float32Loss(super()._build_loss())
 
     def divisor(self) -> Sequence[int]:
-        """By how much the network's coarsest feature map is smaller than the patch, per axis."""
+        """The factor by which the network's coarsest feature map is smaller than the patch, per axis."""
         return np.prod(self.configuration_manager.pool_op_kernel_sizes, axis=0).tolist()
 
     def train_step(self, batch: dict) -> dict:

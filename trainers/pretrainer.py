@@ -27,7 +27,7 @@ from fsefs_nnunet.trainers.without_mirroring import WithoutMirroring
 
 
 class RandomAppearanceTransform(ImageOnlyTransform):
-    """Random contrast curve over an image's range (inversion included), then z-scoring of every other image."""
+    """Random contrast curve over an image's range (inversion included), then z-scoring of half of the images."""
 
     def __init__(self, p_curve: float = 0.4, p_zscore: float = 0.5, knots=(2, 7)):
         super().__init__()
@@ -98,7 +98,7 @@ class FSEFTPretrainer(WithoutMirroring, SourceValidation, TimeBudgetTrainer):
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
         rotation, dummy_2d, _, mirror = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        # patches hold whole volumes or most of them, there is nothing to rotate in from outside
+        # patches hold whole volumes or most of them, so there is nothing to rotate in from outside
         return rotation, dummy_2d, self.configuration_manager.patch_size, mirror
 
     def configure_optimizers(self):
@@ -123,7 +123,7 @@ class FSEFTPretrainer(WithoutMirroring, SourceValidation, TimeBudgetTrainer):
         missing = [case for case in cases if case not in self.masks]
         if missing:
             raise InputError(
-                f'dataset.json lists {len(missing)} cases in no source, e.g. {missing[0]}: add to "sources".'
+                f'dataset.json lists {len(missing)} cases in no source, e.g. {missing[0]}: add them to "sources".'
             )
         known = set(cases)
         groups = [[c for c in source["cases"] if c in known] for source in self.dataset_json["sources"].values()]

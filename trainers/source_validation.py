@@ -63,7 +63,7 @@ class SourceValidation(nnUNetTrainer):
     """Segments a few held-out cases of each source every few epochs, and writes zero_shot.csv and a table in the log.
 
     Needs `region_names` and `masks` of FSEFTPretrainer. The time is not counted as training. Fold `all` holds nothing
-    out, there the cases are training cases.
+    out, so there the cases are training cases.
     """
 
     zero_shot_every = 10  # epochs

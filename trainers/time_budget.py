@@ -1,4 +1,4 @@
-"""Training that ends at a limit of time instead of an epoch, for comparisons at equal cost."""
+"""Training that ends at a time limit instead of an epoch, for comparisons at equal cost."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fsefs_nnunet.device import cpu_seconds
 from fsefs_nnunet.errors import InputError
 
 CLOCKS = {"wall": monotonic, "cpu": cpu_seconds}
-PREPARED_KEY = "fseft_prepared_seconds"  # there, too: those of the budget before the first epoch
-SECONDS_KEY = "fseft_seconds"  # in checkpoints' init_args: those of the training so far, by clock
+PREPARED_KEY = "fseft_prepared_seconds"  # in checkpoints' init_args: seconds of the budget used before the first epoch
+SECONDS_KEY = "fseft_seconds"  # there, too: seconds of the training so far, by clock
 
 
 class StopTraining(Exception):
@@ -50,10 +50,9 @@ class TimeBudgetTrainer(StoppableTrainer):
     uses_all_of_budget: whether a training goes on until the time is over; otherwise it ends with its epochs if they
     take less.
 
-    Without the variable, `fseft_minutes` of the configuration counts; without either, it is the trainer that it derives
-    from. The time counts from the first epoch, including drawing and saving: wall time or, if `fseft_train_clock` is
-    "cpu", CPU time of this process and its workers. The checkpoints keep it, so a continued training resumes where it
-    was.
+    Without the variable, `fseft_minutes` of the configuration counts; without either, time is not limited. The time
+    counts from the first epoch, including drawing and saving: wall time or, if `fseft_train_clock` is "cpu", CPU time
+    of this process and its workers. The checkpoints keep it, so a continued training resumes where it was.
     """
 
     uses_all_of_budget = True
@@ -155,4 +154,4 @@ class TimeBudgetTrainer(StoppableTrainer):
     def stop_at_budget(self) -> None:
         used_up = self.budget_seconds() is not None and self.used_seconds() >= self.budget_seconds()
         if used_up and self.current_epoch:  # preparations alone may take the time, but nothing is trained then
-            raise StopTraining(f"the budget of {self.budget_seconds():.0f} s is used")
+            raise StopTraining(f"the budget of {self.budget_seconds():.0f} s is used up")

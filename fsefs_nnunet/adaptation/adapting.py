@@ -1,4 +1,4 @@
-"""`fseft adapt`: from a raw dataset to an adapted model, and predictions, within a time."""
+"""`fseft adapt`: from a raw dataset to an adapted model and its predictions, within a time limit."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from fsefs_nnunet.nnunet.experiment import OwnExperiment, lacks_cases
 from fsefs_nnunet.nnunet.planning import add_configurations, plan_and_preprocess
 from fsefs_nnunet.trainers.patch_trainer import GIVES_UP_AT
 
-PUPIL = "ft_long"  # of students
+PUPIL = "ft_long"  # the method that students are trained with
 FALLBACK = "context"  # takes the place of a training that gave up
-WORTH_GIVING_UP = 3.0  # minutes: of less, too little is left for another training
+WORTH_GIVING_UP = 3.0  # minutes; a shorter training would leave too little time for another one
 HIGHEST_ID = 999  # of datasets
-PLANNING = "fseft_adapt_is_planning.json"  # there while it does: an interrupted planning is done again
+PLANNING = "fseft_adapt_is_planning.json"  # exists during planning, so that an interrupted planning is repeated
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def adapt(task: Task, images: Path | None = None, output: Path | None = None) ->
             f"Warning: {', '.join(missed)}: hardly found at the end, even in patches of the support. Give more "
             f"--minutes, or train FSEFTTrainer_Context with -c {configuration_of(task.shots)}, which needs fewer steps."
         )
-    print(f"The model is in {folder}. nnUNetv2_predict takes it as {model}")
+    print(f"The model is in {folder}. Its options for nnUNetv2_predict: {model}")
     if images is not None:
         segment(training, images, output)
         print(f"Segmentations: {output}")
@@ -112,11 +112,11 @@ def segment(training: Training, images: Path, output: Path) -> None:
 
 def train(training: Training, support: list[str] = (), gives_up: bool = False) -> Path:
     """
-    support: of the current splits, if there may be a model of other ones.
+    support: cases of the current splits, if a model that was trained on other cases may exist.
     gives_up: whether a training on patches ends early if it misses classes.
 
     Raises:
-        InputError: for such a model.
+        InputError: if such a model exists.
     """
     experiment = training.experiment
     folder = experiment.model(training.trainer, training.configuration) / f"fold_{training.fold}"
@@ -169,7 +169,7 @@ def prepare(task: Task, decision: Decision) -> Training:
 
 
 def prepare_instead(task: Task, decision: Decision, run: RunFile) -> Training:
-    """The context adapter for what is left of the time, instead of a training that gave up; of a student, its teacher.
+    """What replaces a training that gave up: the context adapter for the time that is left; for a student, its teacher.
 
     The decision stands: other folds may find all classes.
     """

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.resources import files
 from math import log2
 
-STUDENT = "student"  # besides the methods of the registry: one of `fseft student` after the context adapter
+STUDENT = "student"  # not a row of the registry: `fseft student`, taught by the context adapter
 STUDENT_AHEAD = 0.01
 GPU_MINUTE = 20.0  # minutes of a CPU core that a GPU minute counts as, if no cell was measured on a GPU
 

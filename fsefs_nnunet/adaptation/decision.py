@@ -28,7 +28,7 @@ TEACHER = "context"  # of students
 COMPARED = ("fseft", "context")  # methods that leave-one-out compares
 SHARE = 0.2  # of the time that the comparison may take
 SHARE_OF_TEACHER = 1 / 3  # of the time that a student's teacher may take
-START_SECONDS = 20  # of a training's command before its first epoch, and of saving
+START_SECONDS = 20  # that a training's command takes before its first epoch and for saving
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def decide(task: Task, support: list[str], started: float) -> Decision:
 
 
 def minutes_left(task: Task, started: float) -> float:
-    """Raises InputError if nothing is left."""
+    """Minutes left for the training. Raises InputError if there are none."""
     used = (monotonic() - started + START_SECONDS) / 60
     if used >= task.minutes:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Which unlabelled cases a teacher labels, and that none of them is one that it knows or is to be tested on."""
+"""Which unlabelled cases a teacher labels, and checks that it neither knows them nor is to be tested on them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def choose_pile(teacher: Teacher, folder: Path | None, transductive: bool) -> Pi
         unlabelled = {f"pile_{case}": files for case, files in found.items()}
         if twice := sorted(unlabelled.keys() & set(support)):
             raise InputError(
-                f"{name} has a support case {twice[0]}, also the name of one of the pile's: rename its files."
+                f"{twice[0]} names both a support case of {name} and a case of the pile: rename the pile's files."
             )
     known = [Known("support", case, labelled[case]["images"]) for case in support]
     known += known_queries(raw, preprocessed, dataset_json, splits, labelled, teacher.fold)
@@ -139,7 +139,7 @@ def same_images(known: Sequence[Known], others: dict[str, list[str]], ending: st
     """
     try:
         reader = find_reader(REORIENTING[0], ending)()
-    except InputError:  # no reader turns files of this ending: such copies are compared as they are stored
+    except InputError:  # no reader reorients files of this ending: copies are compared as they are stored
         from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 
         reader = determine_reader_writer_from_file_ending(ending, verbose=False)()

@@ -25,7 +25,7 @@ from fsefs_nnunet.inference.weights import sha256_of_weights
 from fsefs_nnunet.labels import label_values
 
 LEAST_PROBABILITY = 0.9
-SUMMARY, OPTIONS = "conversion.json", "pseudo_labels"  # what a student's dataset was made of, and the key of it
+SUMMARY, OPTIONS = "conversion.json", "pseudo_labels"  # file and key that say what a student's dataset was made of
 
 
 def sure_labels(

@@ -21,7 +21,7 @@ from fsefs_nnunet.nnunet.experiment import lacks_cases
 
 
 def require_student(trainer: str) -> None:
-    """Raises InputError for a trainer that is not ours, or that takes what a model has labelled as true."""
+    """Raises InputError for a trainer that is not ours, or that would treat a model's labels as true ones."""
     require_trainer(trainer)
     if method_of_trainer(trainer).learns_from == BANK:
         raise InputError(

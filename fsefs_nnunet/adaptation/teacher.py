@@ -39,7 +39,7 @@ class Teacher:
 
     @property
     def name(self) -> str:
-        """From nnUNet_results on."""
+        """The fold's folder, relative to nnUNet_results."""
         return str(self.checkpoint.parent.relative_to(self.folder.parent.parent))
 
     @cached_property

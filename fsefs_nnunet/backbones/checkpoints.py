@@ -57,7 +57,7 @@ def _damaged(file: Path) -> str:
 
 
 def _why_not_opened(file: Path, error: Exception) -> str:
-    """In our own words, since PyTorch's advise loading the file anyway."""
+    """In our own words, since PyTorch's message advises loading the file anyway."""
     name = re.search(r"GLOBAL (\S+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and name:
         return (

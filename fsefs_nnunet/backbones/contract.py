@@ -30,7 +30,7 @@ class BackboneContract:
         here; the rest is the architecture's own.
     classes: names of the universal head's rows, in order; of what it was trained on, if it has no linear head.
     softmax: the head's rows compete and row 0 is the background; otherwise each is a sigmoid of its own.
-    channel_names: what it was trained on, per channel; "any" for whatever there is.
+    channel_names: what it was trained on, per channel; "any" for images of any kind.
     image_reader_writer: nnU-Net's reader; only those "WithReorient" turn images to RAS.
     transpose_forward: which of the reader's axes each axis is; [2, 1, 0] makes x, y, z of z, y, x.
     spacing: mm per axis, or None: the dataset's own.
@@ -39,13 +39,13 @@ class BackboneContract:
         and percentile_99_5, subtracts mean and divides by std.
     resampling_fn_data, resampling_fn_data_kwargs: how images are resampled.
     patch_size: largest window, voxels per axis.
-    field_of_view_mm: how much of a patient the windows of its training showed, from and to, along an axis; None: given
+    field_of_view_mm: how many mm of a patient the windows of its training showed along an axis, (from, to); None: given
         by the spacing, if it has one.
     smallest_window: smallest window that it was trained on, voxels per axis.
     divisor: what a window must be a multiple of, voxels per axis.
     sha256: of the weights file.
-    z_scores_as_hu: the line by which z-scores of another modality become Hounsfield units for a CT backbone: mean +
-        std z, clipped to [low, high].
+    z_scores_as_hu: the linear map that turns z-scores of another modality into Hounsfield units for a CT backbone:
+        mean + std z, clipped to [low, high].
     source: file, sha256 and left_out of what was imported, if it was one file: its name, its hash, and the names of
         the tensors that were left out, by reason.
     """
@@ -95,7 +95,7 @@ class BackboneContract:
         return self.architecture.get("encoder_only", False)
 
     def window(self, median_shape: Sequence[float]) -> list[int]:
-        """Patch size: covers a volume of `median_shape` as far as the smallest and largest window allow it."""
+        """Patch size: covers a volume of `median_shape` as far as the smallest and largest window allow."""
         fitting = np.ceil(np.maximum(median_shape, self.smallest_window) / self.divisor) * self.divisor
         return np.minimum(fitting, self.patch_size).astype(int).tolist()
 
@@ -117,7 +117,7 @@ class BackboneContract:
         return channel if self.input_channels > 1 else 0
 
     def check_number(self, names: Sequence[str], file: str) -> None:
-        """Raises InputError if it cannot take as many channels as `file`, a dataset.json, names."""
+        """Raises InputError if it cannot take as many channels as there are `names` in `file`, a dataset.json."""
         if len(names) != self.input_channels and self.input_channels > 1:
             raise InputError(
                 f"{file} has {len(names)} channel(s), but backbone {self.id!r} takes {self.input_channels}: "
@@ -125,7 +125,7 @@ class BackboneContract:
             )
 
     def unseen_channels(self, names: Sequence[str]) -> list[int]:
-        """Those of a dataset's channels `names` that are of another modality: CT where it has none, or vice versa."""
+        """Indices of a dataset's channels `names` that are of another modality: CT where it has none, or vice versa."""
         if self.normalization_schemes is None:
             return []
         known = [self.channel_names[self.own_channel(channel)] for channel in range(len(names))]
@@ -145,7 +145,8 @@ class BackboneContract:
             known = self.channel_names[self.own_channel(channel)]
             raise InputError(
                 f"Channel {channel} of {file} is {names[channel]!r}, but backbone {self.id!r} was trained with "
-                f"{known!r} there: choose another backbone, or name the channel {known!r} if it holds the same{remedy}."
+                f"{known!r} there: choose another backbone, or name the channel {known!r} if that is what it "
+                f"holds{remedy}."
             )
         for channel, name in enumerate(names):
             open_to_all = self.normalization_schemes is None
@@ -168,7 +169,7 @@ class BackboneContract:
         return schemes, masks
 
     def z_scores_of(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
-        """By channel, the line by which the z-scores of a modality that it has never seen become Hounsfield units."""
+        """By channel, the linear map that turns z-scores of a modality that it has never seen into Hounsfield units."""
         unseen = (channel for channel in self.unseen_channels(names) if self._takes_ct(channel))
         return {str(channel): dict(self.z_scores_as_hu) for channel in unseen}
 

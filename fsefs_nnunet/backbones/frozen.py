@@ -36,8 +36,8 @@ class FrozenBackbone(nn.Module):
     It follows `.to()` and always stays in eval mode without gradients, but it is in no module's `parameters()` or
     `state_dict()`: optimisers, checkpoints and parameter counts see the adapter alone.
 
-    A backbone of one channel takes images of several, one channel after the other: their features are concatenated in
-    each map, the first channel's first.
+    A backbone of one channel takes the channels of an image one after the other; their features are concatenated in
+    each map, in the order of the channels.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class FrozenBackbone(nn.Module):
             stages: of the architecture, followed by "+image" if the image is to be a map, too.
             channels: of the images; default: as many as the backbone was trained with.
             z_scores_as_hu: channels of the images that are z-scored, since the backbone has never seen their modality,
-                and the line by which they become Hounsfield units, see BackboneContract.
+                and the linear map that turns them into Hounsfield units, see BackboneContract.
 
         Raises:
             InputError: for an unknown backbone, damaged weights or weights other than `sha256`, and channels that it
@@ -117,7 +117,7 @@ class FrozenBackbone(nn.Module):
 
 
 def as_hounsfield(image: torch.Tensor, contract: BackboneContract, lines: dict[str, dict[str, float]]) -> torch.Tensor:
-    """The channels of an image (B, C, X, Y, Z) that have one of `lines`, as CTNormalization makes them of CT."""
+    """An image (B, C, X, Y, Z) whose channels in `lines` are turned into HU and normalised as CTNormalization does."""
     made, ct = image.clone(), contract.intensities_of(image.shape[1])
     for channel, line in lines.items():
         window = ct[channel]

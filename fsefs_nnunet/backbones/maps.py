@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """channels: of the map; stride: voxels of the image that one of its voxels stands for, per axis."""
+    """channels: of the map; stride: how many voxels of the image one of its voxels spans, per axis."""
 
     channels: int
     stride: tuple[int, int, int] = (1, 1, 1)

@@ -36,7 +36,7 @@ class Backbone(Protocol):
 
     @staticmethod
     def stage_maps(contract: BackboneContract) -> dict[str, list[FeatureMap]]:
-        """The maps of each choice of `stages`, in the order in which the planner tries what fits; "last" is there."""
+        """The maps of each choice of `stages`, in the order in which the planner tries them; one is "last"."""
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
         """image (B, input_channels, X, Y, Z) -> for each of `maps` (B, channels, X / stride, Y / stride, Z / stride).
@@ -48,7 +48,7 @@ class Backbone(Protocol):
     def tuned_parameters(self, part: str) -> list[str]:
         """Names, as `named_parameters` has them, of "last_block" of the decoder, "decoder", or "all".
 
-        Each part lies in the next; the head is in none. Empty for a part that the architecture does not have.
+        Each part is contained in the next; the head is in none. Empty for a part that the architecture does not have.
         """
 
     def backbone_state(self) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What the architectures of the public backbones share: loading whole or not at all, and what they refuse."""
+"""What the architectures of the public backbones share: loading all weights or none, and what they refuse."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fsefs_nnunet.errors import InputError
 
 
 def mismatch(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> str:
-    """How names and shapes of `weights` differ from those of `own`; "" where they agree."""
+    """How names and shapes of `weights` differ from those of `own`; "" if they agree."""
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     wrong = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
     if not (missing or extra or wrong):

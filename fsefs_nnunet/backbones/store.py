@@ -1,4 +1,4 @@
-"""Where backbones are kept: the embedded ones in the package, the user's in a folder; safetensors and JSON contract."""
+"""Where backbones are kept, as safetensors and JSON contract: embedded ones in the package, the user's in a folder."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ DEFAULT_BACKBONE = "phantom"
 
 
 def user_folder() -> Path:
-    """Environment variable `fseft_backbones`, else a folder of the user's."""
+    """The folder that the environment variable `fseft_backbones` names, else one among the user's data."""
     if folder := os.environ.get("fseft_backbones"):
         return Path(folder)
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "fseft" / "backbones"
 
 
 def known_backbones() -> dict[str, Path]:
-    """Contract files by backbone id, without strays; the user's come before the embedded ones."""
+    """Contract files by backbone id, without strays; a user's replaces an embedded one of the same id."""
     files = (file for folder in (EMBEDDED, user_folder()) for file in sorted(folder.glob("*.json")))
     return {file.stem: file for file in files if not _is_stray(file)}
 
@@ -135,7 +135,7 @@ def save_backbone(contract: BackboneContract, weights: dict[str, torch.Tensor], 
         with FileLock(folder / f"{contract.id}.lock"), replacing(card) as new_card, replacing(file) as new_file:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, new_file)
             contract = replace(contract, sha256=sha256_of(new_file))
-            new_file.chmod(0o644)  # safetensors makes files that only their owner reads
+            new_file.chmod(0o644)  # safetensors makes files that only their owner can read
             new_card.write_text(contract.to_json())
     except (OSError, SafetensorError) as error:
         raise InputError(
@@ -149,7 +149,7 @@ def remove_backbone(backbone_id: str) -> list[Path]:
     """Delete a backbone of the user's folder; returns the files that are gone.
 
     Raises:
-        InputError: if it is not there or cannot be deleted, and for what cannot be its name, a path for example.
+        InputError: if it is not there or cannot be deleted, and for an id that cannot name one, e.g. a path.
     """
     check_id(backbone_id)
     folder = user_folder()

@@ -20,7 +20,7 @@ class Suitability:
     """
     modality: whether it takes the dataset's channels as they are.
     spacing: whether the dataset shows as much detail as the training did, or it takes any spacing.
-    labels: how many of the dataset's it knows by name.
+    labels: how many of the dataset's labels it knows by name.
     """
 
     modality: bool
@@ -68,7 +68,7 @@ def remarks(
             other = find_backbone(name)
             other.check_channels(channels, "the dataset")
             found = suitability(other, channels, spacing, labels)
-        except InputError:  # a damaged one, one of other channels, or one with two classes for a label
+        except InputError:  # it is damaged, takes other channels, or has two classes for one label
             continue
         if found.beats(own) and not other.encoder_only:
             gains = [

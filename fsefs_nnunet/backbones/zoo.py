@@ -99,7 +99,7 @@ class PublishedBackbone:
     classes: what it was trained on; with `head`, the rows of its head, in order.
     encoder_only: the file has no decoder.
     package: the Python package, and the extra, that holds the file.
-    file: the publisher's name of it. link: for a download without a browser. page: where else.
+    file: its name at the publisher. link: for a download without a browser. page: where else to get it.
     size, sha256: of the file; 0 and "" if unknown.
     """
 
@@ -182,7 +182,7 @@ _ENTRIES = [
         page="https://github.com/ljwztc/CLIP-Driven-Universal-Model (swinunetr.pth)",
         licence=_CLIP_DRIVEN_LICENCE,
         citation=_CLIP_DRIVEN,
-        description="CLIP-Driven Universal Model, Swin UNETR; its head is conditioned on text and stays behind.",
+        description="CLIP-Driven Universal Model, Swin UNETR; its head is conditioned on text and is left out.",
     ),
     PublishedBackbone(
         "clipdriven_unet",
@@ -195,7 +195,7 @@ _ENTRIES = [
         page="https://github.com/ljwztc/CLIP-Driven-Universal-Model (unet.pth)",
         licence=_CLIP_DRIVEN_LICENCE,
         citation=_CLIP_DRIVEN,
-        description="CLIP-Driven Universal Model, U-Net; its head is conditioned on text and stays behind.",
+        description="CLIP-Driven Universal Model, U-Net; its head is conditioned on text and is left out.",
     ),
     PublishedBackbone(
         "suprem_swinunetr",
@@ -208,7 +208,7 @@ _ENTRIES = [
         sha256="b1672096465974502ccd5e2f2e5fce2ce214d6fb9848b23fc24f7b8888ffb4a3",
         licence=_SUPREM_LICENCE,
         citation=_SUPREM,
-        description="SuPreM, Swin UNETR; its head is conditioned on text and stays behind.",
+        description="SuPreM, Swin UNETR; its head is conditioned on text and is left out.",
     ),
     PublishedBackbone(
         "suprem_unet",
@@ -223,7 +223,7 @@ _ENTRIES = [
         sha256="c8dc39c86cd8d715e5ef0b5bb4ba4335ba45237127829ea016f75ee8beca0a93",
         licence=_SUPREM_LICENCE,
         citation=_SUPREM,
-        description="SuPreM, U-Net; its head is conditioned on text and stays behind.",
+        description="SuPreM, U-Net; its head is conditioned on text and is left out.",
     ),
     PublishedBackbone(
         "btcv",
@@ -314,8 +314,8 @@ _ENTRIES = [
         sha256="d793f6bb020381d998a40548425f62cf34165c88c98f3fa3c5ef20f6cf23828a",
         licence="MIT (model cards of Merlin and Astra)",
         citation="Blankemeier et al., Merlin: A Vision Language Foundation Model for 3D Computed Tomography, 2024",
-        description="Merlin's inflated ResNet-152, trained on for chest CT: an encoder of 118 million parameters; its "
-        "coarse maps lie beside the image.",
+        description="Merlin's inflated ResNet-152, trained further for chest CT: an encoder of 118 million parameters; "
+        "its coarse maps are used together with the image.",
     ),
 ]
 ZOO = {entry.id: entry for entry in _ENTRIES}

@@ -22,7 +22,7 @@ from fsefs_nnunet.nnunet.experiment import OwnExperiment
 
 @dataclass(frozen=True)
 class Spent:
-    """What the benchmark took for a cell: wall seconds, and windows through the backbone in its predictions."""
+    """What a cell cost the benchmark: wall seconds, and windows passed through the backbone for its predictions."""
 
     seconds: float = 0.0
     windows: int = 0
@@ -86,7 +86,7 @@ class Cell:
 
     @property
     def predicted(self) -> bool:
-        """Whether these weights' final validation, or what stands for it, has predicted the queries."""
+        """Whether the final validation of these weights, or its substitute, has predicted the queries."""
         summary = self.predictions / "summary.json"
         if self.predictions.name != "validation" or not summary.exists():
             return False
@@ -181,7 +181,7 @@ class Cell:
     def run(self, spent: Spent = Spent()) -> Result:
         """Train, predict and evaluate what is not done yet.
 
-        spent: what the benchmark has taken for it already.
+        spent: what the benchmark has already spent on it.
 
         Raises:
             InputError: if a command fails, or what it left cannot be evaluated.
@@ -216,7 +216,7 @@ class Cell:
         return result
 
     def volume_seconds(self) -> float:
-        """Mean time of adapting to a volume; 0.0 if the method does not."""
+        """Mean time of adapting to a volume; 0.0 if the method does not adapt."""
         if not self.method.transductive:
             return 0.0
         return mean(read_json(file)["adaptation_seconds"] for file in self.predictions.glob("*_sizes.json"))

@@ -53,7 +53,7 @@ def write_summary(predictions: Path, target: Target, label_manager, reader) -> N
 
 
 def evaluate(predictions: Path, target: Target, reader) -> CaseMetrics:
-    """Dice as nnU-Net's summary.json in `predictions` has it, surface metrics from the files.
+    """Dice from nnU-Net's summary.json in `predictions`, surface metrics from the segmentations.
 
     The size error is |predicted - true| / true voxels, NaN if the reference has none of the class.
 
@@ -69,7 +69,7 @@ def evaluate(predictions: Path, target: Target, reader) -> CaseMetrics:
     }
     if odd := sorted(set(counted) ^ set(target.cases)):
         raise InputError(
-            f"{predictions} holds other cases than the benchmark's, e.g. {odd[0]!r}: the splits were redrawn since. "
+            f"{predictions} holds cases other than the benchmark's, e.g. {odd[0]!r}: the splits have been redrawn. "
             f"Move {predictions.parent} away."
         )
     require_monai()

@@ -18,7 +18,7 @@ class Result:
     support: the labelled cases that it was trained on.
     weights: SHA-256 of what predicted.
     images, labels: SHA-256 of what it predicted from and was compared with, as Target has them.
-    seconds: wall time of the training; the first that needs the feature bank fills it.
+    seconds: wall time of the training; the first training that needs the feature bank also fills it.
     volume_seconds: mean time of adapting to a volume; 0.0 without adaptation.
     budget_seconds: what the training was limited to; 0.0 if it was not.
     peak_memory_gb: of the training process; NaN if the system does not say.

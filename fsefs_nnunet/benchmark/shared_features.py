@@ -37,7 +37,7 @@ def share_features(cells: list[Cell]) -> tuple[dict[Cell, str], dict[Cell, Spent
     failures = _train_together(waiting)
     trained = [cell for cell in waiting if cell not in failures]
     seconds = dict.fromkeys(cells, 0.0)
-    for cell in trained:  # methods that predict in another way share a training
+    for cell in trained:  # methods that differ only in prediction share a training
         sharing = sum(other.checkpoint == cell.checkpoint for other in trained)
         seconds[cell] = cell.run_facts.training_seconds / sharing
     groups: dict[tuple, list[Cell]] = defaultdict(list)

@@ -45,7 +45,7 @@ def case_dice(results: list[Result]) -> pd.Series:
 
 
 def spread(numbers: pd.Series, worst: Callable) -> str:
-    """E.g. "0.731 ± 0.012 (0.702)": mean, standard deviation, worst; of one number, itself; "-" of NaN."""
+    """E.g. "0.731 ± 0.012 (0.702)": mean, standard deviation, worst; a single number alone; "-" if one is NaN."""
     if numbers.isna().any():
         return "-"
     text = f"{numbers.mean():.3f}"

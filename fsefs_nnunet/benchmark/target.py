@@ -71,7 +71,7 @@ class Target:
 
     @cached_property
     def images_sha256(self) -> str:
-        """Hash of the images' sizes and dates: scans are too large to be read for it."""
+        """Hash of the images' sizes and dates: scans are too large to read in full."""
         files = [Path(file) for files in self.image_files().values() for file in files]
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return sha256(repr(stats).encode()).hexdigest()

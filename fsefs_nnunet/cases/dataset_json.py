@@ -68,7 +68,7 @@ def _regions(labels: dict) -> dict[str, list[int]]:
 
 
 def _hidden(regions: dict[str, list[int]], order: list[int]) -> dict[int, int]:
-    """Values that nnU-Net paints as other values even if all regions are predicted correctly, and as which.
+    """Values that nnU-Net paints as other values even if all regions are predicted correctly, and what they become.
 
     Values that lie in the same regions cannot be told apart, whatever the order: they may become each other.
     """

@@ -48,5 +48,5 @@ def middle_of(field_of_view_mm: tuple[float, float]) -> float:
 
 
 def spacing_of_view(window: Sequence[int], field_of_view_mm: tuple[float, float]) -> float:
-    """The one of SPACINGS at which `window` shows closest to the middle of the training's range."""
+    """The one of SPACINGS at which the field of view of `window` is closest to the middle of the training's range."""
     return min(SPACINGS, key=lambda mm: abs(mm * max(window) - middle_of(field_of_view_mm)))

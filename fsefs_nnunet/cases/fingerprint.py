@@ -58,7 +58,7 @@ def in_axes(fingerprint: dict, cases: dict[str, dict], reoriented: bool, wanted:
 
 def state_of(cases: dict[str, dict], reoriented: bool) -> str:
     """A hash of what a fingerprint describes: names, sizes, dates and headers of all files, since scans are too large
-    to be read for it, and whether its axes are those of a reader that reorients images.
+    to read in full, and whether its axes are those of a reader that reorients images.
     """
     states = {case: [_state(Path(f)) for f in (*files["images"], files["label"])] for case, files in cases.items()}
     return hashlib.sha256(json.dumps([states, reoriented], sort_keys=True).encode()).hexdigest()

@@ -48,7 +48,7 @@ def dataset_folders(dataset_id: int | str) -> tuple[str, Path, Path]:
 
 
 def model_folder(dataset_id: int | str, trainer: str, plans: str, configuration: str) -> Path:
-    """The folder of a trained model in nnUNet_results. Raises InputError if that is not set, or without the dataset."""
+    """The folder of a trained model in nnUNet_results. Raises InputError if that or the dataset is missing."""
     results = folder_of("nnUNet_results")
     named = str(dataset_id).startswith("Dataset") and (results / str(dataset_id)).is_dir()
     name = dataset_id if named else dataset_name(dataset_id, "nnUNet_results")

@@ -1,4 +1,4 @@
-"""Cases of a student's dataset that a model has labelled, in a file next to the splits: checkpoints keep no names."""
+"""Cases of a student's dataset that a model labelled, in a file next to the splits: checkpoints do not name cases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PILE_FILE = "labelled_by_a_model.json"
 
 
 def pile_cases(preprocessed: str | Path) -> set[str]:
-    """Those of the dataset with this folder in nnUNet_preprocessed; none unless it is a student's dataset.
+    """The pile of the dataset with this folder in nnUNet_preprocessed; empty unless it is a student's dataset.
 
     Raises:
         InputError: if the file is damaged.

@@ -69,6 +69,6 @@ def describe_cost(dice: dict[str, float]) -> str:
     if lost := [name for name, value in dice.items() if value < LEAST_DICE]:
         text += (
             f"\nWarning: at this spacing {', '.join(lost)} cannot be segmented with a higher Dice than that; "
-            "-overwrite_target_spacing takes a finer one."
+            "choose a finer one with -overwrite_target_spacing."
         )
     return text

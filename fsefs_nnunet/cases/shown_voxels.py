@@ -51,5 +51,5 @@ def annotated_in(labels: np.ndarray, ignore_label: int) -> np.ndarray:
 
 
 def foreground_of(labels: np.ndarray, ignore_label: int | None) -> np.ndarray:
-    """Mask of the voxels of a label map that show a class; nnU-Net's ignore label, the highest value, is none."""
+    """Mask of the voxels of a label map that show a class; nnU-Net's ignore label, the highest value, is not one."""
     return labels > 0 if ignore_label is None else (labels > 0) & (labels != ignore_label)

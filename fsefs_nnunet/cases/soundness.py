@@ -110,7 +110,7 @@ def check_all(check: Callable[[str], Result], cases: Collection[str], num_thread
 
 
 def require_one_scale(headers: dict[str, Header]) -> None:
-    """Raises InputError if one image's field of view differs by an order of magnitude along all axes: cm for mm.
+    """Raises InputError if one image's field of view differs by an order of magnitude along all axes, as cm for mm do.
 
     Args:
         headers: by case, of one of its images.

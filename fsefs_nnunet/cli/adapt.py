@@ -14,8 +14,8 @@ def register(verb) -> None:
         "adapt",
         adapt,
         "From a raw dataset to an adapted model, and predictions if requested: plan what is not planned, choose the "
-        "method by what was measured in the most similar situation, and train it within a time limit. The same call "
-        "continues after an interruption.",
+        "method by what was measured in the most similar situation, and train it within a time limit. Run the same "
+        "command again to resume after an interruption.",
     )
     add_dataset(parser)
     parser.add_argument("--shots", type=positive_int, required=True, metavar="K", help="labelled cases to adapt to")

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 def register(verb) -> None:
     parser = verb("backbones", backbones, "List, import, download, verify and remove backbones.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("list", help="the backbones that are here, and the public ones that can be obtained")
+    actions.add_parser("list", help="installed backbones, and public ones that can be obtained")
     parser = actions.add_parser("info", help="everything that is known about one")
     parser.add_argument("id", help="as listed by `fseft backbones list`")
-    parser = actions.add_parser("import", help="import a public checkpoint, or an nnU-Net model as folder or zip")
+    parser = actions.add_parser("import", help="import a public checkpoint, or an nnU-Net model as a folder or zip")
     parser.add_argument(
         "id",
         help="name of the new backbone; that of a public one determines what the file must hold; totalsegmentator: "
@@ -39,7 +39,7 @@ def register(verb) -> None:
     parser.add_argument("id", help="of a public one from `fseft backbones list`")
     _add_folder(parser)
     parser = actions.add_parser("verify", help="compare weights with the recorded SHA-256")
-    parser.add_argument("id", nargs="*", help="default: all that are here")
+    parser.add_argument("id", nargs="*", help="default: all that are installed")
     parser = actions.add_parser("remove", help="delete a backbone that you imported")
     parser.add_argument("id", help="as listed by `fseft backbones list`")
 

@@ -30,7 +30,7 @@ def _add_shots(parser: argparse.ArgumentParser) -> None:
         type=shots_argument,
         default=[],
         metavar="K",
-        help="default: 1 5 10 all, as far as they fit",
+        help="default: those of 1 5 10 all that the labelled cases allow",
     )
 
 
@@ -44,13 +44,13 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
         type=positive_float,
         default=8,
         metavar="GB",
-        help="as in nnU-Net; half of it bounds the features of a slab of a volume; default: 8",
+        help="as in nnU-Net; the features of a slab of a volume take at most half of it; default: 8",
     )
     parser.add_argument(
         "-overwrite_plans_name",
         type=name_argument,
         metavar="NAME",
-        help="default: FSEFTPlans, FSEFTPlans_BACKBONE for others",
+        help="default: FSEFTPlans, or FSEFTPlans_BACKBONE for backbones other than phantom",
     )
     parser.add_argument(
         "-overwrite_target_spacing", nargs=3, type=positive_float, metavar="MM", help="as in nnU-Net: z y x"
@@ -61,7 +61,7 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
         help="accepted for compatibility with nnU-Net, no effect: planning always checks every case",
     )
     parser.add_argument(
-        "--accept_positive_ct", action="store_true", help="train on CT without values below 0, hardly in HU"
+        "--accept_positive_ct", action="store_true", help="train on CT without values below 0, probably not in HU"
     )
     parser.add_argument(
         "--other_modality",

@@ -20,7 +20,7 @@ def register(verb) -> None:
         type=Path,
         dest="other",
         metavar="OTHER",
-        help="file with as many voxels in the same order that defines where they lie, e.g. the image of a label map",
+        help="file with the same number and order of voxels that says where they lie, e.g. a label map's image",
     )
 
 

@@ -16,7 +16,7 @@ def register(verb) -> None:
         "student",
         student,
         "Let a trained model label a pile of unlabelled cases, write them and the true cases as a raw dataset, and "
-        "train on it. The same call continues after an interruption.",
+        "train on it. Run the same command again to resume after an interruption.",
     )
     add_dataset(parser)
     parser.add_argument("-c", required=True, metavar="CONFIGURATION", help="of the teacher, e.g. 3d_fullres_5shot")
@@ -47,7 +47,7 @@ def register(verb) -> None:
         help="voxels that the teacher is less sure of become nnU-Net's ignore label; default: 0.9",
     )
     parser.add_argument(
-        "--transductive", action="store_true", help="allow queries and test cases in the pile; dataset.json says so"
+        "--transductive", action="store_true", help="allow queries and test cases in the pile; dataset.json notes it"
     )
     parser.add_argument(
         "--student",
@@ -89,4 +89,4 @@ def student(args: argparse.Namespace) -> None:
                 raise InputError(f"{folder} was trained for {then}: delete it to train for another time.")
         experiment.train(args.student, configuration, 0, fseft_final_validation="0", **budget)
         model = f"-d {name} -c {configuration} -f 0 -tr {args.student} -p {args.p}"
-        print(f"The student is in {folder}. nnUNetv2_predict takes it as {model}")
+        print(f"The student is in {folder}. Its options for nnUNetv2_predict: {model}")

@@ -28,7 +28,7 @@ from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import read_json, write_atomically
 from fsefs_nnunet.labels import TEMPLATE_29, normalised, values_in
 
-GENERIC = {"cancer", "cyst", "lesion", "tumor", "tumour", "vessel"}  # say nothing without their dataset
+GENERIC = {"cancer", "cyst", "lesion", "tumor", "tumour", "vessel"}  # mean nothing without the name of their dataset
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def assemble(dataset_ids: list[int | str], dataset_id: int, template: str, num_p
     Images are links. Of images with the same voxels only the first is kept, with its labels.
 
     Raises:
-        InputError: for datasets that do not fit together, an id that is taken, no space, an interrupt.
+        InputError: for incompatible datasets, an id that is taken, a full disk, and an interrupt.
     """
     members = [read_member(one) for one in dataset_ids]
     repeated = [name for name, n in Counter(member.name for member in members).items() if n > 1]
@@ -86,7 +86,7 @@ def assemble(dataset_ids: list[int | str], dataset_id: int, template: str, num_p
         print(line)
     prefix = short_names(members)
     names = {m.name: {case: f"{prefix[m.name]}_{case}" for case in m.files} for m in members}
-    # a list: which member comes first decides who keeps a repeated patient
+    # a list: a patient that is repeated stays with the first of its members
     made_of = [[m.name, m.labels, names[m.name]] for m in members]
     building = UnfinishedDataset(target, {"assembly": made_of, "labels": common.labels})
     jobs = [

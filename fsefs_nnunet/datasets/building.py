@@ -34,7 +34,7 @@ def new_dataset(dataset_id: int, name: str) -> Path:
 class UnfinishedDataset:
     """The hidden folder `.DatasetXXX_Name.part`, which becomes `target` when all is written.
 
-    nnU-Net does not see it before. `options` say what it is made of: an interrupted construction is only continued
+    Until then nnU-Net does not see it. `options` say what it is made of: an interrupted construction is only continued
     with the same ones.
     """
 

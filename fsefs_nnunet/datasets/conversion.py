@@ -33,7 +33,7 @@ def convert(
     classes: names or groups of the source's labels, empty for all.
 
     Raises:
-        InputError: for a folder that does not hold the dataset, unknown classes, an id that is taken, no space, an
+        InputError: for a folder that does not hold the dataset, unknown classes, an id that is taken, a full disk, an
             interrupt, and if no case could be converted.
     """
     source = find_source(name)

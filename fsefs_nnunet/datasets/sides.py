@@ -10,7 +10,7 @@ def split_sides(mask: np.ndarray, affine: np.ndarray) -> np.ndarray | None:
     """1 for the right and 2 for the left organ of `mask`, (X, Y, Z), uint8; None if it cannot be decided.
 
     The organs are the two largest components, told apart along the patient's axis: `affine` maps voxels to mm, the
-    first coordinate grows to the patient's right (NIfTI). Fragments go to the nearer organ's centre.
+    first coordinate grows to the patient's right (NIfTI). Fragments go to the organ whose centre is nearer.
     Not decided: the second component has under a tenth of the first's voxels (one organ, or both grown together), or
     the line between the centres lies more than 60 degrees off the left-right axis (two pieces of one side).
     """

@@ -50,7 +50,7 @@ def read_masks(folder: Path, series: Path, shape: tuple[int, ...]) -> Masks:
         raise InputError(f"{folder} has {len(masks)} masks for {len(slices)} slices: unpack it again.")
     names = {file.stem for file in slices}
     strays = [file for file in masks if file.stem not in names]
-    if 0 < len(strays) < len(masks):  # named as slices, so a slice and another mask are lost
+    if 0 < len(strays) < len(masks):  # masks are named after slices: a slice and another mask are lost
         raise InputError(f"{strays[0]} has no slice with its name in {series}: unpack both again.")
     files = [masks[i] for i in order]
     try:

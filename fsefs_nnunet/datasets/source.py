@@ -78,7 +78,7 @@ class Labels:
 
 
 def numbered(files: Iterable[Path], pattern: str) -> dict[str, Path]:
-    """Files by what the one group of `pattern` finds in their names; others, and macOS's '._' twins, are left out.
+    """Files by what the only group of `pattern` matches in their names; others, and macOS's '._' twins, are omitted.
 
     Raises:
         InputError: for two files of one number.

@@ -12,7 +12,7 @@ from pathlib import Path
 def tables() -> dict:
     """labels.json: "sources" and their labels by value; "sides" (right, left) of a label that names both.
 
-    "unions" are structures made of others without a rest, "lesions" lie inside a structure.
+    "unions" are structures that others make up completely, "lesions" lie inside a structure.
     """
     return json.loads((Path(__file__).parent / "labels.json").read_text("utf-8"))
 

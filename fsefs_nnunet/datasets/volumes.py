@@ -63,7 +63,7 @@ def integers(image: nib.Nifti1Image, file: Path) -> np.ndarray:
 class OtherGrid:
     """What to do with label maps that do not lie on their image's grid; without a choice they are refused.
 
-    image_header: those with the image's shape take its header, for their own was lost.
+    image_header: those with the image's shape take its header, since their own was lost.
     resample: the others are resampled (nearest neighbour).
     """
 
@@ -112,13 +112,13 @@ def on_grid(label: nib.Nifti1Image, image: nib.Nifti1Image, file: Path, other_gr
             f"{file} lies on another grid than its image.{lost if same_shape else ''} If its header is right, "
             "--resample_labels brings it to the image's grid (nearest)."
         )
-    # fields of view of one shape that differ are a lost header rather than a choice of whoever labelled
+    # if the shapes are equal, different fields of view mean a lost header rather than a choice of the annotator
     parts = shared_part(*grids), shared_part(*reversed(grids))
     overlap, needed = (min(parts), 0.9) if same_shape else (max(parts), 0.5)
     if overlap < needed:
         raise InputError(
-            f"{file} shows another part of the patient than its image, of which it covers {parts[1]:.0%}: resampling "
-            f"would lose labels.{lost if same_shape else ' Leave the case out, or repair the header.'}"
+            f"{file} does not show the same part of the patient as its image, of which it covers {parts[1]:.0%}: "
+            f"resampling would lose labels.{lost if same_shape else ' Leave the case out, or repair the header.'}"
         )
     made = resample_from_to(label, (image.shape[:3], image.affine), order=0)
     _require_volumes(label, made, file)
@@ -131,7 +131,7 @@ def _grid(image: nib.Nifti1Image) -> Header:
 
 
 def _require_volumes(before: nib.Nifti1Image, after: nib.Nifti1Image, file: Path) -> None:
-    """Raises InputError if a label has lost a tenth of its volume: more than nearest neighbours take or give."""
+    """Raises InputError if a label has lost a tenth of its volume: more than nearest-neighbour resampling changes."""
     then, now = (np.bincount(integers(image, file).clip(0).ravel()) for image in (before, after))
     voxels = [abs(np.linalg.det(image.affine[:3, :3])) / 1000 for image in (before, after)]
     for value in filter(None, np.flatnonzero(then).tolist()):

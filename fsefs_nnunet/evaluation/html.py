@@ -1,4 +1,4 @@
-"""HTML pages that are one file: pictures are inside, nothing is loaded from elsewhere."""
+"""HTML pages in a single file: pictures are embedded, and nothing is loaded from elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Charts, black as the overlays and small enough for a phone; each returns the bytes of a PNG."""
+"""Charts, on black like the overlays and small enough for a phone; each returns the bytes of a PNG."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def write_report(
         adapted: the method, one of `folds`, whose overlays and sizes are shown.
         raw: nnU-Net's raw folder of the dataset.
         next_steps: shell commands by what they are for.
-        advice: which backbone to choose, a sentence for each kind of scans.
+        advice: which backbone to choose, a sentence for each kind of scan.
 
     Raises:
         InputError: if a fold's fseft_run.json is missing or damaged.

@@ -70,7 +70,7 @@ def case_dice(summary_json_file: str | Path) -> dict[str, float]:
 
 
 def best_median_worst(dice: dict[str, float]) -> dict[str, str]:
-    """Names of the cases with the highest, middle and lowest Dice, of two middle ones the better; {} of no cases."""
+    """Names of the cases with the highest, middle and lowest Dice, of two middle ones the better; {} without cases."""
     ranked = sorted(dice, key=dice.get, reverse=True)
     if not ranked:
         return {}

@@ -1,8 +1,8 @@
 """Where windows lie in a volume, and the grids of their maps.
 
 The windows of nnU-Net's predictor start anywhere; ours start at multiples of the maps' largest stride, so that the
-maps of all windows lie on one grid. Volumes smaller than a window are padded around, as nnU-Net does, others at
-their end, up to a multiple of that stride. "Padded" voxels count from the first one of the padded volume.
+maps of all windows lie on one grid. Volumes smaller than a window are padded on both sides, as nnU-Net does, others
+at their end, up to a multiple of that stride. "Padded" voxels count from the first one of the padded volume.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Tiling:
 
 
 def voxels_for(size: int, stride: int) -> int:
-    """Most voxels of a map that linear upsampling to `size` voxels needs, wherever these start."""
+    """The largest number of voxels of a map that linear upsampling to `size` voxels needs, wherever these start."""
     return size if stride == 1 else ceil((size - 1) / stride) + 2
 
 

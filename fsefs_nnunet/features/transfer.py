@@ -108,7 +108,7 @@ def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
             f"{file} is damaged, or was not written by `fseft bank --export` ({error}): export again."
         ) from error
     except FileNotFoundError as error:
-        raise InputError(f"There is no {file}.") from error
+        raise InputError(f"{file} does not exist.") from error
     except IsADirectoryError as error:
         raise InputError(f"{file} is a folder: give the file that `fseft bank --export` wrote.") from error
 

@@ -153,7 +153,7 @@ def view_patch(
     initial_patch: Sequence[int],
     seed: Sequence[int],
 ) -> list[list[int]]:
-    """Where a view is cut, [first, stop) per axis: beyond the window, so that rotating it finds image at its corners.
+    """Where a view is cut, [first, stop) per axis: larger than the window, so that its corners show image if rotated.
 
     The window lies in the volume, around a random voxel of a random class, as nnU-Net's patches of foreground.
 

@@ -52,7 +52,7 @@ def export(
 
 @contextmanager
 def part_folder(output: Path, purpose: str) -> Iterator[Path]:
-    """A temporary folder next to the segmentation `output`, named after it: others may be predicted at once."""
+    """A temporary folder next to the segmentation `output`, named after it, since others may be predicted meanwhile."""
     folder = output.parent / f"{PART_FOLDER}_{output.name}_{purpose}"
     shutil.rmtree(folder, ignore_errors=True)  # left by a prediction that was killed
     folder.mkdir()

@@ -25,7 +25,7 @@ OF_ADAPTATION = ("loss", "predict_lambda", "predict_gamma", "predict_lr", "predi
 
 
 def scale_warnings(headers: dict[str, list[Header]], plans: dict) -> list[str]:
-    """One sentence about images whose field of view is far from that of the training cases, perhaps in cm for mm."""
+    """One sentence about images whose field of view is far from that of the training cases, perhaps in cm, not mm."""
     shape, spacing = (np.array(plans[f"original_median_{key}_after_transp"]) for key in ("shape", "spacing"))
     odd = [h[0].file for h in headers.values() if is_far_off(np.sort(h[0].field_of_view), np.sort(shape * spacing))]
     return [f"{several(odd)}: field of view far from that of the training cases. Is the spacing in mm?"] if odd else []
@@ -48,7 +48,7 @@ def predict_folder(
         Why cases failed, one sentence each.
 
     Raises:
-        InputError: for a folder without such images, or an output folder that cannot be written or holds a dataset's.
+        InputError: for a folder without such images, or an output folder that cannot be written or is in a dataset.
     """
     model = predictor.model
     refuse_output(output, images)
@@ -83,7 +83,7 @@ def predict_folder(
         report = {**segmented.report, MADE_OF: made_of}
         write_atomically(output / f"{case}_sizes.json", json.dumps(report, indent=1))
         if any(report["diverged"]):
-            tqdm.write(f"{found.cases[case][0]}: its adaptation diverged; the trained adapter segments it unchanged.")
+            tqdm.write(f"{found.cases[case][0]}: the adaptation diverged; it is segmented by the adapter as trained.")
 
     def has_room() -> bool:
         free = free_host_bytes()

@@ -43,7 +43,7 @@ def refuse_output(output: Path, images: Path) -> None:
 def images_to_segment(
     folder: Path, dataset_json: dict, reader_name: str, num_parts: int = 1, part_id: int = 0
 ) -> ImagesToSegment:
-    """Look at the names and headers of every `num_parts`-th case, and print what the user should know of these.
+    """Look at the names and headers of every `num_parts`-th case, and print what the user should know about these.
 
     Raises:
         InputError: for a folder without images.

@@ -44,7 +44,7 @@ class BlocksOfLogits:
         self.first = self.stop = self.done = 0
 
     def add(self, slab: Slab) -> None:
-        """Compute the logits that the planes so far suffice for."""
+        """Compute the logits for which the planes so far suffice."""
         self.maps = [torch.cat([kept, m], 1) for kept, m in zip(self.maps, slab.maps)] if self.maps else slab.maps
         self.stop = slab.stop
         length, before = self.tiling.shape[0], self.tiling.before[0]

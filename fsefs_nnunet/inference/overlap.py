@@ -1,4 +1,4 @@
-"""Reading, the network and writing at once, for one volume after the other."""
+"""Reading, computing and writing at the same time, volume by volume."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from fsefs_nnunet.methods.settings import Settings, is_k_shot
 from fsefs_nnunet.priors import prior_named
 from fsefs_nnunet.priors.prior import SupportLabels
 
-# besides what nnU-Net keeps: in a checkpoint's init_args, and what `fseft remember` adds to the checkpoint itself
+# our keys: of the prior in a checkpoint's init_args, and of what `fseft remember` adds to the checkpoint itself
 PRIOR_KEY, MEMORY_KEY = "fseft_prior", "fseft_support"
 
 

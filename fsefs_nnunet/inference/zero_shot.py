@@ -36,8 +36,8 @@ ABSENT = -100.0  # the logit of a label that the head does not know: far below a
 class ZeroShotNetwork(nn.Module):
     """Frozen backbone and those rows of its own head that decide about the dataset's labels.
 
-    Labels compete: of sigmoid rows the largest positive logit wins, else it is background; of softmax rows the label
-    whose row is the largest of all rows, else it is background. Regions are decided one by one at probability 0.5.
+    Labels compete: of sigmoid rows the largest positive logit wins, of softmax rows the label whose row is the largest
+    of all rows; otherwise the voxel is background. Regions are decided one by one at probability 0.5.
 
     `forward` gives the head's logits, `outputs` turns them into those that nnU-Net expects for the dataset. The latter
     is not linear for softmax rows, so it comes after blending and resampling.
@@ -105,8 +105,8 @@ def zero_shot_plans(
 ) -> dict:
     """Plans that make stock nnU-Net preprocess and predict as the contract says.
 
-    If it leaves the spacing open, this is the images' median, or chosen by their field of view, as by the planner; the
-    window covers the median volume.
+    If it leaves the spacing open, this is the images' median or is chosen by their field of view, as in the planner;
+    the window covers the median volume.
 
     Args:
         reader: the name of nnU-Net's.

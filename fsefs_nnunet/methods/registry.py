@@ -29,7 +29,7 @@ class Method:
     inside: where the class of a method inside the backbone lies, see methods/inside/protocol.py.
     prior: key of priors.PRIORS, that of `fseft predict`; trains_with_prior: whether trainings use it, too.
     channel_dropout: probability that a step on the support does not see a channel of a crop.
-    rate, weight_decay, epochs: of AdamW.
+    rate, weight_decay, epochs: of the training with AdamW.
     more_shapes: whether most patches are rotated, scaled and deformed, see trainers/augmentation.py.
     warmup: share of a training over which the rate rises, for head and decoder first; 0: the published schedule.
     transductive: the trained adapter adapts to every volume before it segments it (`fseft predict`).

@@ -20,7 +20,7 @@ class RunFile:
     support: the labelled cases, all the labels that the training uses.
     pile: cases that a model has labelled.
     queries: cases of which the training uses the images alone.
-    labelled_queries: those that the final validation segments; under a limit of time `queries` may lack some.
+    labelled_queries: those that the final validation segments; under a time limit `queries` may lack some.
     backbone: id, sha256 and the number of its frozen parameters; {} without one.
     trained_parameters: their number.
     head_rows: labels whose rows of the head started from the universal head's, with its names for them.

@@ -59,7 +59,7 @@ def _json(value: object) -> str:
 class Settings:
     """A field for each key; `fseft_<name>` is its name in the plans. Keys that the plans lack have their defaults.
 
-    Many small steps teach more than few large ones, and with few views the adapter memorises them; calibrated
+    Many small steps teach more than a few large ones, and with few views the adapter memorises them; calibrated
     sizes of features pooled by 2 serve the prior as well as those of whole volumes (documentation/tuning.md).
     """
 

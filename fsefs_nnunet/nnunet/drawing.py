@@ -65,7 +65,7 @@ def draw_splits(
         num_folds = earlier["num_folds"] if num_folds is None else num_folds
         return extended(earlier, num_folds, unlabelled), images
     if "all" in wanted:
-        numbers.append(-(-len(labelled) // 2))  # all but the queries: not more of these than of support
+        numbers.append(-(-len(labelled) // 2))  # "all" leaves out the queries, at most half of the cases
     num_queries = NUM_QUERIES if num_queries is None else num_queries
     images = query_images(raw, queries, len(labelled) > max(numbers) and num_queries > 0)
     num_folds, seed = NUM_FOLDS if num_folds is None else num_folds, SEED if seed is None else seed

@@ -102,9 +102,9 @@ class Experiment:
 
     def environment(self) -> dict[str, str]:
         folders = {name: str(folder) for name, folder in self.folders.items()}
-        # two processes each: a command of nnU-Net's starts up to eight, which import torch for seconds
+        # two processes each: a command of nnU-Net's starts up to eight, each of which takes seconds to import torch
         processes = {"nnUNet_def_n_proc": "2", "nnUNet_extTrainer": external_trainers()}
-        # threads that wait sleep: by default they spin and take the cores from each other
+        # waiting threads sleep: by default they spin and take the cores from each other
         own = {name: value for name, value in os.environ.items() if name not in OF_SINGLE_TRAININGS}
         return {"OMP_WAIT_POLICY": "PASSIVE", **ALLOCATOR, **own, **folders, **processes}
 
@@ -146,9 +146,9 @@ class Experiment:
         return self.folders["nnUNet_results"] / self.dataset / f"{trainer}__{self.plans}__{configuration}"
 
     def train(self, trainer: str, configuration: str, fold: int = 0, **environment: str) -> Path:
-        """`nnUNetv2_train`, unless it is done; returns the fold's folder.
+        """Run `nnUNetv2_train` unless the training is done; returns the fold's folder.
 
-        Done is what has its final checkpoint and, unless fseft_final_validation is "0", the validation's summary.
+        It is done if it has its final checkpoint and, unless fseft_final_validation is "0", the validation's summary.
         """
         folder = self.model(trainer, configuration) / f"fold_{fold}"
         done = (folder / "checkpoint_final.pth").exists()
@@ -190,7 +190,7 @@ class Experiment:
     def predict(
         self, trainer: str, configuration: str, images: Path, output: Path, fold: int = 0, **environment: str
     ) -> Path:
-        """`nnUNetv2_predict` with one fold."""
+        """Run `nnUNetv2_predict` with one fold."""
         args = ("-i", images, "-o", output, "-d", self.dataset, "-c", configuration, "-tr", trainer, "-p", self.plans)
         self.run(
             "nnUNetv2_predict", *args, "-f", str(fold), "-device", self.device, "-npp", "2", "-nps", "2", **environment

@@ -69,7 +69,7 @@ def link(nnunet: Path) -> None:
 
 
 def unlink(nnunet: Path) -> None:
-    """Remove what `link` wrote into `nnunet`, and what Python compiled of it; files without our marker are kept.
+    """Remove what `link` wrote into `nnunet`, and the bytecode compiled from it; files without our marker are kept.
 
     Raises:
         InputError: if a folder cannot be written.

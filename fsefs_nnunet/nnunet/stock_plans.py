@@ -68,7 +68,7 @@ def _clear_if_stale(folder: Path, before: dict, now: dict) -> None:
     same = before[MADE_OF] == now[MADE_OF] and _parent(before) == _parent(now)
     if not same and preprocessed.exists():
         shutil.rmtree(preprocessed)
-        print(f"{preprocessed} was made with other plans or from other files: it is deleted, the benchmark remakes it.")
+        print(f"{preprocessed} was made with other plans or from other files: it is deleted; the benchmark remakes it.")
 
 
 def _parent(plans: dict) -> dict:

@@ -1,4 +1,4 @@
-"""Many trainings in one process: the start of a command, the backbone and the bank are paid for once."""
+"""Many trainings in one process, which starts, loads the backbone and fills the bank only once."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def run_trainings(
                 failures[training] = str(error) or type(error).__name__
                 print(f"{training.title} failed: {failures[training]}", flush=True)
             gc.collect()
-            torch.compiler.reset()  # it gives up on a function that was compiled for too many networks
+            torch.compiler.reset()  # the compiler gives up on a function that was compiled for too many networks
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return failures

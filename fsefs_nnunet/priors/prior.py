@@ -83,7 +83,7 @@ class Prior(ABC):
     def penalty(self, prediction: VolumePrediction, gamma: float) -> torch.Tensor:
         """L_TI of Eq. (3): how far a prediction is from what is expected, a scalar averaged over the classes.
 
-        gamma: smallest relative deviation that costs nothing.
+        gamma: relative deviation that costs nothing; a prior may tolerate more.
         """
 
     @abstractmethod

@@ -120,9 +120,9 @@ def scale_between(pooled: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
 
 
 def calibration_cases(sizes_ml: dict[str, np.ndarray], num_classes: int, most: int = CALIBRATION_CASES) -> list[str]:
-    """Support cases that show what pooling removes: the first few, one of each class; by sizes (classes,) in ml.
+    """Support cases that show what pooling removes: the first few, and one for each class that these do not show.
 
-    most: their number, except for cases that alone show a class.
+    sizes_ml: (classes,) by case. most: the largest number of first cases.
     """
     cases = [*sizes_ml][: min(most, CALIBRATION_CASES)]
     for k in range(num_classes):

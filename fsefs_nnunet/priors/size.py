@@ -26,7 +26,7 @@ class ExpectedSize:
     """Expected size of a class in ml, the mean of `num_cases` support cases.
 
     spread: sample standard deviation (n - 1) in ml over all support cases that show the class, 0 for a single one.
-    num_outliers: support cases that show the class and do not enter the mean.
+    num_outliers: support cases that show the class but do not enter the mean.
     """
 
     size: float
@@ -176,7 +176,7 @@ def estimate_size(sizes_ml: Sequence[float]) -> ExpectedSize | None:
     if len(sizes) >= 5:
         median = np.median(sizes)
         # The bound belongs to the interval: equal sizes lie on it, and so do those of two equally large groups.
-        # Rounding must not push these out, it would leave no size at all.
+        # Rounding must not push these out: no size at all would be left.
         kept = sizes[np.abs(sizes - median) <= sizes.std() + 1e-9 * median]
     return ExpectedSize(float(kept.mean()), _sample_deviation(sizes), len(kept), len(sizes) - len(kept))
 
@@ -207,7 +207,7 @@ def _present(sizes_ml: Sequence[float]) -> np.ndarray:
     sizes = np.asarray(sizes_ml, dtype=float)
     if not np.all(np.isfinite(sizes) & (sizes >= 0)):
         raise InputError(
-            f"Sizes must be finite and not negative, they are {sizes.tolist()} ml: check labels and spacing."
+            f"Sizes must be finite and not negative, but they are {sizes.tolist()} ml: check labels and spacing."
         )
     return sizes[sizes > 0]
 

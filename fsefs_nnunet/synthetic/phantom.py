@@ -205,7 +205,7 @@ ORGAN_CENTRES = {
 
 
 def _body(anatomy: _Anatomy) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Masks of the body, of all inside the fat under the skin, and of the abdominal cavity."""
+    """Masks of the body, of everything inside the fat under the skin, and of the abdominal cavity."""
     rng, (x, y, _) = anatomy.rng, anatomy.points
     radius = np.sqrt((x / (0.93 * anatomy.size)) ** 2 + (y / (0.68 * anatomy.size)) ** 2)
     fat, wall = rng.uniform(0.04, 0.14), rng.uniform(0.06, 0.10)

@@ -44,7 +44,7 @@ class NNUNetBackbone(nn.Module):
         """See backbones/protocol.py."""
         kwargs = contract.architecture["arch_kwargs"]
         strides = np.cumprod([np.broadcast_to(stride, 3) for stride in kwargs["strides"]], 0).tolist()
-        # decoder and encoder have as many channels in each stage
+        # decoder and encoder have the same number of channels in each stage
         stages = [FeatureMap(c, tuple(s)) for c, s in zip(kwargs["features_per_stage"][:-1], strides)]
         return {name: _wanted(name, stages, stages) for name in ("skips", "all", "last")}
 

@@ -22,7 +22,7 @@ class RawImageBackbone(PlainBackbone):
         return [image]
 
     def backbone_state(self) -> dict[str, torch.Tensor]:
-        """A placeholder: safetensors files hold one tensor at least."""
+        """A placeholder: safetensors files hold at least one tensor."""
         return {"none": torch.zeros(1)}
 
     def load_backbone_state(self, weights: dict[str, torch.Tensor]) -> None:

@@ -18,7 +18,7 @@ STAGES = 4
 class SuPreMUNetBackbone(PlainBackbone):
     """Four stages of two convolutions, max pooling down, transposed convolutions up; features of the last stage.
 
-    The published network normalises by the statistics of the batch at hand, in evaluation, too, and its own inference
+    The published network normalises by the statistics of the current batch even in evaluation, and its own inference
     runs patches one by one. That is instance normalisation: a patch's features depend on no other patch.
     """
 

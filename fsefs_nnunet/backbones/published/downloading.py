@@ -33,7 +33,7 @@ def by_hand(entry: PublishedBackbone) -> str:
 
 @contextmanager
 def only_download(entry: PublishedBackbone, folder: Path) -> Iterator[None]:
-    """While it lasts, no other process downloads `entry` into `folder`.
+    """Within the block, no other process downloads `entry` into `folder`.
 
     Raises:
         InputError: if another one does, or the folder cannot be written.
@@ -89,7 +89,7 @@ def _fetch(entry: PublishedBackbone, part: Path) -> None:
     try:
         answer = urlopen(request, timeout=TIMEOUT)
     except HTTPError as error:
-        if error.code != 416:  # there is nothing after these bytes: the file is complete, or another one
+        if error.code != 416:  # there is nothing after these bytes: the file is complete, or a different one
             raise
         if _total(error.headers.get("Content-Range", "")) != start:
             part.unlink()

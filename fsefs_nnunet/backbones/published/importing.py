@@ -49,7 +49,7 @@ def read_published(backbone_id: str, file: Path) -> ReadCheckpoint:
 
     Raises:
         InputError: for a damaged, unsafe or unknown file, the known file of another backbone, another architecture,
-            width or head than the id's, and for anything but all tensors of the backbone.
+            width or head than the id's, and unless the tensors are exactly those of the backbone.
     """
     check_id(backbone_id)
     file = Path(file)
@@ -66,7 +66,7 @@ def read_published(backbone_id: str, file: Path) -> ReadCheckpoint:
         entry = replace(entry, classes=())  # trained on other classes than the published list
     contract = entry.contract({"file": file.name, "sha256": sha256, "left_out": _left_out(content, entry)})
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(DECODER_SEED)  # an encoder's decoder is random, and the same for everyone
+        torch.manual_seed(DECODER_SEED)  # the decoder added to an encoder is random, but the same for everyone
         backbone = build_architecture(contract, "last")
     own = backbone.backbone_state()
     published = own if not entry.encoder_only else {n: t for n, t in own.items() if n.startswith("network.swinViT.")}
@@ -84,7 +84,7 @@ def store_published(checkpoint: ReadCheckpoint, target: Path) -> BackboneContrac
 
 
 def _left_out(content: PublishedContent, entry: PublishedBackbone) -> dict[str, list[str]]:
-    """Names of the tensors that the backbone does not take, by why."""
+    """Names of the tensors that the backbone does not take, by reason."""
     if content.rows and not entry.head:
         rows = sorted(name for name in content.tensors if name.startswith("head."))
         return {**content.left_out, "rows of a head whose classes the file does not name": rows}
@@ -151,9 +151,9 @@ def _report(checkpoint: ReadCheckpoint) -> None:
         print(f"Left out, {why}: {len(names)} ({names[0]}{', ...' if len(names) > 1 else ''}).")
     print(f"Classes: {', '.join(contract.classes) or 'unknown'}.")
     if contract.head_classes and not contract.linear_head:
-        print("Its head is more than a 1^3 convolution: zero-shot prediction works, labels start fresh.")
+        print("Its head is more than a 1^3 convolution: zero-shot prediction works, labels start from fresh weights.")
     if not contract.head_classes:
-        print("No head: labels start fresh, and there is no zero-shot prediction.")
+        print("No head: labels start from fresh weights, and there is no zero-shot prediction.")
     if contract.encoder_only:
         print(untrained_decoder(contract))
     known = ZOO.get(contract.id)

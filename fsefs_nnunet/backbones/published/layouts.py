@@ -207,7 +207,7 @@ def recognise(file: str, content: object) -> PublishedContent:
 
 
 def _state_dicts(content: object, path: tuple[str, ...] = ()) -> dict[str, dict[str, torch.Tensor]]:
-    """Tensors by name, of a file that is a state_dict or holds it under any keys, by these, joined with dots."""
+    """The state_dicts in a file, tensors by name, by the keys that lead to each state_dict, joined with dots."""
     if not isinstance(content, dict) or len(path) > _DEPTH:
         return {}
     named = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}

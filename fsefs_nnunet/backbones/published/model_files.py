@@ -32,7 +32,7 @@ def read_model(path: Path, fold: str, checkpoint: str, configuration: str) -> Mo
     Args:
         fold: "0", "all", ...; "" for the first one that has a checkpoint.
         checkpoint: file name in fold_X.
-        configuration: which model of a zip, e.g. "3d_fullres"; "" if it holds one.
+        configuration: which model of a zip, e.g. "3d_fullres"; "" if it holds only one.
 
     Raises:
         InputError: for missing, damaged or unsafe files; names them and the remedy.

@@ -47,7 +47,7 @@ def import_nnunet_model(
 
     Raises:
         InputError: for a 2D or cascade model, an unknown architecture or preprocessing, damaged or unsafe files, and
-            weights of another network than the plans', or that are not finite.
+            weights that are not finite or belong to a network other than that of the plans.
     """
     check_id(backbone_id)
     files = read_model(path, fold, checkpoint, configuration)

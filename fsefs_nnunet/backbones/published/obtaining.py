@@ -1,4 +1,4 @@
-"""The ways to a backbone: a public checkpoint, fetched or at hand, or an nnU-Net model."""
+"""The ways to obtain a backbone: from a public checkpoint, downloaded or at hand, or from an nnU-Net model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def import_backbone(
     if (EMBEDDED / f"{backbone_id}.json").exists():
         raise InputError(f"{backbone_id!r} is the backbone that comes with the package: choose another name.")
     if not path.exists():
-        raise InputError(f"{path} does not exist: give a checkpoint, or an nnU-Net model as folder or zip.")
+        raise InputError(f"{path} does not exist: give a checkpoint, or an nnU-Net model as a folder or zip.")
     refuse_nnunet_v1(path)
     if path.is_file() and _is_checkpoint(path):
         return import_published(backbone_id, path, target)
@@ -74,5 +74,5 @@ def download_backbone(backbone_id: str, target: Path) -> BackboneContract:
                 f"{error} It was deleted: run fseft backbones download {backbone_id} again, or: {by_hand(entry)}"
             ) from error
         contract = store_published(checkpoint, target)
-        file.unlink()  # not before: what failed may be repaired without fetching it again
+        file.unlink()  # only now: a failure above may be repaired without another download
     return contract

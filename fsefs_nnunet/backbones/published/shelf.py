@@ -1,4 +1,4 @@
-"""What `fseft backbones` prints: which backbones are here, which public ones could be, and whether they are sound."""
+"""What `fseft backbones` prints: which backbones are installed and intact, and which public ones are available."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def show_info(backbone_id: str) -> None:
 
 
 def verify(backbone_ids: Sequence[str]) -> None:
-    """Check weights against their contracts; all of them without ids. Raises InputError that names those that fail."""
+    """Check weights against their contracts; without ids, all of them. Raises InputError that names those that fail."""
     if not backbone_ids:
         _name_strays()
     failures = []
@@ -76,7 +76,7 @@ def _describe(contract: BackboneContract) -> None:
         f"{contract.description or architecture['kind']}\n"
         f"Architecture {architecture['kind']}, features for an adapter {features}\n"
         f"Classes: {', '.join(contract.classes) or 'none'}\n"
-        f"Head: {f'{rows} rows, zero-shot prediction works' if rows else 'none, labels start fresh'}\n"
+        f"Head: {f'{rows} rows, zero-shot prediction works' if rows else 'none, labels start from fresh weights'}\n"
         f"Preprocessing: {turned}, axes {list(contract.transpose_forward)} of z, y, x, spacing {spacing}"
     )
     for channel, scheme in enumerate(contract.normalization_schemes or ()):

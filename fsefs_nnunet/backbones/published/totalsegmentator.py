@@ -21,7 +21,7 @@ from fsefs_nnunet.labels import foreground_names
 NAME = "totalsegmentator"  # in place of a backbone's id
 ALL = "all"
 
-# Tasks of totalseg_download_weights by the numbers of the data sets; these models are open for any use.
+# Tasks of totalseg_download_weights by the numbers of the data sets; these models may be used for any purpose.
 _OPEN_TASKS = {
     **dict.fromkeys((291, 292, 293, 294, 295), "total"),
     **dict.fromkeys((297, 298), "total_fast"),
@@ -78,7 +78,7 @@ def installed_models() -> list[InstalledModel]:
     """Those in the weights folder, parts of models included.
 
     Raises:
-        InputError: without the folder, and for one without models.
+        InputError: if the folder is missing or holds no models.
     """
     root = weights_folder()
     if not root.is_dir():
@@ -160,7 +160,7 @@ def import_models(
         fold, checkpoint: as import_nnunet_model takes them.
 
     Raises:
-        InputError: for an unknown name, and for incomplete models; of several, once the others are imported.
+        InputError: for an unknown name; for incomplete models, once the others are imported.
     """
     failures = []
     for model in _chosen(wanted):
@@ -178,7 +178,7 @@ def import_models(
 def _chosen(wanted: str) -> list[InstalledModel]:
     path = Path(wanted).absolute()
     if wanted != ALL and not wanted.isdigit() and path.is_dir():
-        # a folder of a data set, or the model's in there
+        # the folder of a data set, or that of a model in it
         models = _models_of(path) or [model for model in _models_of(path.parent) if model.folder == path]
         if not models:
             raise InputError(
@@ -213,5 +213,5 @@ def _require_whole(model: InstalledModel, fold: str = "", checkpoint: str = "che
     files = sorted(model.folder.glob(f"fold_{fold or '*'}/{checkpoint}"))
     if not files:
         raise InputError(f"{model.folder} has no fold_{fold or 'X'}/{checkpoint}: {model.remedy}")
-    if not zipfile.is_zipfile(files[0]):  # whose table of contents comes last
+    if not zipfile.is_zipfile(files[0]):  # a zip's table of contents comes last, so a part of one lacks it
         raise InputError(f"{files[0]} is damaged or incomplete: {model.remedy}")

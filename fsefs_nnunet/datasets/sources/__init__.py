@@ -19,7 +19,7 @@ SOURCES: dict[str, type[Source]] = {
 
 
 def find_source(name: str) -> Source:
-    """The converter called `name`, in any case. Raises InputError for an unknown one and names the nearest."""
+    """The converter called `name`, ignoring case. Raises InputError for an unknown one and names the nearest."""
     for known, source in SOURCES.items():
         if known.lower() == name.lower():
             return source()

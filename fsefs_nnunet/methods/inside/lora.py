@@ -51,7 +51,7 @@ class LoRA:
         """Layers that are smaller than the rank are left unchanged.
 
         Raises:
-            InputError: for unknown sites, and a rank that is not one or is larger than every layer's.
+            InputError: for unknown sites, and for a rank that is not a positive integer or exceeds every layer's.
         """
         if self.sites not in SITES:
             raise InputError(f"The option sites of LoRA is {self.sites!r}: make it one of {', '.join(SITES)}.")
