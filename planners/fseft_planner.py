@@ -240,7 +240,7 @@ class FSEFTPlanner(ExperimentPlanner):
         window = self.contract.window(parent["median_image_size_in_voxels"])
         crop = [min(LARGEST_CROP, max(SMALLEST_CROP, n // 2), n) for n in window]
         channels = self.adapter_channels()
-        # of the memory target, 90 % for everything but one crop's share of workspace
+        # a tenth of the memory target is left for workspace
         fitting = int(0.9 * self.UNet_vram_target_GB * 2**30 / (BYTES_PER_CROP_VOXEL * channels * np.prod(crop)))
         if fitting < 1:
             raise InputError(

@@ -10,10 +10,10 @@ from fsefs_nnunet.trainers.patch_trainer import PatchTrainer
 
 
 class FSEFTTrainer_Scratch(PatchTrainer):
-    """nnUNetTrainer on the support cases, for two kinds of configurations of FSEFTPlanner's plans.
+    """nnUNetTrainer on the support cases, for two kinds of configurations.
 
     `3d_fullres_<K>shot_scratch` is the backbone's architecture with random weights, if the backbone is one of
-    nnU-Net's; `3d_fullres_<K>shot_nnunet` is what nnU-Net plans for the data.
+    nnU-Net's; `3d_fullres_<K>shot_nnunet`, in nnUNetPlans.json, is what nnU-Net plans for the data.
     No mirroring, as with the adapters: organs have sides.
     """
 

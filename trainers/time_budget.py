@@ -20,11 +20,11 @@ SECONDS_KEY = "fseft_seconds"  # there, too: seconds of the training so far, by 
 
 
 class StopTraining(Exception):
-    """Raised at the end of an epoch: nnU-Net's loop over epochs has no other way out."""
+    """Raised between epochs or before the first: nnU-Net's loop over epochs has no other way out."""
 
 
 class StoppableTrainer(nnUNetTrainer):
-    """nnUNetTrainer whose training may end early: `on_epoch_end` raises StopTraining."""
+    """nnUNetTrainer whose training may end early: `on_train_start` or `on_epoch_end` raises StopTraining."""
 
     def run_training(self):
         try:
@@ -85,7 +85,7 @@ class TimeBudgetTrainer(StoppableTrainer):
         return clock
 
     def seconds_trained(self) -> dict[str, float]:
-        """Seconds since the first epoch began, by clock."""
+        """Seconds since the clock was started, by clock: before the feature bank is filled, or with the first epoch."""
         now = {name: clock() for name, clock in CLOCKS.items()}
         started = self.started or now
         return {name: self.seconds_before[name] + now[name] - started[name] for name in CLOCKS}

@@ -10,7 +10,7 @@ from math import log2
 
 STUDENT = "student"  # not a row of the registry: `fseft student`, taught by the context adapter
 STUDENT_AHEAD = 0.01
-GPU_MINUTE = 20.0  # minutes of a CPU core that a GPU minute counts as, if no cell was measured on a GPU
+GPU_MINUTE = 20.0  # minutes of a CPU core that a GPU minute counts as, between devices
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Situation:
     """
     shots: labelled cases.
     minutes: for everything, of one core or one GPU.
-    device: "cpu", or the name of the GPU.
+    device: as in `-device`.
     voxels: of the median volume, after preprocessing.
     pile: cases without labels that a student could learn from.
     """

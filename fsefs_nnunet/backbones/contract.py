@@ -28,7 +28,7 @@ class BackboneContract:
     architecture: how to build it; "kind" is a key of architectures.ARCHITECTURES. "head" (false: none),
         "linear_head" (false: more than a 1^3 convolution) and "encoder_only" (true: an untrained decoder) are read
         here; the rest is the architecture's own.
-    classes: names of the universal head's rows, in order; of what it was trained on, if it has no linear head.
+    classes: names of the universal head's rows, in order; of what it was trained on, if it has no head.
     softmax: the head's rows compete and row 0 is the background; otherwise each is a sigmoid of its own.
     channel_names: what it was trained on, per channel; "any" for images of any kind.
     image_reader_writer: nnU-Net's reader; only those "WithReorient" turn images to RAS.
@@ -81,7 +81,7 @@ class BackboneContract:
 
     @property
     def head_classes(self) -> tuple[str, ...]:
-        """The classes that have a row in a linear head."""
+        """The classes that have a row in the universal head."""
         return self.classes if self.architecture.get("head", True) else ()
 
     @property

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Backbone(Protocol):
     """A torch.nn.Module that gives a list of feature maps. One file each, one key in ARCHITECTURES.
 
-    The contract's `architecture` says "kind", that key, and "features", the channels of stage "last".
+    The contract's `architecture` says "kind", that key, and what else that architecture is built from.
 
     maps: what `forward` gives, in its order.
     head: the universal head, which reads the map of stages "last" and gives one row for each of the contract's

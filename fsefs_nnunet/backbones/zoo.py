@@ -1,4 +1,4 @@
-"""The public universal backbones for CT, a row each."""
+"""The public backbones, a row each."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def model_folder(dataset_id: int | str, trainer: str, plans: str, configuration:
 
 
 def dataset_name(dataset_id: int | str, variable: str) -> str:
-    """DatasetXXX_Name of an id or a name; `variable` names the folder where it should be.
+    """DatasetXXX_Name of an id or a name; it may lie in any of nnU-Net's folders; errors name `variable`'s.
 
     nnU-Net converts names to ids and back, so every name needs an id of its own in all its folders.
 

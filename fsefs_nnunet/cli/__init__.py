@@ -1,1 +1,1 @@
-"""`fseft <verb>`, one file a verb."""
+"""`fseft <verb>`, one file for a verb or a few related ones."""

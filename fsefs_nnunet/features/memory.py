@@ -16,7 +16,7 @@ REMEDY = (
 
 
 def host_bytes(tiling: Tiling, channels: int) -> int:
-    """Main memory that is needed: the image twice, the slab being blended and the one that leaves, and one window."""
+    """Main memory that is needed: the image twice, the slab being blended and the one that leaves, and two windows."""
     image = 4 * channels * prod(tiling.shape)
     window = 4 * tiling.channels * prod(tiling.window)
     return 2 * image + 2 * tiling.slab_bytes + 2 * window

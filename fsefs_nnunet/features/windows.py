@@ -45,7 +45,7 @@ def run_windows(network: nn.Module, image: torch.Tensor, tiling: Tiling, device:
         image: preprocessed, (channels, X, Y, Z), on the CPU.
 
     Raises:
-        InputError: if a map holds NaN or infinite values.
+        InputError: if a map holds NaN or infinite values, or the GPU runs out of memory.
     """
     batch = _Batches(network, image, tiling, device)
     if tiling.num_windows == 1:  # nothing to blend
@@ -113,7 +113,7 @@ def _checked(slab: Slab) -> Slab:
     if not _finite(slab.maps):
         raise InputError(
             "the backbone returns NaN or infinite values for this image, which holds none: its weights may be damaged "
-            "(`fseft backbones list` verifies them), or the image is far from what it was trained on."
+            "(`fseft backbones verify` checks them), or the image is far from what it was trained on."
         )
     return slab
 

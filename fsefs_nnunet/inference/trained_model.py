@@ -45,7 +45,7 @@ def require_backbone_of(file: str | Path, checkpoint: dict, configuration: dict)
 
 
 class TrainedModel:
-    """The folds of an adapter with their priors; one network serves all of them.
+    """The folds of an adapter with their priors; they share one backbone.
 
     weights, priors: one per fold; weights are state_dicts.
     """

@@ -1,4 +1,4 @@
-"""Runs nnU-Net's commands in a folder of their own: for the demo and the benchmarks."""
+"""Runs nnU-Net's commands: for demo and benchmarks in a folder of their own, for `fseft adapt` in the user's."""
 
 from __future__ import annotations
 
