@@ -344,7 +344,7 @@ class FSEFTPlanner(ExperimentPlanner):
         contract = self.contract
         child = next(iter(children.values()))
         turned = (
-            "turned to RAS" if reorients(self.reader.__name__) else "as stored, which must be as the backbone's were"
+            "turned to RAS" if reorients(self.reader.__name__) else "as stored, which must match the backbone's own"
         )
         print(
             f"\nBackbone {contract.id}, SHA-256 {contract.sha256[:12]}.\n"

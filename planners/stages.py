@@ -40,7 +40,8 @@ def choose_stages(
 ) -> Stages:
     """The first of the architecture's stages whose slab and twice the maps of a window take at most `most_bytes`.
 
-    Stages of more than MOST_FEATURES channels are skipped. If none fit, those of the smallest slab. If all maps are below full resolution, the image is added to them.
+    Stages of more than MOST_FEATURES channels are skipped. If none fit, those of the smallest slab. If all maps are
+    below full resolution, the image is added to them.
 
     Args:
         window: the backbone's, (X, Y, Z).

@@ -114,7 +114,7 @@ def test_labels_without_any_whole_get_one():
 def test_tables_that_make_no_assembly():
     with pytest.raises(ValueError, match="No label of b is in the template"):
         common_labels({"a": ["liver", "spleen"], "b": ["anterior"]}, UNIVERSAL)
-    with pytest.raises(ValueError, match="one class in common, liver"):
+    with pytest.raises(ValueError, match="only one class in all, liver"):
         common_labels({"a": ["liver"], "b": ["liver"]}, UNIVERSAL)
 
 
@@ -148,7 +148,7 @@ def test_assembly(raw, capsys):
     masks = annotation_masks(content, list(content["labels"])[1:])
     assert {case: int(mask.sum()) for case, mask in masks.items()} == {"One_x": 2, "One_y": 2, "Two_x": 2}
     printed = capsys.readouterr().out
-    assert "Dataset011_One: trachea not in the template, background and unannotated" in printed
+    assert "Dataset011_One: trachea not in the template: treated as background, unannotated" in printed
     table = [line.split() for line in printed.splitlines() if line.split()[:1] in (["liver"], ["kidneys"])]
     assert table == [["kidneys", "-", "1"], ["liver", "2", "-"]]
 

@@ -122,7 +122,7 @@ def test_missing_results_variable(folders, monkeypatch):
 def test_no_labelled_queries(folders):
     file = folders[0].preprocessed / "splits_fseft.json"
     save_splits({**load_splits(file), "queries": []}, file)
-    with pytest.raises(InputError, match="keep no labelled case as query: give a test set with -i IMAGES -l LABELS"):
+    with pytest.raises(InputError, match="keep no labelled case as a query: give a test set with -i IMAGES -l LABELS"):
         study_of(folders)
 
 
@@ -142,7 +142,7 @@ def test_stock_nnunet_has_plans_of_its_own(folders):
     shutil.copy(folders[0].preprocessed / "nnUNetPlans.json", nnunet.folder.parent / "plans.json")
     nnunet.check()
     change_nnunets_plans(folders, lambda plans: plans["configurations"]["3d_fullres"].update(batch_size=7))
-    with pytest.raises(InputError, match="was trained with other plans than the present 'nnUNetPlans': move it away"):
+    with pytest.raises(InputError, match="was trained with plans other than the current 'nnUNetPlans': move it away"):
         nnunet.check()
 
 
@@ -227,7 +227,7 @@ def trained_earlier(study, **changes) -> Cell:
 def test_results_of_other_plans(folders):
     study = study_of(folders)
     trained_earlier(study).check()
-    with pytest.raises(InputError, match="was trained with other plans than the present 'FSEFTPlans': move it away"):
+    with pytest.raises(InputError, match="was trained with plans other than the current 'FSEFTPlans': move it away"):
         trained_earlier(study, batch_size=7).check()
 
 
@@ -478,7 +478,7 @@ def test_interrupt(folders, nnunet_train, method):
     study = study_of(folders)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
-        with pytest.raises(InputError, match="Interrupted. The same command continues"):
+        with pytest.raises(InputError, match="Interrupted. Run the same command again to continue"):
             run_cells(study, plan_cells(study, [5], 1, [method])[1:], ["fseft"])
     finally:
         signal.signal(signal.SIGINT, before)

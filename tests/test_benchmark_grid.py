@@ -97,7 +97,7 @@ def test_what_is_done_stays_done_and_a_failure_stops_nothing(grid, capsys):
     broken.write_bytes(b"no checkpoint")
     assert grid("--methods", "probe", "adapter", "ft_last", "zero_shot") == 2
     captured = capsys.readouterr()
-    assert "4 cells, 3 of them done before" in captured.out
+    assert "4 cells, 3 of them already done" in captured.out
     assert "1 of 4 cells failed: spatial adapter, 5 shots, fold 0." in captured.err
     assert "no checkpoint" in broken.read_text() and "What failed" in (grid.output / "report.html").read_text()
     assert commands(grid)[len(before) :] == ["fseft"]

@@ -154,7 +154,7 @@ def test_missing_environment_variable_of_the_installed_command():
 
 def test_unknown_backbone(workspace, capsys):
     message = refused(capsys, "plan", "-d", "77", "-b", "swin")
-    assert "Backbone 'swin' is not here; there are: phantom" in message
+    assert "Backbone 'swin' is not installed; there are: phantom" in message
 
 
 def test_unknown_dataset(workspace, capsys):

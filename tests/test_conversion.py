@@ -122,7 +122,7 @@ def test_counterparts_that_are_missing(tree, raw):
         (np.zeros(SHAPE, np.uint8), "shows none of the classes"),
         (
             np.ones((*SHAPE[:2], 7), np.uint8),
-            "lies on another grid than its image. If its header is right, --resample_labels",
+            "does not lie on its image's grid. If its header is right, --resample_labels",
         ),
         (np.ones((*SHAPE, 1), np.uint8), "has 4 axes: a volume is expected"),
     ],
@@ -394,7 +394,7 @@ def test_a_lost_header(tree, raw):
     """Resampling would move what it does not lose; the image's header puts every voxel where it was."""
     array = lose_header(tree)
     assert fseft("BTCV", "-i", tree.folder, "-d", 11, "-np", 1) == 0
-    said = "lies on another grid than its image. Its header may have been lost, the shape is the same: --image_header"
+    said = "does not lie on its image's grid. The shape is the same, so its header may have been lost: --image_header"
     assert said in left_out(raw)["img0001"]
     assert fseft("BTCV", "-i", tree.folder, "-d", 12, "-np", 1, "--resample_labels") == 0
     reason = left_out(raw, "Dataset012_BTCV")["img0001"]

@@ -123,7 +123,7 @@ def test_command_reports_what_it_took(tmp_path, backbones, capsys):
     assert "3 classes, one per voxel: background, liver, tumour" in out
     assert "Channel 0 MRI: ZScoreNormalization inside the nonzero mask\n" in out
     assert "Channel 1 CT: CTNormalization: clipped to [-40, 210], minus 70.5, divided by 40.25\n" in out
-    assert "Reader SimpleITKIO, images are seen as stored; axes [0, 1, 2] of z, y, x\n" in out
+    assert "Reader SimpleITKIO, images are used as stored; axes [0, 1, 2] of z, y, x\n" in out
     assert "Spacing [4.0, 2.0, 1.5] mm; window [6, 16, 24], multiples of [2, 4, 4]" in out
     assert "Licence: unknown, ask the authors of the model\n" in out
 

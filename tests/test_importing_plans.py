@@ -58,7 +58,7 @@ def test_plans_are_made_by_the_planners_command(tmp_path, backbones, model, monk
     capsys.readouterr()
     assert main(["plan", "-d", "5", "-b", "mine"]) == 0
     out = capsys.readouterr().out
-    assert "Images as stored, which must be as the backbone's were (SimpleITKIO), axes [0, 1, 2] of z, y, x." in out
+    assert "Images as stored, which must match the backbone's own (SimpleITKIO), axes [0, 1, 2] of z, y, x." in out
     assert "Channel 0: CT, the backbone's was CT; CTNormalization: clipped to [-40, 210], minus 70.5" in out
     assert "Spacing [4.0, 2.0, 1.5] mm: the backbone's." in out
     assert "Labels that the backbone knows by name: {'liver': 'liver'}" in out

@@ -59,7 +59,9 @@ def test_zip_with_a_member_that_points_outside(tmp_path, backbones, model, membe
         archive.writestr(member, "")
     with pytest.raises(ValueError) as error:
         import_nnunet_model("mine", file, backbones)
-    assert f"model.zip was not unpacked: its member {member!r} points outside. Take the zip" in str(error.value)
+    assert f"model.zip was not unpacked: its member {member!r} points outside the folder. Take the zip" in str(
+        error.value
+    )
     assert not backbones.exists() and not list(tmp_path.rglob("evil.txt"))
 
 

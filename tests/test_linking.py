@@ -197,6 +197,6 @@ def test_backbone_from_the_environment(workspace, tmp_path, monkeypatch, contrac
     assert name == plans["plans_name"] == "FSEFTPlans_other"
     assert plans["configurations"]["3d_fullres_5shot"]["fseft_backbone"] == "other"
     monkeypatch.setenv("fseft_backbone", "swin")
-    with pytest.raises(ValueError, match="Backbone 'swin' is not here"):
+    with pytest.raises(ValueError, match="Backbone 'swin' is not installed"):
         plan_experiment_dataset(77, FSEFTPlanner)
     assert FSEFTPlanner(77, backbone="phantom").plans_identifier == "FSEFTPlans"

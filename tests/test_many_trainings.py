@@ -78,7 +78,7 @@ def test_a_training_that_fails_does_not_stop_the_others(short, capsys):
     broken.unlink()
     stamp = (of(shots=1).folder / "checkpoint_final.pth").stat().st_mtime_ns
     assert train("--shots", 1, 5, "--c", "-f", 0) == 0
-    assert "[1/2] FSEFTTrainer, 1 shot, fold 0: done before." in capsys.readouterr().out
+    assert "[1/2] FSEFTTrainer, 1 shot, fold 0: already done." in capsys.readouterr().out
     assert (of(shots=1).folder / "checkpoint_final.pth").stat().st_mtime_ns == stamp and of().summary.exists()
     assert RunFile.load(of().folder).peak_memory_gb["host"] > 0
 
@@ -149,7 +149,7 @@ def test_after_a_failure_of_the_gpu_nothing_is_started(workspace, monkeypatch):
     monkeypatch.setenv("nnUNet_extTrainer", "")
     failures = run_trainings([of(), of(fold=1), of(shots=1), of(fold=2)], CPU)
     assert started == [of(), of(fold=1)] and [*failures] == [of(fold=1), of(shots=1), of(fold=2)]
-    assert failures[of(fold=2)] == "it was not started: the GPU failed before"
+    assert failures[of(fold=2)] == "not started, because the GPU had failed"
 
 
 def test_what_is_done(workspace, monkeypatch):
@@ -174,7 +174,7 @@ def test_remembered_features_stay_where_a_training_is_done(short, capsys):
     assert train("--shots", 5) == 0
     assert main(["remember", "-d", "77", "-c", "3d_fullres_5shot", "-f", "0", "-device", "cpu"]) == 0
     assert train("--shots", 5, "--c") == 0
-    assert "done before" in capsys.readouterr().out and MEMORY_KEY in read_checkpoint(of().checkpoint)
+    assert "already done" in capsys.readouterr().out and MEMORY_KEY in read_checkpoint(of().checkpoint)
     assert train("--shots", 1, "--val") == 2
     assert "checkpoint_final.pth is missing: train it, without --val" in capsys.readouterr().err
 

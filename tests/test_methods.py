@@ -270,7 +270,9 @@ def test_backbone_without_weights(contract, tmp_path, monkeypatch):
     monkeypatch.setenv("fseft_backbones", str(tmp_path))
     raw = replace(contract, id="raw", architecture={"kind": "raw_image"}, classes=())
     save_backbone(raw, {"none": torch.zeros(1)}, tmp_path)
-    with pytest.raises(ValueError, match="'raw' has no such part to fine-tune: choose another method or backbone"):
+    with pytest.raises(
+        ValueError, match="'raw' has no part that this method fine-tunes: choose another method or backbone"
+    ):
         TunedBackbone("raw", "last", None, Everything())
 
 

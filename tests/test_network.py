@@ -165,7 +165,7 @@ def test_weights_of_another_architecture(copy):
 
 
 def test_unknown_backbone_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'nothing' is not here; there are: .*phantom.*fseft_backbones.*import"):
+    with pytest.raises(ValueError, match=r"'nothing' is not installed; there are: .*phantom.*fseft_backbones.*import"):
         FrozenBackbone("nothing", "last")
 
 

@@ -204,7 +204,7 @@ def test_2d_images(workspace):
 
 def test_unknown_backbone_is_refused_before_the_fingerprint(workspace):
     (workspace.preprocessed / "dataset_fingerprint.json").unlink()
-    with pytest.raises(ValueError, match="'swin' is not here; there are: phantom"):
+    with pytest.raises(ValueError, match="'swin' is not installed; there are: phantom"):
         planning.plan(77, "swin", [], 1, 8, None)
     assert not (workspace.preprocessed / "dataset_fingerprint.json").exists()
 

@@ -379,7 +379,8 @@ def test_what_is_not_looked_into(store, tmp_path, capsys, id, said):
 
 def test_a_public_name_for_a_nnunet_model(store, tmp_path, capsys):
     assert main(["backbones", "import", "fseft", str(tmp_path)]) == 2
-    assert "'fseft' is a public backbone, whose file is fseft.pth, and" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "'fseft' is a public backbone, and" in error and "is not its file, fseft.pth" in error
 
 
 class RunsCode:
@@ -507,7 +508,7 @@ def test_a_damaged_backbone_does_not_hide_the_others(own, capsys):
     assert main(["backbones", "list"]) == 0
     out = capsys.readouterr().out
     assert f"own: {own / 'own.json'} is not a backbone contract" in out and "phantom: 14 classes" in out
-    assert "btcv: 14 classes, not here: fseft backbones download btcv, size unknown; " in out
+    assert "btcv: 14 classes, not installed: fseft backbones download btcv, size unknown; " in out
     assert main(["backbones", "verify"]) == 2
     assert "own.json is not a backbone contract" in capsys.readouterr().err
     assert main(["backbones", "remove", "own"]) == 0 and not list(own.glob("own.*"))
@@ -519,7 +520,7 @@ def test_a_contract_under_another_name(own, capsys):
     for verb in ("verify", "info"):
         assert main(["backbones", verb, "other"]) == 2
         out, err = capsys.readouterr()
-        assert "sound" not in out and f"{own / 'other.json'} is the contract of backbone 'own': give" in err
+        assert "intact" not in out and f"{own / 'other.json'} is the contract of backbone 'own': give" in err
 
 
 def test_weights_that_are_none(own, capsys):
@@ -560,16 +561,16 @@ def test_list_info_verify_remove(store, tmp_path, capsys):
     assert f"0 classes, SHA-256 {contract.sha256[:12]}, " in line and f" GB, {store}; licence unknown" in line
     for entry in ZOO.values():
         line = next(line for line in listed if line.startswith(f"{entry.id}: "))
-        assert f"not here: {entry.how_to_get}, " in line and entry.licence in line and entry.citation in line
+        assert f"not installed: {entry.how_to_get}, " in line and entry.licence in line and entry.citation in line
     assert f"SHA-256 {contract.sha256}\nImported from x.pth, SHA-256 {contract.source['sha256']}" in said("info", "own")
     info = said("info", "btcv")
-    assert "btcv is not here: fseft backbones download btcv" in info and "Head: 14 rows" in info
-    assert said("verify") == "phantom: sound\nown: sound\n"
+    assert "btcv is not installed: fseft backbones download btcv" in info and "Head: 14 rows" in info
+    assert said("verify") == "phantom: intact\nown: intact\n"
     weights = store / "own.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert main(["backbones", "verify"]) == 2
     out, err = capsys.readouterr()
-    assert out == "phantom: sound\n" and "own.safetensors are damaged" in err
+    assert out == "phantom: intact\n" and "own.safetensors are damaged" in err
     assert "own.safetensors was deleted." in said("remove", "own")
     assert not list(store.iterdir())
     for verb in ("remove", "info"):

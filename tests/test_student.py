@@ -209,7 +209,7 @@ def test_stored_features_take_no_pseudo_labels(taught, capsys, trainer):
     assert student("--student", trainer) == 2
     assert f"--student {trainer} trains on stored features" in capsys.readouterr().err
     keep_pile(taught.preprocessed, splits_of(taught)["folds"][0][:1])
-    with pytest.raises(InputError, match="would take what a model has labelled as true"):
+    with pytest.raises(InputError, match="would treat a model's labels as true ones"):
         make_trainer(taught, epochs=1, configuration=ONE).run_training()
 
 

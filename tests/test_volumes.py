@@ -75,5 +75,7 @@ def test_axes_that_are_a_guess_are_not_turned():
     lost.header.set_zooms((2, 2, 2))
     lost = nib.Nifti1Image(np.asarray(lost.dataobj), lost.header.get_best_affine(), lost.header)
     assert not lost.header["sform_code"] and nib.aff2axcodes(lost.affine) == ("L", "A", "S")
-    with pytest.raises(InputError, match="lies on another grid than its image. Its header may have been lost"):
+    with pytest.raises(
+        InputError, match="does not lie on its image's grid. The shape is the same, so its header may have been lost"
+    ):
         volumes.on_grid(lost, centred("RAS"), Path("x"), volumes.REFUSED)

@@ -211,7 +211,7 @@ def test_embedded_backbone(workspace, tmp_path, capsys):
     made = predict(workspace, "phantom", tmp_path / "out", "case_0", "case_1")
     out = capsys.readouterr().out
     assert "by the head of phantom: {'spleen': 'spleen', 'kidney_left': 'kidney_left'}" in out
-    assert "The backbone's head does not know stomach: it leaves background there." in out
+    assert "The backbone's head does not know stomach: these labels are left as background." in out
     backbone = FrozenBackbone("phantom", "last")
     rows = {1: backbone.contract.classes.index("spleen"), 3: backbone.contract.classes.index("kidney_left")}
     for case, image in made.items():
@@ -285,7 +285,7 @@ def test_bad_input(workspace, tmp_path, capsys, monkeypatch):
     assert "has no images named <case>_0000.nii.gz" in refused("-i", str(tmp_path))
     monkeypatch.setenv("fseft_backbones", str(tmp_path / "none"))
     message = refused("-i", images, "-b", "btcv")
-    assert "Backbone 'btcv' is not here" in message and "import it: fseft backbones download btcv." in message
+    assert "Backbone 'btcv' is not installed" in message and "import it: fseft backbones download btcv." in message
     file = workspace.raw / "dataset.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "labels": {"background": 0, "stomach": 1}}))

@@ -120,7 +120,7 @@ class BankTrainer(AdaptedTrainer, TimeBudgetTrainer):
             )
         if pile_cases(self.preprocessed_dataset_folder_base) & set(self.run.support):
             raise InputError(
-                f"{type(self).__name__} would take what a model has labelled as true: train a student's dataset on "
+                f"{type(self).__name__} would treat a model's labels as true ones: train a student's dataset on "
                 "patches, e.g. with FSEFTTrainer_FTLong, or its true cases alone."
             )
         self.segmentations = {case: self.load_case(case)[1][:] for case in self.run.support}

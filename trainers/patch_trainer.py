@@ -153,7 +153,7 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
             self.may_give_up = False
             if missed := self.missed():
                 self.run.gave_up = True
-                raise StopTraining(f"a third of the training hardly found {', '.join(missed)}")
+                raise StopTraining(f"hardly found after a third of the training: {', '.join(missed)}")
 
     def on_train_end(self):
         if self.found:  # none for a training that was continued after its end

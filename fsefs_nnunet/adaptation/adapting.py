@@ -64,7 +64,7 @@ def adapt(task: Task, images: Path | None = None, output: Path | None = None) ->
     support = support_cases(load_splits(preprocessed / SPLITS_FILE), task.shots, task.fold)
     file = preprocessed / f"fseft_adapt_{task.plans}_{task.configuration}.json"
     if file.exists():
-        print(f"Chosen before; delete {file} to choose again:")
+        print(f"This choice was made earlier; delete {file} to choose again:")
         decision = Decision.load(file)
     else:
         decision = decide(task, support, started)
@@ -181,8 +181,8 @@ def prepare_instead(task: Task, decision: Decision, run: RunFile) -> Training:
         return Training(experiment, METHODS[TEACHER].trainer, task.configuration, task.fold)
     left = round((1 - GIVES_UP_AT) * decision.minutes, 2)
     print(
-        f"A third of the training hardly found {missed}, even in patches of the support. Instead: {instead.title}, for "
-        f"{left:.1f} minutes at most."
+        f"Hardly found after a third of the training, even in patches of the support: {missed}. Instead: "
+        f"{instead.title}, for {left:.1f} minutes at most."
     )
     configuration = f"{task.configuration}_instead"
     parent = {"inherits_from": configuration_of(task.shots), "fseft_minutes": left}

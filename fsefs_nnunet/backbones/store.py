@@ -59,7 +59,7 @@ def find_backbone(backbone_id: str) -> BackboneContract:
     if backbone_id not in known:
         get = ZOO[backbone_id].how_to_get if backbone_id in ZOO else "fseft backbones import ID PATH"
         raise InputError(
-            f"Backbone {backbone_id!r} is not here; there are: {', '.join(known) or 'none'}. "
+            f"Backbone {backbone_id!r} is not installed; there are: {', '.join(known) or 'none'}. "
             f"Look in {user_folder()} (environment variable fseft_backbones) or import it: {get}."
         )
     contract = BackboneContract.load(known[backbone_id])

@@ -129,7 +129,7 @@ class Cell:
         then = read_json(model / "plans.json")["configurations"]
         if any(then.get(key) != plans[key] for key in ("3d_fullres", self.configuration)):
             raise InputError(
-                f"{model} was trained with other plans than the present {name!r}: move it away, or give the plans that "
+                f"{model} was trained with plans other than the current {name!r}: move it away, or give the plans that "
                 "it was trained with (-p)."
             )
         if (self.folder / RUN_FILE).exists() and self.run_facts.support != support:

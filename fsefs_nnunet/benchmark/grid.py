@@ -58,7 +58,7 @@ def run_cells(study: Study, cells: list[Cell], command: list[str]) -> None:
     """
     output = study.experiment.work
     results = {cell: result for cell in cells if (result := cell.finished())}
-    print(f"{study.setting} {len(cells)} cells, {len(results)} of them done before.", flush=True)
+    print(f"{study.setting} {len(cells)} cells, {len(results)} of them already done.", flush=True)
     try:
         sharing = [cell for cell in cells if cell not in results and cell.method.shares_features]
         failures, spent = share_features(sharing)
@@ -84,7 +84,7 @@ def run_cells(study: Study, cells: list[Cell], command: list[str]) -> None:
             text = (output / "table.md").read_text("utf-8")
             print(f"\n{text}\n{output}: report.html, table.md, results.csv, figure.png.")
     except KeyboardInterrupt:
-        raise InputError("Interrupted. The same command continues; completed cells are skipped.") from None
+        raise InputError("Interrupted. Run the same command again to continue; completed cells are skipped.") from None
     if failures:
         raise InputError(
             f"{len(failures)} of {len(cells)} cells failed: {'; '.join(cell.title for cell in failures)}. "

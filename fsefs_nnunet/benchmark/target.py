@@ -108,8 +108,8 @@ def queries(splits: dict, raw: Path, preprocessed: Path) -> Target:
     """Raises InputError if the splits keep no labelled query."""
     if not splits["queries"]:
         raise InputError(
-            "The splits keep no labelled case as query: give a test set with -i IMAGES -l LABELS, or draw others with "
-            "`fseft splits -d ID --num_queries N`."
+            "The splits keep no labelled case as a query: give a test set with -i IMAGES -l LABELS, or draw others "
+            "with `fseft splits -d ID --num_queries N`."
         )
     dataset_json = read_dataset_json(raw / "dataset.json")
     labels = preprocessed / "gt_segmentations"

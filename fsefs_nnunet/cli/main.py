@@ -1,4 +1,4 @@
-"""`fseft <verb>`: the files next to this one parse and call, one for a verb or a few related ones. Heavy imports wait until a verb runs."""
+"""`fseft <verb>`: the files next to this one parse and call. Heavy imports wait until a verb runs."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def conflicts(members: list[Member], common: CommonLabels) -> list[str]:
     for member in members:
         dropped = [name for name, value in common.values[member.name].items() if not value]
         if dropped:
-            lines.append(f"{member.name}: {', '.join(dropped)} not in the template, background and unannotated")
+            lines.append(f"{member.name}: {', '.join(dropped)} not in the template: treated as background, unannotated")
         for whole, lesions in tables()["lesions"].items():
             sided = [part for part in tables()["unions"].get(whole, []) if part in member.labels]
             inside = [lesion for lesion in lesions if lesion in member.labels]

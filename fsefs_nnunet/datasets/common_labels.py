@@ -69,7 +69,7 @@ def common_labels(sources: dict[str, list[str]], template: list[str] | None) -> 
     filled = {name for mapped in holders.values() for name in mapped.values()}
     value = {name: i for i, name in enumerate((name for name in classes if name in filled), 1)}
     if len(value) < 2:
-        raise InputError(f"The sources have one class in common, {classes[0]}, and no other: there is nothing to mask.")
+        raise InputError(f"The sources have only one class in all, {classes[0]}: there is nothing to mask.")
     regions = {name: _region(name, value, classes) for name in classes}
     if all(len(region) == 1 for region in regions.values()):
         regions[ALL] = list(value.values())

@@ -106,10 +106,10 @@ def on_grid(label: nib.Nifti1Image, image: nib.Nifti1Image, file: Path, other_gr
     same_shape = label.shape == image.shape
     if same_shape and other_grid.image_header:
         return Placed(nib.Nifti1Image(label.dataobj, image.affine, label.header), IMAGE_HEADER)
-    lost = " Its header may have been lost, the shape is the same: --image_header gives it the image's."
+    lost = " The shape is the same, so its header may have been lost: --image_header gives it the image's."
     if not other_grid.resample:
         raise InputError(
-            f"{file} lies on another grid than its image.{lost if same_shape else ''} If its header is right, "
+            f"{file} does not lie on its image's grid.{lost if same_shape else ''} If its header is right, "
             "--resample_labels brings it to the image's grid (nearest)."
         )
     # if the shapes are equal, different fields of view mean a lost header rather than a choice of the annotator

@@ -23,7 +23,8 @@ class Layout:
     """Boxes of a volume's maps, or its features averaged over blocks.
 
     shape: of the volume, (X, Y, Z).
-    boxes: first voxel of each and the one after its last, per axis; with foreground, the first box contains all crops around it.
+    boxes: first voxel of each and the one after its last, per axis; with foreground, the first box contains all crops
+        around it.
     pool: voxels of a block per axis; None: boxes of the maps, each map at its own resolution.
     """
 

@@ -186,7 +186,7 @@ def predict_zero_shot(
         print(f"The head only sees the first channel, {channels[0]!r}.")
     absent = [label for label in network.names if label not in network.matches]
     if absent:
-        print(f"The backbone's head does not know {', '.join(absent)}: it leaves background there.")
+        print(f"The backbone's head does not know {', '.join(absent)}: these labels are left as background.")
     _write_descriptions(output, {"plans.json": plans, "dataset.json": dataset_json})
     predictor = ZeroShotPredictor(network.to(target), manager, dataset_json, target)
     for case, files in tqdm(images.cases.items(), desc="predicting"):

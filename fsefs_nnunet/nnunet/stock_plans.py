@@ -34,7 +34,7 @@ def add_stock_configurations(planner: FSEFTPlanner) -> None:
         try:
             _plan(planner, folder)
         except RuntimeError as error:  # none of its readers can open the first image
-            print(f"nnU-Net's own planner fails ({error}): `--methods nnunet` has no plans to train.")
+            print(f"nnU-Net's own planner fails ({error}): there are no plans for `--methods nnunet`.")
             return
     plans = read_json(file)
     stock = {

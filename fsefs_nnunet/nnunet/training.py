@@ -130,7 +130,7 @@ def run_trainings(
         for number, training in enumerate(trainings, 1):
             place = f"[{number}/{len(trainings)}] {training.title}"
             if options.continues and training.is_done:
-                print(f"{place}: done before.", flush=True)
+                print(f"{place}: already done.", flush=True)
                 continue
             print(place, flush=True)
             torch.set_rng_state(state)
@@ -140,7 +140,7 @@ def run_trainings(
             except DeviceFailed as error:
                 failures[training] = str(error)
                 left = [one for one in trainings[number:] if not (options.continues and one.is_done)]
-                return failures | dict.fromkeys(left, "it was not started: the GPU failed before")
+                return failures | dict.fromkeys(left, "not started, because the GPU had failed")
             except Exception as error:  # libraries may raise anything
                 if not isinstance(error, InputError):
                     traceback.print_exc()

@@ -119,7 +119,8 @@ def _refuse_unsafe(file: Path, names: list[str]) -> None:
         path = PureWindowsPath(name)  # handles both slashes, and drives
         if path.anchor or ".." in path.parts:
             raise InputError(
-                f"{file} was not unpacked: its member {name!r} points outside. Take the zip from its publisher again."
+                f"{file} was not unpacked: its member {name!r} points outside the folder. Take the zip from its "
+                "publisher again."
             )
 
 

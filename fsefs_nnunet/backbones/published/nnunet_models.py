@@ -178,7 +178,7 @@ def _trainer(files: ModelFiles) -> str:
 
 def _report(contract: BackboneContract, backbone: NNUNetBackbone, files: ModelFiles) -> None:
     tensors = backbone.backbone_state()
-    turned = "images are turned to RAS" if reorients(contract.image_reader_writer) else "images are seen as stored"
+    turned = "images are turned to RAS" if reorients(contract.image_reader_writer) else "images are used as stored"
     print(
         f"{files.source}, trained by {_trainer(files)}: all {len(tensors)} tensors matched, "
         f"{sum(t.numel() for t in tensors.values())} numbers.\n"

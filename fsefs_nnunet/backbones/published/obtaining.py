@@ -34,7 +34,7 @@ def import_backbone(
         return import_published(backbone_id, path, target)
     if backbone_id in ZOO:
         raise InputError(
-            f"{backbone_id!r} is a public backbone, whose file is {ZOO[backbone_id].file}, and {path} is not: give "
+            f"{backbone_id!r} is a public backbone, and {path} is not its file, {ZOO[backbone_id].file}: give "
             "that file, or another name."
         )
     return import_nnunet_model(backbone_id, path, target, fold, checkpoint, configuration)

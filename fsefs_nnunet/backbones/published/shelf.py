@@ -29,7 +29,9 @@ def show_list() -> None:
     for entry in ZOO.values():
         if entry.id not in here:
             size = gigabytes(entry.size) if entry.size else "size unknown"
-            print(f"{entry.id}: {len(entry.classes)} classes, not here: {entry.how_to_get}, {size}; {_rights(entry)}")
+            print(
+                f"{entry.id}: {len(entry.classes)} classes, not installed: {entry.how_to_get}, {size}; {_rights(entry)}"
+            )
     _name_strays()
 
 
@@ -37,7 +39,7 @@ def show_info(backbone_id: str) -> None:
     """Raises InputError for an id that is neither here nor in the zoo."""
     if backbone_id not in known_backbones() and backbone_id in ZOO:
         entry = ZOO[backbone_id]
-        print(f"{entry.id} is not here: {entry.how_to_get}.\nFile: {entry.file}; {entry.link or entry.page}")
+        print(f"{entry.id} is not installed: {entry.how_to_get}.\nFile: {entry.file}; {entry.link or entry.page}")
         _describe(entry.contract({}))
         return
     contract = find_backbone(backbone_id)
@@ -55,7 +57,7 @@ def verify(backbone_ids: Sequence[str]) -> None:
     for name in backbone_ids or known_backbones():
         try:
             load_weights(find_backbone(name))
-            print(f"{name}: sound")
+            print(f"{name}: intact")
         except InputError as error:
             failures.append(str(error))
     if failures:

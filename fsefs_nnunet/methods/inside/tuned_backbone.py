@@ -24,7 +24,7 @@ class TunedBackbone(FrozenBackbone):
         self.module.eval()  # including what was added
         if not trained:
             raise InputError(
-                f"Backbone {backbone_id!r} has no such part to fine-tune: choose another method or backbone."
+                f"Backbone {backbone_id!r} has no part that this method fine-tunes: choose another method or backbone."
             )
         self.tuned = nn.Module()
         for name, parameter in trained.items():
