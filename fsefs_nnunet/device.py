@@ -32,7 +32,16 @@ def device_named(name: str | None) -> torch.device:
         raise InputError(f"There is no GPU here that PyTorch can use as {name!r}: add -device cpu.")
     if name == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
+        flush_denormals()
     return torch.device(name)
+
+
+def flush_denormals() -> None:
+    """From now on, CPUs round numbers below 1e-38 to zero.
+
+    Gradients of confident predictions are that small. Convolutions in float32 take a hundred times as long with them.
+    """
+    torch.set_flush_denormal(True)
 
 
 def reduced_precision(device: torch.device, depth: int = THIN + 1) -> torch.autocast:

@@ -3,9 +3,17 @@
 import pytest
 import torch
 from test_network import build, randomised
+from trainings import make_trainer
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
-from fsefs_nnunet.device import native_bfloat16, precision_name, reduced_precision, unless_thin, without_scaling
+from fsefs_nnunet.device import (
+    device_named,
+    native_bfloat16,
+    precision_name,
+    reduced_precision,
+    unless_thin,
+    without_scaling,
+)
 from fsefs_nnunet.features.tiling import Tiling
 from fsefs_nnunet.features.windows import run_windows
 
@@ -105,3 +113,19 @@ def test_steps_without_a_scaler_take_no_float16(device):
                 weight += 1
     assert [product.item() for product in products] == [1, 2]
     assert products[0].dtype in (torch.bfloat16, torch.float32)
+
+
+# ---- numbers that are almost zero ----
+
+
+def test_commands_round_denormals_to_zero():
+    torch.set_flush_denormal(False)
+    assert (torch.tensor([1e-38]) / 100).item() > 0
+    device_named("cpu")
+    assert (torch.tensor([1e-38]) / 100).item() == 0
+
+
+def test_trainings_round_denormals_to_zero(workspace):
+    torch.set_flush_denormal(False)
+    make_trainer(workspace)
+    assert (torch.tensor([1e-38]) / 100).item() == 0
