@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import re
 import sys
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -32,16 +33,21 @@ def device_named(name: str | None) -> torch.device:
         raise InputError(f"There is no GPU here that PyTorch can use as {name!r}: add -device cpu.")
     if name == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
-        flush_denormals()
     return torch.device(name)
 
 
-def flush_denormals() -> None:
-    """From now on, CPUs round numbers below 1e-38 to zero.
+@contextmanager
+def denormals_as_zero() -> Iterator[None]:
+    """Within the block, CPUs round numbers below 1e-38 to zero.
 
-    Gradients of confident predictions are that small. Convolutions in float32 take a hundred times as long with them.
+    The prior's gradients are that small where predictions are confident, and convolutions in float32 take a hundred
+    times as long with them. Only there: in this mode scipy's KDTree does not return.
     """
     torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def reduced_precision(device: torch.device, depth: int = THIN + 1) -> torch.autocast:

@@ -307,9 +307,7 @@ def test_converted_and_assembled_datasets_are_planned_and_read(raw, tmp_path, mo
     name = "Dataset900_Universal"
     plans = json.loads((raw.parent / "nnUNet_preprocessed" / name / "FSEFTPlans.json").read_text())
     content = json.loads((raw / name / "dataset.json").read_text())
-    torch.set_flush_denormal(False)
     trainer = FSEFTPretrainer({**plans, "continue_training": False}, "3d_fullres", 0, content, torch.device("cpu"))
-    assert (torch.tensor([1e-38]) / 100).item() == 0  # rounded, as a training would
     assert trainer.region_names == ["all_classes", "spleen", "kidney_left", "stomach"]
     assert {case: mask.tolist() for case, mask in trainer.masks.items()} == {
         "BTCV_img0000": [0, 1, 0, 1],

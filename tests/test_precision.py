@@ -7,7 +7,7 @@ from trainings import make_trainer
 
 from fsefs_nnunet.backbones.frozen import FrozenBackbone
 from fsefs_nnunet.device import (
-    device_named,
+    denormals_as_zero,
     native_bfloat16,
     precision_name,
     reduced_precision,
@@ -118,14 +118,21 @@ def test_steps_without_a_scaler_take_no_float16(device):
 # ---- numbers that are almost zero ----
 
 
-def test_commands_round_denormals_to_zero():
-    torch.set_flush_denormal(False)
-    assert (torch.tensor([1e-38]) / 100).item() > 0
-    device_named("cpu")
-    assert (torch.tensor([1e-38]) / 100).item() == 0
+def smallest() -> float:
+    return (torch.tensor([1e-38]) / 100).item()
 
 
-def test_trainings_round_denormals_to_zero(workspace):
-    torch.set_flush_denormal(False)
-    make_trainer(workspace)
-    assert (torch.tensor([1e-38]) / 100).item() == 0
+def test_denormals_are_zero_within_the_block_only():
+    with pytest.raises(KeyError), denormals_as_zero():
+        assert smallest() == 0
+        raise KeyError
+    assert smallest() > 0
+
+
+def test_gradients_of_a_training_on_stored_features_have_no_denormals(workspace):
+    trainer, seen = make_trainer(workspace, epochs=1), []
+    trainer.initialize()
+    trainer.network.head.weight.register_hook(lambda gradient: seen.append(smallest()))
+    trainer.run_training()
+    assert len(seen) == trainer.num_iterations_per_epoch and not any(seen)
+    assert smallest() > 0

@@ -14,6 +14,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from fsefs_nnunet.cases.pile import pile_cases
 from fsefs_nnunet.cases.preprocessed import files_of, hash_of, load_case, require_labels
 from fsefs_nnunet.cases.splits import fold_seed
+from fsefs_nnunet.device import denormals_as_zero
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.features.bank import FeatureBank, Request
 from fsefs_nnunet.features.crops import CropLoader, CropsAhead, region_transform
@@ -276,7 +277,8 @@ class BankTrainer(AdaptedTrainer, TimeBudgetTrainer):
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)
         else:
-            loss.backward()
+            with denormals_as_zero():
+                loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
         if self.grad_scaler is not None:
             self.grad_scaler.step(self.optimizer)

@@ -16,7 +16,7 @@ from fsefs_nnunet.backbones.checkpoints import read_checkpoint
 from fsefs_nnunet.cases.folders import folder_of
 from fsefs_nnunet.cases.preprocessed import require_cases
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, query_cases, support_cases
-from fsefs_nnunet.device import device_named, flush_denormals, peak_device_memory_gb, peak_host_memory_gb
+from fsefs_nnunet.device import device_named, peak_device_memory_gb, peak_host_memory_gb
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.files import refused_if_unwritable, replacing
 from fsefs_nnunet.inference.trained_model import require_backbone_of
@@ -68,9 +68,7 @@ class KShotTrainer(WithoutMirroring):
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
         self.clock, self.run, self.validation_windows = StageClock(), None, 0
         self._require_folders(plans)
-        if device.type == "cpu":
-            flush_denormals()
-        else:
+        if device.type != "cpu":
             device_named(device.type)  # otherwise PyTorch fails later, with a traceback
         with refused_if_unwritable(folder_of("nnUNet_results")):
             super().__init__(plans, configuration, fold, dataset_json, device)

@@ -17,7 +17,7 @@ from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from fsefs_nnunet.backbones.warm_start import start_from
-from fsefs_nnunet.device import flush_denormals, reduced_precision
+from fsefs_nnunet.device import reduced_precision
 from fsefs_nnunet.errors import InputError
 from fsefs_nnunet.labels import foreground, summary_key
 from fsefs_nnunet.losses.partial_labels import PartialLabelLoss, annotation_masks
@@ -65,7 +65,6 @@ class FSEFTPretrainer(WithoutMirroring, SourceValidation, TimeBudgetTrainer):
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device=torch.device("cuda")):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        flush_denormals()
         self.enable_deep_supervision = False
         self.num_iterations_per_epoch = 250
         self.num_val_iterations_per_epoch = 10

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fsefs_nnunet.device import without_scaling
+from fsefs_nnunet.device import denormals_as_zero, without_scaling
 from fsefs_nnunet.methods.network import AdaptedNetwork
 from fsefs_nnunet.methods.settings import Settings
 from fsefs_nnunet.priors.objective import objective, support_loss
@@ -56,7 +56,8 @@ class Transduction:
             features, target = (tensor.to(device) for tensor in self.memory.batch(step))
             loss = objective(support_loss(network, features, target, self.loss), penalty, settings.predict_lambda)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            with denormals_as_zero():
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
             optimizer.step()
         return settings.predict_steps
