@@ -93,7 +93,10 @@ def test_no_reader_of_nnunets_opens_the_images(workspace, monkeypatch, capsys):
 
     monkeypatch.setattr(ExperimentPlanner, "determine_reader_writer", fail)
     assert planning.plan(77, "phantom", [], 1, 8, None) == "FSEFTPlans"
-    assert "own planner fails (Unable to determine a reader): `--methods nnunet`" in capsys.readouterr().out
+    assert (
+        "own planner fails (Unable to determine a reader): there are no plans for `--methods nnunet`"
+        in capsys.readouterr().out
+    )
     assert not (workspace.preprocessed / "nnUNetPlans.json").exists()
 
 

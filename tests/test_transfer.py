@@ -125,7 +125,7 @@ def folder(file):
         (climbing, "was not written by"),
         (absolute, "was not written by"),
         (roundabout, "was not written by"),
-        (missing, "There is no"),
+        (missing, "does not exist"),
         (folder, "is a folder"),
     ],
 )
