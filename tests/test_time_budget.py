@@ -19,8 +19,8 @@ from fsefs_nnunet.trainers.fseft_trainer import FSEFTTrainer
 from fsefs_nnunet.trainers.scratch import FSEFTTrainer_Scratch
 
 
-def scratch(work):
-    trainer = make_trainer(work, FSEFTTrainer_Scratch, configuration=f"{FIVE}_scratch")
+def scratch(work, cls=FSEFTTrainer_Scratch):
+    trainer = make_trainer(work, cls, configuration=f"{FIVE}_scratch")
     trainer.num_iterations_per_epoch = trainer.num_val_iterations_per_epoch = 1
     return trainer
 
@@ -70,6 +70,33 @@ def test_drawing_and_saving_count(work, clock, monkeypatch):
     assert continued.used_seconds() == 16.0 and continued.progress() == 1.0
     continued.run_training()  # trains nothing more, and forgets nothing
     assert RunFile.load(trainer.output_folder).missed == run.missed
+
+
+@pytest.mark.slow
+def test_a_training_that_gave_up_is_continued(work, clock, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setenv("fseft_train_minutes", str(30 / 60))
+    monkeypatch.setenv("fseft_gives_up", "1")
+    monkeypatch.setattr(patch_trainer, "HARDLY_FOUND", 1.1)
+    monkeypatch.setattr(patch_trainer, "LAST_EPOCHS", 1)
+
+    class Slow(FSEFTTrainer_Scratch):
+        def on_epoch_end(self):
+            clock["wall"] += 5
+            super().on_epoch_end()
+
+    def training():
+        trainer = scratch(work, Slow)
+        final = Path(trainer.output_folder, "checkpoint_final.pth")
+        trainer.initialize()
+        if final.exists():
+            trainer.load_checkpoint(str(final))
+        trainer.run_training()
+        return RunFile.load(trainer.output_folder)
+
+    assert training().gave_up and clock["wall"] == 110
+    monkeypatch.delenv("fseft_gives_up")
+    assert not training().gave_up and clock["wall"] == 130
 
 
 def test_a_budget_of_cpu_time(work, clock, monkeypatch):

@@ -168,6 +168,7 @@ class PatchTrainer(KShotTrainer, TimeBudgetTrainer):
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
+        self.run.gave_up = False  # a training that did is continued
         if self.draws_from_pile and not self.sees_pile:
             self.draws_from_pile = False
             self.print_to_log_file("From here on, patches are drawn from the true cases alone.")
