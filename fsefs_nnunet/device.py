@@ -41,7 +41,7 @@ def denormals_as_zero() -> Iterator[None]:
     """Within the block, CPUs round numbers below 1e-38 to zero.
 
     The prior's gradients are that small where predictions are confident, and convolutions in float32 take a hundred
-    times as long with them. Only there: in this mode scipy's KDTree does not return.
+    times as long with them. Only there: in this mode scipy's KDTree recurses without end.
     """
     torch.set_flush_denormal(True)
     try:
