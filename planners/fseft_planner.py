@@ -296,11 +296,16 @@ class FSEFTPlanner(ExperimentPlanner):
         return list(dict.fromkeys([*self.shots, *(c["fseft_shots"] for c in self._planned_before().values())]))
 
     def _report_what_is_reset(self, children: dict[str, dict]) -> None:
+        def flat(configuration: dict) -> dict:
+            architecture = configuration.get("architecture", {})
+            return {**configuration, **architecture.get("arch_kwargs", {}), "architecture": None}
+
         for name, before in self._planned_before().items():
+            planned = flat(children[name])
             changed = [
-                f"{key} {before[key]} -> {value}"
-                for key, value in children[name].items()
-                if key.startswith("fseft_") and before.get(key, value) != value
+                f"{key} {value} -> {planned.get(key, 'nothing')}"
+                for key, value in flat(before).items()
+                if planned.get(key) != value
             ]
             if changed:
                 print(f"Planned again in {name}: {', '.join(changed)}. Edit the plans again if you had changed them.")

@@ -1,5 +1,6 @@
 """Planning and preprocessing: what is refused before anything is replaced, and what is made anew."""
 
+import json
 import os
 import re
 import shutil
@@ -168,12 +169,27 @@ def test_the_fingerprint_is_of_the_images_that_lie_there(workspace, capsys):
 
 
 def test_plan_keys_that_were_edited_are_told(workspace, capsys):
-    edit(
-        workspace.preprocessed / "FSEFTPlans.json",
-        lambda plans: plans["configurations"]["3d_fullres_1shot"].update(fseft_lambda=0.7),
-    )
+    def change(plans: dict) -> None:
+        configuration = plans["configurations"]["3d_fullres_1shot"]
+        configuration.update(patch_size=[16, 16, 16], fseft_lambda=0.7, spacing=[2.0, 2.0, 2.0])
+        configuration["architecture"]["arch_kwargs"].update(channels=8)
+
     FSEFTPlanner(workspace.dataset).plan_experiment()
-    assert "Planned again in 3d_fullres_1shot: fseft_lambda 0.7 -> 0.3. Edit the plans" in capsys.readouterr().out
+    assert "Planned again" not in capsys.readouterr().out
+    plans = workspace.preprocessed / "FSEFTPlans.json"
+    planned = json.loads(plans.read_text())["configurations"]["3d_fullres_1shot"]
+    edit(plans, change)
+    FSEFTPlanner(workspace.dataset).plan_experiment()
+    said = capsys.readouterr().out
+    channels = planned["architecture"]["arch_kwargs"]["channels"]
+    for key, before, after in (
+        ("patch_size", [16, 16, 16], planned["patch_size"]),
+        ("fseft_lambda", 0.7, 0.3),
+        ("spacing", [2.0, 2.0, 2.0], "nothing"),
+        ("channels", 8, channels),
+    ):
+        assert f"{key} {before} -> {after}" in said
+    assert "3d_fullres_5shot" not in re.findall("Planned again in (.*?):", said)
 
 
 def test_other_plans_get_the_unlabelled_queries_of_before(workspace, capsys):
