@@ -34,6 +34,7 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
+import torch
 from filelock import FileLock
 from final_report import ADAPT, BEST, OTHER, RECOMMENDED, report
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -43,6 +44,7 @@ from timed_training import Trained, seconds_of, train
 
 from fsefs_nnunet.backbones.store import find_backbone
 from fsefs_nnunet.cases.splits import SPLITS_FILE, load_splits, support_cases
+from fsefs_nnunet.device import precision_name
 from fsefs_nnunet.evaluation.surface import surface_metrics
 from fsefs_nnunet.files import read_json, write_atomically
 from fsefs_nnunet.labels import foreground, foreground_names, match_labels
@@ -262,9 +264,11 @@ def rounded(value: object) -> object:
 
 
 def run(work: Path, cells: list[Cell], device: str) -> None:
+    precision = precision_name(torch.device(device))  # with bfloat16, a training takes more steps in its time
+
     def save(cell: Cell, experiment: Experiment, predictions: Path, took: dict) -> None:
         cases = evaluate(predictions, experiment, REAL[cell.data])
-        made = {**facts(experiment, cell), **took, "device": device, "cases": cases}
+        made = {**facts(experiment, cell), **took, "device": device, "precision": precision, "cases": cases}
         with FileLock(f"{RESULTS}.lock"):  # another process may run other datasets
             write_atomically(RESULTS, RESULTS.read_text() + json.dumps({"cell": cell.name, **rounded(made)}) + "\n")
         dice = mean(np.nanmean([of[name]["Dice"] for of in cases.values()]) for name in next(iter(cases.values())))

@@ -26,6 +26,9 @@ QUESTIONS = {  # two backbones with a method each, of the same shots
     "`fseft adapt` against the architecture from scratch": ((RECOMMENDED, ADAPT), (RECOMMENDED, "scratch")),
     "`fseft adapt` against nnU-Net's own plans": ((RECOMMENDED, ADAPT), (RECOMMENDED, "nnunet")),
     "Fine-tuning everything, in its time, against a frozen backbone": ((RECOMMENDED, BEST), (RECOMMENDED, "context")),
+    "The paper's adapter and prior against training from scratch": ((RECOMMENDED, "fseft"), (RECOMMENDED, "scratch")),
+    "The paper's adapter and prior against nnU-Net's own plans": ((RECOMMENDED, "fseft"), (RECOMMENDED, "nnunet")),
+    "The context adapter against the paper's": ((RECOMMENDED, "context"), (RECOMMENDED, "fseft")),
     "The prior": ((RECOMMENDED, "fseft"), (RECOMMENDED, "adapter")),
     "Transduction": ((RECOMMENDED, "transductive"), (RECOMMENDED, "fseft")),
 }
