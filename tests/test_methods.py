@@ -415,7 +415,7 @@ def test_fine_tuning_for_a_time(work, monkeypatch):
     trainer.num_epochs = 100
     trainer.run_training()
     rates = trainer.logger.get_value("lrs", step=None)
-    assert rates[0] == 1e-2 and rates[-1] < rates[0]
+    assert 5e-3 < rates[0] <= 1e-2 and rates[-1] < rates[0]  # the clock runs before the first rate is taken
     seconds = trainer.seconds_trained()
     assert seconds["wall"] >= 1.2 and seconds["cpu"] > 0
     final = os.path.join(trainer.output_folder, "checkpoint_final.pth")
