@@ -189,7 +189,8 @@ def test_plan_keys_that_were_edited_are_told(workspace, capsys):
         ("channels", 8, channels),
     ):
         assert f"{key} {before} -> {after}" in said
-    assert "3d_fullres_5shot" not in re.findall("Planned again in (.*?):", said)
+    assert re.findall("Planned again in (.*?):", said) == ["3d_fullres_1shot"]
+    assert "Edit the plans again if you had changed them." in said
 
 
 def test_other_plans_get_the_unlabelled_queries_of_before(workspace, capsys):
